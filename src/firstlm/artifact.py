@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Save and load FiRST artifacts: a folder that the hub and peft understand.
+
+`first_config.json` (format, base model, unit, thresholds, provenance), `routers.safetensors`,
+`adapter/` (a plain peft adapter), `README.md` (model card).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from firstlm.config import RouterConfig
+from firstlm.errors import ArtifactError
+from firstlm.pretrained import fingerprint, load_base
+from firstlm.results import atomic_dir, provenance, write_json
+
+if TYPE_CHECKING:
+    from firstlm.model import FirstModel
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "first_config.json"
+ROUTERS_FILE = "routers.safetensors"
+ADAPTER_DIR = "adapter"
+
+
+def save(model: FirstModel, path: str) -> None:
+    """Write an artifact beside `path`, then swap it in; on any failure the old one stays whole."""
+    base = model.base.get_base_model() if model.has_adapter else model.base
+    config = {
+        "format_version": FORMAT_VERSION,
+        "firstlm_version": provenance()["firstlm"],
+        "base_model": {"id": model.base_id, "revision": None, "fingerprint": fingerprint(base)},
+        "router_config": asdict(model.config),
+        "layers": model.layer_count,
+        "thresholds": model.thresholds.table,
+        "training": model.training_record,
+        "results": model.results,
+    }
+    tensors = {}
+    for i, router in enumerate(model.routers):
+        tensors[f"{i}.weight"] = router.weight.detach().float().cpu().contiguous()
+        tensors[f"{i}.bias"] = router.bias.detach().float().cpu().contiguous()
+    with atomic_dir(path) as folder:
+        folder = Path(folder)
+        write_json(folder / CONFIG_FILE, config)
+        save_file(tensors, folder / ROUTERS_FILE)
+        if model.has_adapter:
+            model.base.save_pretrained(str(folder / ADAPTER_DIR))
+        (folder / "README.md").write_text(model_card(config), encoding="utf-8")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the checked contents of first_config.json."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise ArtifactError(
+            f"{folder} is no FiRST artifact: it has no {CONFIG_FILE}. "
+            "Name a folder written by `firstlm train` or save_pretrained."
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        version = int(config["format_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{file} is damaged ({error}). Copy or train the artifact again.") from error
+    if version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{folder} has format {version}; this firstlm reads up to {FORMAT_VERSION}. "
+            "Upgrade with `pip install -U firstlm`."
+        )
+    missing = {"base_model", "router_config", "layers", "thresholds"} - set(config)
+    if missing:
+        raise ArtifactError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}.")
+    return config
+
+
+def read_routers(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the router tensors, `{i}.weight` [hidden] and `{i}.bias` []."""
+    file = folder / ROUTERS_FILE
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{file} cannot be read ({error}). Copy or train the artifact again."
+        ) from error
+
+
+def load(
+    cls: type[FirstModel],
+    path_or_id: str,
+    base: nn.Module | str | None,
+    dtype: str,
+    device: str,
+    tokenizer: Any,
+) -> FirstModel:
+    """Load an artifact; see `FirstModel.from_pretrained`."""
+    folder = find(path_or_id)
+    config = read_config(folder)
+    tensors = read_routers(folder)
+    wanted = config["base_model"]
+    if base is None:
+        base = wanted["id"]
+    if base is None:
+        raise ArtifactError(f"{folder} does not name its base model; pass one as base=.")
+    if isinstance(base, str):
+        base_id = base
+        base, found_tokenizer = load_base(base, dtype=dtype, device=device)
+        tokenizer = tokenizer or found_tokenizer
+    else:
+        base_id = wanted["id"]
+    if fingerprint(base) != wanted["fingerprint"]:
+        raise ArtifactError(
+            f"{folder} was made for the base model {wanted['id']!r} ({wanted['fingerprint']}), "
+            f"not for {base_id!r} ({fingerprint(base)}). Load it with the base it was trained on."
+        )
+    adapter = folder / ADAPTER_DIR
+    if adapter.is_dir():
+        base = _load_adapter(base, adapter)
+    model = cls(base, RouterConfig(**config["router_config"]), tokenizer)
+    _fill_routers(model, tensors, folder)
+    model.base_id = base_id
+    model.thresholds.table = {
+        mode: [(float(a), float(b), float(c)) for a, b, c in rows]
+        for mode, rows in config["thresholds"].items()
+    }
+    model.training_record = config.get("training", {})
+    model.results = config.get("results", {})
+    return model.eval()
+
+
+def find(path_or_id: str) -> Path:
+    """Return the local folder of an artifact, fetched from the hub if it is a hub id."""
+    folder = Path(path_or_id).expanduser()
+    if folder.exists() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/")):
+        if not folder.is_dir():
+            raise ArtifactError(f"There is no artifact folder {path_or_id!r}.")
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_id))
+    except Exception as error:
+        raise ArtifactError(
+            f"{path_or_id!r} is neither a folder nor an artifact that the hub would give: {error}"
+        ) from error
+
+
+def _load_adapter(base: nn.Module, adapter: Path) -> nn.Module:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, str(adapter))
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise ArtifactError(f"{adapter} cannot be loaded as a peft adapter: {error}") from error
+
+
+def _fill_routers(model: FirstModel, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    for i, router in enumerate(model.routers):
+        for name, parameter in (("weight", router.weight), ("bias", router.bias)):
+            found = tensors.pop(f"{i}.{name}", None)
+            if found is None or found.shape != parameter.shape:
+                shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
+                raise ArtifactError(
+                    f"{folder / ROUTERS_FILE}: {i}.{name} is {shape}; "
+                    f"expected {tuple(parameter.shape)}."
+                )
+            parameter.data.copy_(found)
+    if tensors:
+        raise ArtifactError(
+            f"{folder / ROUTERS_FILE} has tensors for layers that the model lacks: {sorted(tensors)}."
+        )
+
+
+def push(model: FirstModel, repo_id: str, **kwargs: Any) -> str:
+    """Upload an artifact; see `FirstModel.push_to_hub`."""
+    import tempfile
+
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=kwargs.pop("token", None))
+    api.create_repo(repo_id, exist_ok=True, private=kwargs.pop("private", None))
+    with tempfile.TemporaryDirectory() as parent:
+        folder = str(Path(parent) / "artifact")
+        save(model, folder)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """Return the README of an artifact, with its measured table."""
+    base = config["base_model"]["id"]
+    unit = config["router_config"]["unit"]
+    lines = [
+        "---",
+        "library_name: firstlm",
+        *([f"base_model: {base}"] if base else []),
+        "tags: [layer-skipping, first, peft]",
+        "---",
+        f"# FiRST routers and LoRA for {base}",
+        "",
+        f"One router per layer ({config['layers']} layers, unit `{unit}`) reads the prompt and decides",
+        "which layers it runs (arXiv 2410.12513). Use it with [firstlm](https://pypi.org/project/firstlm):",
+        "",
+        "```python",
+        "from firstlm import FirstModel",
+        'model = FirstModel.from_pretrained("path/or/id")',
+        "```",
+        "",
+    ]
+    for mode, rows in config["thresholds"].items():
+        lines += [f"Calibrated skip rates (prefill={mode}):", "", "| asked | measured | offset |"]
+        lines += ["|---|---|---|"]
+        lines += [f"| {a:.2f} | {m:.3f} | {o:.3f} |" for a, o, m in rows] + [""]
+    for name, value in config["results"].items():
+        lines.append(f"- {name}: {value}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV caches with holes: a skipped layer stores nothing, and the cache still knows its length.
+
+transformers reads a cache's length and mask sizes off its first (full or sliding) layer. When that
+layer is skipped, stock caches answer 0 and decoding goes silently wrong. These caches count tokens
+per layer themselves, and hold for each layer only the rows (sequences) that run it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache, DynamicCache, StaticCache
+
+from firstlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from firstlm.routing import RoutingState
+
+
+class SkipCache(Cache):
+    """Mixin over a transformers cache that carries one batch's `RoutingState`.
+
+    `state.rows(i)` says which rows layer i holds: None for all, else their indices.
+    """
+
+    state: RoutingState
+    tokens_seen: list[int]
+
+    def bind(self, state: RoutingState) -> None:
+        """Attach the decisions of the batch that this cache serves."""
+        self.state = state
+        self.tokens_seen = [0] * len(self.layers)
+        if not self.layers:
+            raise ConfigError("A SkipCache needs its layers up front: build it with a config.")
+
+    def advance(self, layer: int, tokens: int, stored: bool) -> None:
+        """Count the tokens that layer `layer` has passed, whether or not it stored them."""
+        self.tokens_seen[layer] += tokens
+        if stored:
+            return
+        slot = self.layers[layer]
+        if isinstance(getattr(slot, "cumulative_length", None), int):
+            slot.cumulative_length += tokens
+        if hasattr(slot, "cumulative_length_int"):
+            slot.cumulative_length_int += tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return how many tokens the layer has passed, stored or not."""
+        return self.tokens_seen[layer_idx] if layer_idx < len(self.tokens_seen) else 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return (kv_length, kv_offset) of a layer's attention mask, also where the layer has a hole."""
+        slot = self.layers[layer_idx]
+        if getattr(slot, "is_sliding", False) or hasattr(slot, "max_cache_len"):
+            return slot.get_mask_sizes(query_length)
+        return self.tokens_seen[layer_idx] + query_length, 0
+
+    def _select(self, index: torch.Tensor) -> None:
+        """Make row j of the batch what row index[j] was, in every layer and in the decisions."""
+        for layer, slot in enumerate(self.layers):
+            rows = self.state.rows(layer)
+            picked = index
+            if rows is not None:
+                place = torch.full((self.state.row_count,), -1, device=rows.device)
+                place[rows] = torch.arange(len(rows), device=rows.device)
+                picked = place[index.to(rows.device)]
+                picked = picked[picked >= 0]
+            self._select_slot(slot, picked)
+        self.state.select_rows(index)
+
+    @staticmethod
+    def _select_slot(slot: Any, index: torch.Tensor) -> None:
+        if slot.is_initialized and getattr(slot, "keys", None) is not None and slot.keys.numel():
+            index = index.to(slot.keys.device)
+            slot.keys = slot.keys.index_select(0, index)
+            slot.values = slot.values.index_select(0, index)
+
+    def keep_rows(self, layer: int, rows: torch.Tensor | None) -> None:
+        """Drop what a layer stored for rows that will not run it (prefill="full")."""
+        slot = self.layers[layer]
+        if rows is None:
+            return
+        if len(rows):
+            self._select_slot(slot, rows)
+        else:
+            tokens = self.tokens_seen[layer]
+            slot.reset()
+            slot.keys = slot.values = None
+            slot.is_initialized = False
+            self.tokens_seen[layer] = 0
+            self.advance(layer, tokens, stored=False)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Follow beam search: row j continues what row beam_idx[j] was."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the given rows."""
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self._select(torch.arange(self.state.row_count).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens (0 or a negative number, as in transformers)."""
+        for layer, slot in enumerate(self.layers):
+            if slot.is_initialized:
+                slot.crop(tokens_to_remove)
+            else:
+                self.advance(layer, tokens_to_remove, stored=False)
+                continue
+            self.tokens_seen[layer] += tokens_to_remove
+
+    def reset(self) -> None:
+        """Empty the cache and forget the decisions."""
+        super().reset()
+        self.tokens_seen = [0] * len(self.layers)
+        self.state.reset()
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch (layers may hold fewer)."""
+        return self.state.row_count or -1
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        total = 0
+        for slot in self.layers:
+            for tensor in (getattr(slot, "keys", None), getattr(slot, "values", None)):
+                if isinstance(tensor, torch.Tensor):
+                    total += tensor.untyped_storage().nbytes()
+        return total
+
+
+class DynamicSkipCache(SkipCache, DynamicCache):
+    """A growing cache with holes."""
+
+
+class StaticSkipCache(SkipCache, StaticCache):
+    """A preallocated cache with holes; a layer that no row runs is never allocated."""
+
+
+def make_cache(config: Any, state: RoutingState, kind: str = "dynamic", max_len: int = 0) -> SkipCache:
+    """Build an empty cache for a model's text config, bound to `state`.
+
+    Args:
+        config: the model's config.
+        state: the decisions of the batch.
+        kind: "dynamic" or "static".
+        max_len: tokens to allocate for, static only.
+
+    Raises:
+        ConfigError: another kind was asked for.
+    """
+    config = config.get_text_config(decoder=True)
+    if kind == "dynamic":
+        cache: SkipCache = DynamicSkipCache(config=config)
+    elif kind == "static":
+        cache = StaticSkipCache(config=config, max_cache_len=max_len)
+    else:
+        raise ConfigError(
+            f"cache_implementation={kind!r} cannot hold skipped layers; use 'dynamic' or 'static'."
+        )
+    cache.bind(state)
+    return cache

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors that firstlm raises for its users. The command line turns them into exit code 2."""
+
+
+class FirstError(Exception):
+    """Base of all errors that say what was wrong, what was expected and how to mend it."""
+
+
+class ConfigError(FirstError):
+    """An option or a combination of options that cannot work."""
+
+
+class DataError(FirstError):
+    """A data file or a row in it that cannot be used."""
+
+
+class ArtifactError(FirstError):
+    """A saved FiRST artifact that is missing, damaged, too new, or made for another model."""
+
+
+class UnsupportedModelError(FirstError):
+    """A model whose layers firstlm cannot route."""

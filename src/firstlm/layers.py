@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the decoder layers of a transformers model, and what can be switched inside them.
+
+Knows nothing of routers or decisions. Models are never changed here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from firstlm.errors import UnsupportedModelError
+
+LIST_NAMES = ("layers", "h", "blocks", "block", "decoder_layers")
+SUBMODULES = {
+    "attention": ("self_attn", "attn", "attention", "self_attention"),
+    "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "block_sparse_mlp"),
+}
+
+
+@dataclass
+class LayerStack:
+    """The decoder layers of one model, in order.
+
+    Attributes:
+        modules: the layer instances, `modules[i]` being the model's layer i.
+        units: what is switched in each layer: the layer itself, its attention, or its mlp.
+        hidden_size: width of the hidden states that enter a layer.
+        tuple_sizes: per unit, the length of the tuple it returns, or 0 where it returns a tensor.
+        adds_residual: whether the unit adds the residual itself (BLOOM, MPT), so that a skipped one
+            must return it.
+        locked: layers that must always run, because later layers read their keys and values.
+    """
+
+    modules: list[nn.Module]
+    units: list[nn.Module]
+    hidden_size: int
+    tuple_sizes: list[int]
+    adds_residual: bool = False
+    locked: frozenset[int] = field(default_factory=frozenset)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+
+def decoder_layers(model: nn.Module, unit: str = "block") -> LayerStack:
+    """Find the decoder layers of `model` (plain or wrapped by peft) and how they answer.
+
+    Runs the model once on one token to see what its layers take and return.
+
+    Args:
+        model: a transformers causal language model.
+        unit: what shall be switched: block, attention or mlp.
+
+    Raises:
+        UnsupportedModelError: encoder-decoder and state-space models, models that cannot generate,
+            and models whose layers are not a plain stack over [batch, tokens, hidden].
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(base).__name__
+    config = getattr(base, "config", None)
+    if config is None:
+        raise UnsupportedModelError(f"{name} is no transformers model: it has no config.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model; firstlm routes decoder-only models, "
+            "where the prompt passes the same layers that generate."
+        )
+    if getattr(base, "_is_stateful", False) or _has_recurrent_layers(config):
+        raise UnsupportedModelError(
+            f"{name} keeps a recurrent (state-space or linear-attention) state; skipping its layers "
+            "per prompt is not supported. Models built of attention layers are."
+        )
+    if not (hasattr(base, "can_generate") and base.can_generate()):
+        raise UnsupportedModelError(
+            f"{name} cannot generate text. Load it with AutoModelForCausalLM instead."
+        )
+    text_config = config.get_text_config(decoder=True)
+    modules = _find_list(base, text_config.num_hidden_layers)
+    if unit == "block":
+        units = modules
+    else:
+        units = [_submodule(module, unit) for module in modules]
+    hidden_size, tuple_sizes = _probe(base, modules, units)
+    adds_residual = "residual" in inspect.signature(type(units[0]).forward).parameters
+    locked = _kv_producers(text_config)
+    return LayerStack(modules, units, hidden_size, tuple_sizes, adds_residual, locked)
+
+
+def _has_recurrent_layers(config: object) -> bool:
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return bool(kinds & {"conv", "linear_attention", "hybrid", "hybrid_sliding", "mamba", "recurrent"})
+
+
+def _find_list(base: nn.Module, count: int) -> list[nn.Module]:
+    root = base.get_decoder() if hasattr(base, "get_decoder") else base
+    for start in (root, base):
+        for path, module in (start or base).named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                if path.rsplit(".", 1)[-1] in LIST_NAMES:
+                    return list(module)
+    raise UnsupportedModelError(
+        f"{type(base).__name__} has no list of {count} decoder layers under a usual name "
+        f"({', '.join(LIST_NAMES)}); firstlm cannot route it."
+    )
+
+
+def _submodule(layer: nn.Module, unit: str) -> nn.Module:
+    for name in SUBMODULES[unit]:
+        found = getattr(layer, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    raise UnsupportedModelError(
+        f"{type(layer).__name__} has no {unit} module that can be switched by itself "
+        f"(looked for {', '.join(SUBMODULES[unit])}). Use unit='block' for this model."
+    )
+
+
+def _probe(
+    base: nn.Module, modules: list[nn.Module], units: list[nn.Module]
+) -> tuple[int, list[int]]:
+    """Return hidden size and, per unit, how long a tuple it returns (0: a bare tensor)."""
+    shapes: dict[int, torch.Size] = {}
+    sizes: dict[int, int] = {}
+
+    def note_shape(layer: int):
+        def hook(_module, args, kwargs):
+            shapes[layer] = (args[0] if args else kwargs["hidden_states"]).shape
+
+        return hook
+
+    def note_size(layer: int):
+        def hook(_module, _args, output):
+            sizes[layer] = len(output) if isinstance(output, tuple) else 0
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(note_shape(i), with_kwargs=True)
+        for i, module in enumerate(modules)
+    ]
+    hooks += [unit.register_forward_hook(note_size(i)) for i, unit in enumerate(units)]
+    was_training = base.training
+    try:
+        base.eval()
+        device = base.get_input_embeddings().weight.device
+        with torch.no_grad():
+            base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        base.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    whole = len(shapes) == len(sizes) == len(modules)
+    if not whole or any(len(shape) != 3 for shape in shapes.values()):
+        raise UnsupportedModelError(
+            f"{type(base).__name__} does not pass [batch, tokens, hidden] through each of its "
+            f"{len(modules)} layers once; firstlm cannot route it."
+        )
+    return shapes[0][-1], [sizes[i] for i in range(len(modules))]
+
+
+def _kv_producers(config: object) -> frozenset[int]:
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    return frozenset(i for i, mode in enumerate(modes) if mode == "store")

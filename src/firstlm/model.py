@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FirstModel: a causal language model that chooses from the prompt which of its layers to run.
+
+Holds the base model (or its peft wrapper), the routers, and the thresholds measured after training.
+Saving and loading are in `artifact.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from firstlm import artifact
+from firstlm.cache import SkipCache, make_cache
+from firstlm.config import PREFILL_MODES, RouterConfig, check_skip_rate
+from firstlm.errors import ConfigError
+from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
+from firstlm.routers import Routers
+from firstlm.routing import Routing, RoutingState
+
+# Models (by id) that run all layers in the current context; see FirstModel.run_all.
+_RUN_ALL: ContextVar[frozenset[int]] = ContextVar("firstlm_run_all", default=frozenset())
+
+
+@dataclass
+class GenerateOutput:
+    """What `FirstModel.generate` returns.
+
+    Attributes:
+        sequences: [rows, tokens], prompts included, as transformers returns them.
+        keep: [prompts, layers] bool on the CPU; True = the layer ran.
+        layer_calls: units really run, {"prefill": int, "decode": int}.
+        ttft_s: seconds from the call to the first new token.
+        decode_s: seconds from the first new token to the last.
+        kv_bytes: bytes allocated for keys and values at the end.
+        cache: the KV cache, to continue from (`past_key_values=`).
+        hf: the full output of transformers' generate (scores, beam indices, ...).
+    """
+
+    sequences: torch.Tensor
+    keep: torch.Tensor
+    layer_calls: dict[str, int]
+    ttft_s: float
+    decode_s: float
+    kv_bytes: int
+    cache: SkipCache
+    hf: Any
+
+    @property
+    def skip_rate(self) -> float:
+        """Share of layers skipped, averaged over the prompts."""
+        return 1.0 - float(self.keep.float().mean())
+
+
+@dataclass
+class Thresholds:
+    """Logit offsets that meet wanted skip rates, measured on validation prompts.
+
+    `table[prefill]` lists (asked rate, offset, measured rate), rates rising, offsets falling.
+    """
+
+    table: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
+
+    def offset(self, rate: float, prefill: str) -> float:
+        """Return the logit offset for a wanted skip rate; between measured rates it is interpolated."""
+        rows = self.table.get(prefill)
+        if not rows:
+            raise ConfigError(
+                f"This model has no thresholds for prefill={prefill!r}, so skip_rate={rate} cannot be "
+                "promised. Run `firstlm calibrate` (or firstlm.calibrate) on validation prompts."
+            )
+        rates = [row[2] for row in rows]
+        if not rates[0] - 1e-6 <= rate <= rates[-1] + 1e-6:
+            raise ConfigError(
+                f"skip_rate={rate} is outside what was calibrated: {rates[0]:.2f} to {rates[-1]:.2f}. "
+                "Ask for a rate in between, or calibrate for more."
+            )
+        return float(np.interp(rate, rates, [row[1] for row in rows]))
+
+
+class FirstModel(nn.Module):
+    """A base model with one router per layer. Make one with `from_base` or `from_pretrained`."""
+
+    def __init__(self, base: nn.Module, config: RouterConfig, tokenizer: Any = None) -> None:
+        super().__init__()
+        self.base = base
+        self.config = config
+        self.tokenizer = tokenizer
+        self.routing = Routing(base, config.unit)
+        stack = self.routing.stack
+        self.routers = Routers(len(stack), stack.hidden_size, config.init_bias)
+        for router, module in zip(self.routers, stack.modules, strict=True):
+            router.to(next(module.parameters()).device)
+        self.thresholds = Thresholds()
+        self.base_id: str | None = getattr(base.config, "_name_or_path", None) or None
+        self.training_record: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
+        self.routing.attach()
+
+    @classmethod
+    def from_base(
+        cls, base: nn.Module, config: RouterConfig | None = None, tokenizer: Any = None
+    ) -> FirstModel:
+        """Put untrained routers on a transformers causal language model.
+
+        Raises:
+            UnsupportedModelError: the model's layers cannot be routed.
+        """
+        return cls(base, config or RouterConfig(), tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str,
+        base: nn.Module | str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        tokenizer: Any = None,
+    ) -> FirstModel:
+        """Load an artifact from a folder or the hub, and its base model unless `base` is given.
+
+        Raises:
+            ArtifactError: missing, damaged, too new, or made for another base model.
+        """
+        return artifact.load(cls, path_or_id, base, dtype, device, tokenizer)
+
+    def save_pretrained(self, path: str) -> None:
+        """Write routers, thresholds and adapter to a folder; an older one there is replaced whole."""
+        artifact.save(self, path)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the artifact to the Hugging Face hub; returns the URL of the commit."""
+        return artifact.push(self, repo_id, **kwargs)
+
+    @property
+    def layer_count(self) -> int:
+        """Number of decoder layers."""
+        return len(self.routing.stack)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the input embeddings."""
+        return self.base.get_input_embeddings().weight.device
+
+    def detach(self) -> nn.Module:
+        """Give the base model back, every forward as it was."""
+        self.routing.detach()
+        return self.base
+
+    @contextmanager
+    def run_all(self) -> Iterator[None]:
+        """Within this scope every layer runs, adapter included."""
+        token = _RUN_ALL.set(_RUN_ALL.get() | {id(self)})
+        try:
+            yield
+        finally:
+            _RUN_ALL.reset(token)
+
+    def disable_adapter(self) -> AbstractContextManager[Any]:
+        """Within this scope LoRA is off; with `run_all()` too, this is the base model exactly."""
+        return self.base.disable_adapter() if self.has_adapter else nullcontext()
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether LoRA is on the base model."""
+        return hasattr(self.base, "peft_config")
+
+    def merge_and_unload(self) -> FirstModel:
+        """Merge LoRA into the base weights and drop the peft wrapper; routing goes on as before."""
+        if self.has_adapter:
+            self.base = self.base.merge_and_unload()
+        return self
+
+    def policy_for(self, skip_rate: float | None = None, prefill: str = "skip") -> Policy:
+        """Return the policy that meets a wanted skip rate (None: the trained threshold of 0.5)."""
+        if id(self) in _RUN_ALL.get():
+            return RunAll()
+        if skip_rate is None:
+            return RouterPolicy(self.routers)
+        check_skip_rate(skip_rate)
+        if skip_rate == 0:
+            return RunAll()
+        return RouterPolicy(self.routers, self.thresholds.offset(skip_rate, prefill))
+
+    def new_state(
+        self,
+        prompt_mask: torch.Tensor,
+        policy: Policy | None = None,
+        skip_rate: float | None = None,
+        prefill: str = "skip",
+        gate: str = "hard",
+    ) -> RoutingState:
+        """Start the decisions of a batch; `prompt_mask` is [prompts, tokens]."""
+        if prefill not in PREFILL_MODES:
+            raise ConfigError(f"prefill is {prefill!r}; expected 'skip' or 'full'.")
+        if policy is not None and skip_rate is not None:
+            raise ConfigError("Both policy and skip_rate were given; give one of them.")
+        if policy is None or id(self) in _RUN_ALL.get():
+            policy = self.policy_for(skip_rate, prefill)
+        locked = self.routing.stack.locked
+        if isinstance(policy, FixedMask):
+            policy.check(self.layer_count, locked)
+        return RoutingState(policy, prompt_mask, self.layer_count, prefill, gate, locked)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        policy: Policy | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        state: RoutingState | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, RoutingState]:
+        """Run whole sequences under one mask per row, without a cache.
+
+        Args:
+            input_ids: [batch, tokens].
+            attention_mask: [batch, tokens]; padding may be on either side.
+            policy: what decides; default the routers.
+            prompt_mask: [batch, tokens] bool, the tokens that are pooled; default all that are real.
+            state: decisions to use, made with `new_state` (then policy and prompt_mask are ignored).
+            kwargs: passed to the base model.
+
+        Returns:
+            The base model's output and the decisions.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if state is None:
+            state = self.new_state(attention_mask if prompt_mask is None else prompt_mask, policy)
+        with self.routing.tracing(state):
+            output = self.base(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
+            )
+        return output, state
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        policy: Policy | None = None,
+        skip_rate: float | None = None,
+        prefill: str = "skip",
+        **generate_kwargs: Any,
+    ) -> GenerateOutput:
+        """Generate with transformers' `generate`, each prompt with its own layers.
+
+        Args:
+            input_ids: [batch, tokens], padded on either side.
+            attention_mask: [batch, tokens]; without it, pad tokens are taken for padding where the
+                tokenizer has a pad token that is not also EOS.
+            policy: what decides which layers run; default the routers.
+            skip_rate: share of layers to skip, met on average; needs a calibrated model.
+            prefill: "skip" (skipped layers do not see the prompt) or "full".
+            generate_kwargs: everything transformers' `generate` takes; `cache_implementation` may be
+                "dynamic" or "static"; `past_key_values` continues an earlier output's `.cache`.
+
+        Raises:
+            ConfigError: options that cannot work together.
+        """
+        start = time.perf_counter()
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+            if generate_kwargs.get(name) is not None:
+                raise ConfigError(f"{name} rolls the cache back, which is not supported with skips.")
+        if generate_kwargs.get("use_cache") is False:
+            raise ConfigError("use_cache=False is not supported: decisions ride in the cache.")
+        cache = generate_kwargs.pop("past_key_values", None)
+        kind = generate_kwargs.pop("cache_implementation", None) or "dynamic"
+        if attention_mask is None:
+            attention_mask = self._infer_mask(input_ids)
+        if cache is None:
+            input_ids, attention_mask = pad_on_the_left(input_ids, attention_mask)
+            state = self.new_state(attention_mask, policy, skip_rate, prefill)
+            longest = self._longest(input_ids.shape[1], generate_kwargs) if kind == "static" else 0
+            cache = make_cache(self.base.config, state, kind, longest)
+        elif not isinstance(cache, SkipCache):
+            raise ConfigError("past_key_values must be the .cache of an earlier output of generate.")
+        elif policy is not None or skip_rate is not None:
+            raise ConfigError("A continued cache keeps its mask; leave policy and skip_rate unset.")
+        state = cache.state
+        state.prompt_length = input_ids.shape[1]
+        state.layer_calls = {"prefill": 0, "decode": 0}
+        state.first_token_at = None
+        if kind == "static":  # transformers would compile the whole model around one mask
+            generate_kwargs.setdefault("disable_compile", True)
+        hf = self.base.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            **{**generate_kwargs, "return_dict_in_generate": True},
+        )
+        end = time.perf_counter()
+        first = state.first_token_at or end
+        return GenerateOutput(
+            sequences=hf.sequences,
+            keep=state.keep,
+            layer_calls=dict(state.layer_calls),
+            ttft_s=first - start,
+            decode_s=end - first,
+            kv_bytes=cache.kv_bytes,
+            cache=cache,
+            hf=hf,
+        )
+
+    def _infer_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
+        config = self.base.generation_config
+        pad, eos = config.pad_token_id, config.eos_token_id
+        eos_ids = eos if isinstance(eos, list) else [eos]
+        if pad is None or pad in eos_ids:
+            return torch.ones_like(input_ids)
+        return input_ids.ne(pad).long()
+
+    def _longest(self, prompt_length: int, generate_kwargs: dict[str, Any]) -> int:
+        config = generate_kwargs.get("generation_config") or self.base.generation_config
+        new = generate_kwargs.get("max_new_tokens") or config.max_new_tokens
+        if new is not None:
+            return prompt_length + new
+        return generate_kwargs.get("max_length") or config.max_length or prompt_length + 20
+
+
+def pad_on_the_left(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move padding to the left, where generation needs it; both are [batch, tokens]."""
+    # A stable sort by the mask moves padding to the front and keeps the order of real tokens.
+    order = attention_mask.long().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)

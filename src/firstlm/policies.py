@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policies: what decides which layers a prompt runs.
+
+A policy has one method, `decide`. Everything that generates, trains or measures takes any policy
+and names none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from firstlm.errors import ConfigError
+
+
+class Prompts(Protocol):
+    """What a policy may look at when it decides about a layer."""
+
+    @property
+    def count(self) -> int:
+        """Number of prompts in the batch."""
+        ...
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean over each prompt's own tokens of the states entering the layer [prompts, hidden]."""
+        ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Decides, once per prompt and layer, whether the layer runs."""
+
+    def decide(self, layer: int, prompts: Prompts) -> torch.Tensor:
+        """Return [prompts]: bool (True = the layer runs), or float logits (>= 0 runs)."""
+        ...
+
+
+class RunAll:
+    """Every layer runs."""
+
+    def decide(self, layer: int, prompts: Prompts) -> torch.Tensor:
+        """Keep the layer for all prompts."""
+        return torch.ones(prompts.count, dtype=torch.bool)
+
+
+class FixedMask:
+    """The given mask, whatever the prompt says.
+
+    Args:
+        keep: [layers] for all prompts, or [batch, layers]; True = the layer runs.
+    """
+
+    def __init__(self, keep: torch.Tensor | Sequence[bool] | Sequence[Sequence[bool]]) -> None:
+        keep = torch.as_tensor(keep)
+        if keep.dtype != torch.bool:
+            raise ConfigError(f"keep has dtype {keep.dtype}; expected bool, True = the layer runs.")
+        if keep.dim() not in (1, 2):
+            raise ConfigError(f"keep has shape {tuple(keep.shape)}; expected [layers] or [batch, layers].")
+        self.keep = keep.detach().cpu()
+
+    def decide(self, layer: int, prompts: Prompts) -> torch.Tensor:
+        """Return the mask's column for this layer."""
+        if self.keep.dim() == 1:
+            return self.keep[layer].expand(prompts.count)
+        if self.keep.shape[0] != prompts.count:
+            raise ConfigError(
+                f"keep has {self.keep.shape[0]} rows for {prompts.count} prompts; give one row per "
+                "prompt, or a single mask of shape [layers]."
+            )
+        return self.keep[:, layer]
+
+    def check(self, layers: int, locked: frozenset[int] = frozenset()) -> None:
+        """Raise `ConfigError` unless the mask fits a model with these layers and locked layers."""
+        if self.keep.shape[-1] != layers:
+            raise ConfigError(
+                f"keep is for {self.keep.shape[-1]} layers, but the model has {layers}."
+            )
+        barred = [i for i in sorted(locked) if not bool(self.keep[..., i].all())]
+        if barred:
+            raise ConfigError(
+                f"Layers {barred} cannot be skipped: later layers read their keys and values."
+            )
+
+
+class RouterPolicy:
+    """The trained routers; `offset` shifts all their logits to skip more (negative) or fewer.
+
+    Args:
+        routers: `routers[i]` maps pooled prompts [prompts, hidden] to logits [prompts].
+        offset: added to every logit. 0 is the paper's threshold rho = 0.5.
+    """
+
+    def __init__(self, routers: nn.ModuleList, offset: float | torch.Tensor = 0.0) -> None:
+        self.routers = routers
+        self.offset = offset
+
+    def decide(self, layer: int, prompts: Prompts) -> torch.Tensor:
+        """Return the router's logits plus the offset."""
+        return self.routers[layer](prompts.mean) + self.offset

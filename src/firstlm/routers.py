@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routers: one linear layer per decoder layer (arXiv 2410.12513, equation 1).
+
+`rho_i = sigmoid(w_i . mean_t(h_{i-1,t}) + b_i)`; the layer runs where rho_i >= 0.5, which is where
+the logit is >= 0. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Router(nn.Module):
+    """Scores one layer from the mean of the prompt's hidden states.
+
+    While it trains, its input may be standardised (`standardise`), because hidden states of deep
+    layers are hundreds of times larger than those of early ones. `fold` puts that affine map into
+    weight and bias, so that a finished router is the plain linear layer of the paper.
+    """
+
+    center: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, hidden_size: int, init_bias: float = 2.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size))
+        self.bias = nn.Parameter(torch.tensor(float(init_bias)))
+        self.register_buffer("center", torch.zeros(hidden_size), persistent=False)
+        self.register_buffer("scale", torch.ones(hidden_size), persistent=False)
+
+    def forward(self, mean: torch.Tensor) -> torch.Tensor:
+        """Map pooled prompts [prompts, hidden] to logits [prompts], in float32."""
+        mean = mean.to(self.weight.device, torch.float32)
+        weight = self.weight.float()
+        return ((mean - self.center) * self.scale) @ weight + self.bias.float()
+
+    @torch.no_grad()
+    def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Read the input as (x - mean) / std from now on; both are [hidden]."""
+        # A floor keeps features that hardly vary over prompts from being blown up into noise.
+        self.center.copy_(mean)
+        self.scale.copy_(1.0 / std.clamp_min(0.1 * float(std.median()) + 1e-6))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Put the standardisation into weight and bias; the logits stay the same."""
+        weight = self.weight * self.scale
+        self.bias.sub_((weight * self.center).sum())
+        self.weight.copy_(weight)
+        self.center.zero_()
+        self.scale.fill_(1.0)
+
+
+class Routers(nn.ModuleList):
+    """The routers of a model; `routers[i]` decides about layer i."""
+
+    def __init__(self, layers: int, hidden_size: int, init_bias: float = 2.0) -> None:
+        super().__init__(Router(hidden_size, init_bias) for _ in range(layers))
+
+    def squared_norm(self) -> torch.Tensor:
+        """Return the sum of squared router weights, the L2 term of the paper's loss."""
+        return torch.stack([router.weight.float().square().sum() for router in self]).sum()
+
+    def fold(self) -> None:
+        """Fold the standardisation of every router."""
+        for router in self:
+            router.fold()

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make a model's layers obey per-prompt decisions.
+
+`Routing.attach` overrides `forward` on each layer instance; nothing else of the model changes, and
+`detach` puts everything back. What a batch decided lives in its `RoutingState`, which rides in the
+KV cache (`SkipCache.state`), or, where there is no cache (training, full recomputation), in the
+scope of `Routing.tracing(state)`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from firstlm.cache import SkipCache
+from firstlm.errors import ConfigError, UnsupportedModelError
+from firstlm.layers import LayerStack, decoder_layers
+from firstlm.policies import Policy
+
+# The state of the batch whose layer is running, for units inside a layer that get no cache (mlp).
+_ACTIVE: ContextVar[RoutingState | None] = ContextVar("firstlm_active", default=None)
+
+
+class PromptStates:
+    """Pooled view of the prompts in a batch at one layer; what policies look at."""
+
+    def __init__(self, total: torch.Tensor, mask: torch.Tensor) -> None:
+        self._total = total
+        self._mask = mask
+
+    @property
+    def count(self) -> int:
+        """Number of prompts."""
+        return self._mask.shape[0]
+
+    @cached_property
+    def mean(self) -> torch.Tensor:
+        """Mean over the prompt's own tokens [prompts, hidden], float32."""
+        count = self._mask.sum(1, keepdim=True).clamp_min(1)
+        return self._total / count.to(self._total.device)
+
+
+class RoutingState:
+    """The decisions of one batch, and how they came about.
+
+    Args:
+        policy: decides for each layer when the prompt first reaches it.
+        prompt_mask: [prompts, tokens] bool, True on the prompt's own tokens (not padding, not answer).
+        layers: number of layers.
+        prefill: "skip" (a skipped layer does not run the prompt either) or "full".
+        gate: "hard" (skip for real), or "straight_through" / "soft" to train routers.
+        locked: layers that always run.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        prompt_mask: torch.Tensor,
+        layers: int,
+        prefill: str = "skip",
+        gate: str = "hard",
+        locked: frozenset[int] = frozenset(),
+    ) -> None:
+        self.policy = policy
+        self.prompt_mask = prompt_mask.bool()
+        self.prompt_length = prompt_mask.shape[1]
+        self.layers = layers
+        self.prefill = prefill
+        self.gate = gate
+        self.locked = locked
+        self.traced = False
+        self._padded = not bool(self.prompt_mask.all())
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all decisions."""
+        self.scores: list[torch.Tensor | None] = [None] * self.layers
+        self.layer_calls = {"prefill": 0, "decode": 0}
+        self.row_count = 0
+        self.in_prefill = True
+        self.started = time.perf_counter()
+        self.first_token_at: float | None = None
+        self._keep: list[torch.Tensor | None] = [None] * self.layers
+        self._row_keep: list[torch.Tensor | None] = [None] * self.layers
+        self._rows: list[torch.Tensor | None] = [None] * self.layers
+        self._totals: list[torch.Tensor | None] = [None] * self.layers
+
+    @property
+    def keep(self) -> torch.Tensor:
+        """[prompts, layers] bool, True = the layer runs. Complete after prefill."""
+        if not self.complete:
+            raise ConfigError("The prompt has not passed all layers yet, so there is no mask.")
+        return torch.stack([k for k in self._keep if k is not None], dim=1)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer has been decided."""
+        return all(keep is not None for keep in self._keep)
+
+    @property
+    def rho(self) -> torch.Tensor | None:
+        """[prompts, layers] router outputs with gradient, or None where no router decided."""
+        if any(score is None for score in self.scores):
+            return None
+        return torch.sigmoid(torch.stack([s.float() for s in self.scores if s is not None], dim=1))
+
+    def decided(self, layer: int) -> bool:
+        """Whether the layer's decision has been taken."""
+        return self._keep[layer] is not None
+
+    def rows(self, layer: int) -> torch.Tensor | None:
+        """Indices of the rows that run the layer; None where all do."""
+        return self._rows[layer]
+
+    def row_keep(self, layer: int) -> torch.Tensor:
+        """[rows] bool: which rows run the layer."""
+        keep = self._row_keep[layer]
+        assert keep is not None, "read before the layer was decided"
+        return keep
+
+    def observe(self, layer: int, hidden: torch.Tensor, first: int) -> bool:
+        """Pool a (chunk of a) prompt that enters a layer; True once the prompt is whole.
+
+        Args:
+            layer: index of the layer.
+            hidden: [rows, tokens, hidden], starting at token `first` of the padded prompt.
+            first: tokens of the prompt that passed this layer before.
+        """
+        prompts, length = self.prompt_mask.shape
+        if self.row_count == 0:
+            self.row_count = hidden.shape[0]
+        last = first + hidden.shape[1]
+        part = hidden[:: self.row_count // prompts]
+        if self._padded:
+            mask = self.prompt_mask[:, first:last].to(hidden.device)
+            part = torch.where(mask.unsqueeze(-1), part, 0)
+        total = part.sum(1, dtype=torch.float32)
+        before = self._totals[layer]
+        self._totals[layer] = total if before is None else before + total
+        return last >= length
+
+    def decide(self, layer: int, device: torch.device) -> None:
+        """Ask the policy about a layer and fix the answer for every row."""
+        total = self._totals[layer]
+        assert total is not None, "decide before observe"
+        self._totals[layer] = None
+        answer = self.policy.decide(layer, PromptStates(total, self.prompt_mask))
+        if self.decided(layer):  # a checkpointed layer replayed in backward: the answer stands
+            return
+        if answer.dtype != torch.bool:
+            self.scores[layer] = answer
+            answer = answer >= 0
+        keep = answer.detach().cpu()
+        if layer in self.locked:
+            keep = torch.ones_like(keep)
+        self._keep[layer] = keep
+        self._set_rows(layer, keep.repeat_interleave(self.row_count // len(keep)), device)
+
+    def _set_rows(self, layer: int, row_keep: torch.Tensor, device: torch.device) -> None:
+        self._row_keep[layer] = row_keep
+        whole = bool(row_keep.all())
+        self._rows[layer] = None if whole else row_keep.nonzero().flatten().to(device)
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        """Make row j of the batch what row index[j] was (beam search)."""
+        index = index.cpu()
+        for layer, keep in enumerate(self._row_keep):
+            if keep is not None:
+                rows = self._rows[layer]
+                self._set_rows(layer, keep[index], rows.device if rows is not None else index.device)
+        self.row_count = len(index)
+
+    def count_call(self) -> None:
+        """Count one unit that really runs."""
+        self.layer_calls["prefill" if self.in_prefill else "decode"] += 1
+
+
+class Routing:
+    """Overrides the layers of one model; see the module's docstring."""
+
+    def __init__(self, model: nn.Module, unit: str = "block") -> None:
+        self.unit = unit
+        self.stack: LayerStack = decoder_layers(model, unit)
+        self.trace: RoutingState | None = None
+        self._undo: list[tuple[nn.Module, Any]] = []
+
+    def attach(self) -> None:
+        """Override the layers' forward. A layer without a state in sight runs as it always did."""
+        if self._undo:
+            return
+        for layer, module in enumerate(self.stack.modules):
+            self._override(module, partial(self._visit, layer))
+        if self.unit != "block":
+            for layer, module in enumerate(self.stack.units):
+                self._override(module, partial(self._unit_forward, layer))
+
+    def _override(self, module: nn.Module, forward: Any) -> None:
+        before = module.__dict__.get("forward")
+        self._undo.append((module, before))
+        module.forward = partial(forward, module.forward)
+
+    def detach(self) -> None:
+        """Put back whatever forward each layer had."""
+        for module, before in reversed(self._undo):
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
+        self._undo.clear()
+
+    @contextmanager
+    def tracing(self, state: RoutingState) -> Iterator[RoutingState]:
+        """Route forward passes without a cache by `state`.
+
+        Under gradient checkpointing the scope must span the backward pass, which replays layers.
+        """
+        before, self.trace = self.trace, state
+        state.traced = True
+        try:
+            yield state
+        finally:
+            self.trace = before
+
+    def _visit(self, layer: int, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run layer `layer` as the batch's state says."""
+        cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, SkipCache)), None)
+        state = cache.state if cache is not None else self.trace
+        if state is None:
+            return original(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        tokens = hidden.shape[1]
+        first = cache.tokens_seen[layer] if cache is not None else 0
+        state.in_prefill = first < state.prompt_length
+        if layer == 0 and not state.in_prefill and state.first_token_at is None:
+            state.first_token_at = time.perf_counter()
+        deferred = cache is not None and state.prefill == "full"
+        whole = True
+        if not state.decided(layer) or (state.traced and torch.is_grad_enabled()):
+            whole = state.observe(layer, hidden, first)
+            if not whole and not deferred:
+                raise ConfigError(
+                    "prefill='skip' needs the whole prompt in one forward pass: a layer's decision "
+                    "depends on it. Leave prefill_chunk_size unset, or use prefill='full'."
+                )
+            if not deferred:
+                state.decide(layer, hidden.device)
+        token = _ACTIVE.set(state)
+        try:
+            if self.unit == "block":
+                output = self._gated(layer, state, hidden, original, args, kwargs)
+            else:
+                output = original(*args, **kwargs)
+        finally:
+            _ACTIVE.reset(token)
+        if cache is not None:
+            self._settle(layer, state, cache, tokens, hidden.device, deferred and whole)
+        return output
+
+    def _settle(
+        self,
+        layer: int,
+        state: RoutingState,
+        cache: SkipCache,
+        tokens: int,
+        device: torch.device,
+        decide_now: bool,
+    ) -> None:
+        """Count a layer's tokens in the cache and, with prefill="full", take the decision."""
+        stored = self.unit == "mlp" or not state.decided(layer) or bool(state.row_keep(layer).any())
+        cache.advance(layer, tokens, stored)
+        if decide_now and not state.decided(layer):
+            state.decide(layer, device)
+            if self.unit != "mlp":
+                cache.keep_rows(layer, state.rows(layer))
+
+    def _unit_forward(self, layer: int, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the attention or mlp of a layer as the batch's state says."""
+        state = _ACTIVE.get() or self.trace
+        if state is None:
+            return original(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self.stack.adds_residual:
+            bypass = kwargs["residual"] if "residual" in kwargs else args[1]
+        else:
+            bypass = torch.zeros_like(hidden)
+        return self._gated(layer, state, bypass, original, args, kwargs)
+
+    def _gated(
+        self,
+        layer: int,
+        state: RoutingState,
+        bypass: torch.Tensor,
+        original: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a unit for the rows that keep it; the others get `bypass`."""
+        if not state.decided(layer):  # prefill="full": the prompt runs every layer
+            state.count_call()
+            return original(*args, **kwargs)
+        rows = state.rows(layer)
+        if state.traced and (state.gate != "hard" or state.prefill == "full"):
+            state.count_call()
+            return _replace_hidden(
+                original(*args, **kwargs), lambda out: _blend(state, layer, out, bypass)
+            )
+        if rows is None:
+            state.count_call()
+            return original(*args, **kwargs)
+        size = self.stack.tuple_sizes[layer]
+        if len(rows) == 0:
+            return (bypass, *([None] * (size - 1))) if size else bypass
+        state.count_call()
+        pick = partial(_take_rows, rows=rows, count=state.row_count)
+        output = original(
+            *(pick(a) for a in args), **{name: pick(a, name=name) for name, a in kwargs.items()}
+        )
+        return _replace_hidden(output, lambda out: bypass.index_copy(0, rows, out), size)
+
+
+def _replace_hidden(output: Any, change: Any, drop_rest: int = 0) -> Any:
+    """Apply `change` to the hidden states of a unit's output (first of a tuple, or the tensor)."""
+    if not isinstance(output, tuple):
+        return change(output)
+    rest = [None] * (drop_rest - 1) if drop_rest else output[1:]
+    return (change(output[0]), *rest)
+
+
+def _blend(
+    state: RoutingState, layer: int, out: torch.Tensor, bypass: torch.Tensor
+) -> torch.Tensor:
+    """Mix a unit's output with its bypass by the gate, differentiably while routers train.
+
+    soft: `bypass + rho * (out - bypass)`. straight_through: hard choice forward, and the gradient
+    of the soft gate backward (its forward value is exactly zero).
+    """
+    score = state.scores[layer]
+    # With prefill="full" the prompt's own positions are not gated; only what follows is.
+    free = None
+    if state.prefill == "full":
+        free = state.prompt_mask.to(out.device).unsqueeze(-1)
+    if score is None or state.gate == "hard":
+        choice = state.row_keep(layer).to(out.device).view(-1, 1, 1)
+        return torch.where(choice if free is None else choice | free, out, bypass)
+    rho = torch.sigmoid(score).to(out.device, out.dtype).view(-1, 1, 1)
+    if state.gate == "soft":
+        mixed = bypass + rho * (out - bypass)
+    else:
+        choice = state.row_keep(layer).to(out.device).view(-1, 1, 1)
+        mixed = torch.where(choice, out, bypass)
+        mixed = mixed + (rho - rho.detach()) * (out - bypass).detach()
+    return mixed if free is None else torch.where(free, out, mixed)
+
+
+def _take_rows(value: Any, rows: torch.Tensor, count: int, name: str = "") -> Any:
+    """Pick batch rows from whatever a layer is given; what has no batch dimension stays."""
+    if isinstance(value, torch.Tensor):
+        if name == "position_bias" or value.dim() < 2:  # MPT: per head, not per row
+            return value
+        index = rows.to(value.device)
+        if value.shape[0] == count and name != "alibi":
+            return value.index_select(0, index)
+        if name == "alibi" and value.shape[0] % count == 0:  # BLOOM, Falcon: [rows * heads, ...]
+            by_row = value.view(count, -1, *value.shape[1:]).index_select(0, index)
+            return by_row.flatten(0, 1)
+        return value
+    if isinstance(value, tuple | list):
+        return type(value)(_take_rows(item, rows, count, name) for item in value)
+    if isinstance(value, dict):
+        return {key: _take_rows(item, rows, count, name) for key, item in value.items()}
+    if type(value).__name__ == "BlockMask":
+        raise UnsupportedModelError(
+            "flex attention masks cannot be split by rows; load the model with "
+            "attn_implementation='sdpa' to run different masks in one batch."
+        )
+    return value
