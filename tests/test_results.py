@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,6 +171,24 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path):
         (folder / "a").write_text("old")
     with pytest.raises(FileNotFoundError), atomic_dir(target) as folder:
         folder.rmdir()
+    assert (target / "a").read_text() == "old"
+    assert names(tmp_path) == ["art"]
+
+
+def test_a_last_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+    target = tmp_path / "art"
+    with atomic_dir(target) as folder:
+        (folder / "a").write_text("old")
+    replace = Path.replace
+    with pytest.raises(OSError, match="gone"), atomic_dir(target) as folder:  # noqa: PT012
+        (folder / "a").write_text("new")
+
+        def failing(self, other):
+            if self == folder:  # no real disk fails here on demand
+                raise OSError("gone")
+            return replace(self, other)
+
+        monkeypatch.setattr(Path, "replace", failing)
     assert (target / "a").read_text() == "old"
     assert names(tmp_path) == ["art"]
 

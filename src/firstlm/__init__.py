@@ -6,7 +6,9 @@ Names are imported when first used, so that `firstlm --help` doesn't wait for to
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module, metadata
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,9 +58,20 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'firstlm' has no attribute {name!r}")
     value = getattr(import_module(f"firstlm.{_HOMES[name]}"), name)
-    globals()[name] = value  # also where a submodule has the same name, as calibrate does
+    globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps the function `calibrate` when the import system binds the file of the same name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

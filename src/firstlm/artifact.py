@@ -19,7 +19,7 @@ from torch import nn
 
 from firstlm.config import RouterConfig
 from firstlm.errors import ArtifactError
-from firstlm.pretrained import fingerprint, load_base
+from firstlm.pretrained import SAME_BASE, fingerprint, load_base, same_base
 from firstlm.results import atomic_dir, provenance, write_json
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def save(model: FirstModel, path: str) -> None:
         "format_version": FORMAT_VERSION,
         "firstlm_version": provenance()["firstlm"],
         "base_model": {"id": model.base_id, "revision": None, "fingerprint": fingerprint(base)},
-        "router_config": asdict(model.config),
+        "router_config": asdict(model.router_config),
         "layers": model.layer_count,
         "thresholds": model.thresholds.table,
         "training": model.training_record,
@@ -48,13 +48,29 @@ def save(model: FirstModel, path: str) -> None:
     for i, router in enumerate(model.routers):
         tensors[f"{i}.weight"] = router.weight.detach().float().cpu().contiguous()
         tensors[f"{i}.bias"] = router.bias.detach().float().cpu().contiguous()
-    with atomic_dir(path) as folder:
-        folder = Path(folder)
-        write_json(folder / CONFIG_FILE, config)
-        save_file(tensors, folder / ROUTERS_FILE)
-        if model.has_adapter:
-            model.base.save_pretrained(str(folder / ADAPTER_DIR))
-        (folder / "README.md").write_text(model_card(config), encoding="utf-8")
+    try:
+        with atomic_dir(path) as folder:
+            _write(model, config, tensors, folder)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{path} cannot be written ({error}); what was there before is whole. "
+            "Make room, or name another folder."
+        ) from error
+
+
+def _write(
+    model: FirstModel, config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path
+) -> None:
+    write_json(folder / CONFIG_FILE, config)
+    save_file(tensors, folder / ROUTERS_FILE)
+    if model.has_adapter:
+        lora = {
+            name: p.detach().to(model.adapter_dtype or p.dtype).cpu()
+            for name, p in model.base.named_parameters()
+            if "lora_" in name
+        }
+        model.base.save_pretrained(str(folder / ADAPTER_DIR), state_dict=lora)
+    (folder / "README.md").write_text(model_card(config), encoding="utf-8")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -115,10 +131,12 @@ def load(
         tokenizer = tokenizer or found_tokenizer
     else:
         base_id = wanted["id"]
-    if fingerprint(base) != wanted["fingerprint"]:
+    alike = same_base(wanted["fingerprint"], fingerprint(base))
+    if alike < SAME_BASE:
+        why = f"{alike:.0%} of its weights' signs agree" if alike else "another architecture"
         raise ArtifactError(
-            f"{folder} was made for the base model {wanted['id']!r} ({wanted['fingerprint']}), "
-            f"not for {base_id!r} ({fingerprint(base)}). Load it with the base it was trained on."
+            f"{folder} was made for the base model {wanted['id']!r}, not for {base_id!r} ({why}). "
+            "Load it with the base it was trained on."
         )
     adapter = folder / ADAPTER_DIR
     if adapter.is_dir():

@@ -76,6 +76,10 @@ class SkipCache(Cache):
             index = index.to(slot.keys.device)
             slot.keys = slot.keys.index_select(0, index)
             slot.values = slot.values.index_select(0, index)
+            if getattr(slot, "indexer_keys", None) is not None:  # sparse attention (DeepSeek 3.2)
+                slot.indexer_keys = slot.indexer_keys.index_select(0, index)
+            if getattr(slot, "indexer_position_ids", None) is not None:
+                slot.indexer_position_ids = slot.indexer_position_ids.index_select(1, index)
 
     def keep_rows(self, layer: int, rows: torch.Tensor | None) -> None:
         """Drop what a layer stored for rows that will not run it (prefill="full")."""
@@ -130,7 +134,8 @@ class SkipCache(Cache):
         """Bytes allocated for keys and values."""
         total = 0
         for slot in self.layers:
-            for tensor in (getattr(slot, "keys", None), getattr(slot, "values", None)):
+            for name in ("keys", "values", "indexer_keys"):
+                tensor = getattr(slot, name, None)
                 if isinstance(tensor, torch.Tensor):
                     total += tensor.untyped_storage().nbytes()
         return total

@@ -78,7 +78,7 @@ class DataOptions:
 class TrainConfig(RouterConfig, ModelOptions, DataOptions):
     """One training run: phase 1 trains routers, phase 2 LoRA; then thresholds are calibrated."""
 
-    output: str = option("first-model", help="folder for the artifact, its logs and checkpoints")
+    output: str = option("first-model", help="folder for the artifact; logs and checkpoints go beside it, to OUTPUT-run")
     stage: str = option("both", choices=STAGES, help="which phases to run")
     artifact: str | None = option(
         None, help="continue from this artifact (for --stage lora: its routers are used)"
@@ -100,9 +100,11 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
     alpha: float = option(0.0, help="weight of the non-skip penalty; the start value where driven")
     alpha_lr: float = option(0.05, help="step of the driver that adapts alpha to meet skip_rate")
     l2: float = option(0.01, help="weight of the L2 penalty on router weights (lambda)")
-    distill: float = option(0.0, help="weight of the KL distance to the full model's answers")
+    warm_start: int = option(
+        8, help="examples on which layers are ranked to start the routers from (0: no ranking)"
+    )
     router_steps: int = option(200, help="optimizer steps of phase 1")
-    router_lr: float = option(0.02, help="learning rate of phase 1")
+    router_lr: float = option(0.02, help="learning rate of phase 1: about how far a logit moves")
     lora_steps: int = option(600, help="optimizer steps of phase 2")
     lora_lr: float = option(1e-3, help="learning rate of phase 2")
     lora_rank: int = option(8, help="rank of the LoRA matrices")
@@ -118,7 +120,7 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
     save_steps: int = option(100, help="write a checkpoint to resume from every N steps")
     logging_steps: int = option(10, help="log every N steps")
     resume: bool = option(True, help="continue from the last checkpoint in output, if there is one")
-    tensorboard: bool = option(True, help="write TensorBoard logs to output/logs")
+    tensorboard: bool = option(True, help="write TensorBoard logs to OUTPUT-run/logs")
 
     def __post_init__(self) -> None:
         if self.skip_rate is not None:

@@ -69,16 +69,20 @@ def decoder_layers(model: nn.Module, unit: str = "block") -> LayerStack:
             f"{name} is an encoder-decoder model; firstlm routes decoder-only models, "
             "where the prompt passes the same layers that generate."
         )
-    if getattr(base, "_is_stateful", False) or _has_recurrent_layers(config):
+    text_config = config.get_text_config(decoder=True)
+    if getattr(base, "_is_stateful", False) or _has_recurrent_layers(text_config):
         raise UnsupportedModelError(
-            f"{name} keeps a recurrent (state-space or linear-attention) state; skipping its layers "
-            "per prompt is not supported. Models built of attention layers are."
+            f"{name} keeps more than keys and values (a state-space, linear-attention or compressed "
+            "state); skipping its layers per prompt is not supported. Models with plain attention are."
         )
     if not (hasattr(base, "can_generate") and base.can_generate()):
         raise UnsupportedModelError(
             f"{name} cannot generate text. Load it with AutoModelForCausalLM instead."
         )
-    text_config = config.get_text_config(decoder=True)
+    if "past_key_values" not in inspect.signature(base.forward).parameters:
+        raise UnsupportedModelError(
+            f"{name} takes no KV cache (past_key_values), in which decisions would ride."
+        )
     modules = _find_list(base, text_config.num_hidden_layers)
     if unit == "block":
         units = modules
@@ -123,26 +127,28 @@ def _probe(
     base: nn.Module, modules: list[nn.Module], units: list[nn.Module]
 ) -> tuple[int, list[int]]:
     """Return hidden size and, per unit, how long a tuple it returns (0: a bare tensor)."""
-    shapes: dict[int, torch.Size] = {}
+    shapes: dict[str, torch.Size] = {}
     sizes: dict[int, int] = {}
 
-    def note_shape(layer: int):
+    def note_shape(key: str):
         def hook(_module, args, kwargs):
-            shapes[layer] = (args[0] if args else kwargs["hidden_states"]).shape
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            shapes[key] = hidden.shape if isinstance(hidden, torch.Tensor) else torch.Size()
 
         return hook
 
     def note_size(layer: int):
         def hook(_module, _args, output):
-            sizes[layer] = len(output) if isinstance(output, tuple) else 0
+            if isinstance(output, tuple | torch.Tensor):
+                sizes[layer] = len(output) if isinstance(output, tuple) else 0
 
         return hook
 
-    hooks = [
-        module.register_forward_pre_hook(note_shape(i), with_kwargs=True)
-        for i, module in enumerate(modules)
-    ]
-    hooks += [unit.register_forward_hook(note_size(i)) for i, unit in enumerate(units)]
+    hooks = [unit.register_forward_hook(note_size(i)) for i, unit in enumerate(units)]
+    for kind, found in (("layer", modules), ("unit", units)):
+        for i, module in enumerate(found):
+            hook = note_shape(f"{kind} {i}")
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     was_training = base.training
     try:
         base.eval()
@@ -153,13 +159,13 @@ def _probe(
         base.train(was_training)
         for hook in hooks:
             hook.remove()
-    whole = len(shapes) == len(sizes) == len(modules)
+    whole = len(shapes) == 2 * len(modules) and len(sizes) == len(modules)
     if not whole or any(len(shape) != 3 for shape in shapes.values()):
         raise UnsupportedModelError(
             f"{type(base).__name__} does not pass [batch, tokens, hidden] through each of its "
             f"{len(modules)} layers once; firstlm cannot route it."
         )
-    return shapes[0][-1], [sizes[i] for i in range(len(modules))]
+    return shapes["layer 0"][-1], [sizes[i] for i in range(len(modules))]
 
 
 def _kv_producers(config: object) -> frozenset[int]:

@@ -7,6 +7,7 @@ Saving and loading are in `artifact.py`.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from firstlm import artifact
-from firstlm.cache import SkipCache, make_cache
+from firstlm.cache import SkipCache, StaticSkipCache, make_cache
 from firstlm.config import PREFILL_MODES, RouterConfig, check_skip_rate
 from firstlm.errors import ConfigError
 from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
@@ -92,7 +93,7 @@ class FirstModel(nn.Module):
     def __init__(self, base: nn.Module, config: RouterConfig, tokenizer: Any = None) -> None:
         super().__init__()
         self.base = base
-        self.config = config
+        self.router_config = config
         self.tokenizer = tokenizer
         self.routing = Routing(base, config.unit)
         stack = self.routing.stack
@@ -101,6 +102,7 @@ class FirstModel(nn.Module):
             router.to(next(module.parameters()).device)
         self.thresholds = Thresholds()
         self.base_id: str | None = getattr(base.config, "_name_or_path", None) or None
+        self.adapter_dtype: torch.dtype | None = None  # number format in which LoRA is saved
         self.training_record: dict[str, Any] = {}
         self.results: dict[str, Any] = {}
         self.routing.attach()
@@ -144,6 +146,11 @@ class FirstModel(nn.Module):
     def layer_count(self) -> int:
         """Number of decoder layers."""
         return len(self.routing.stack)
+
+    @property
+    def config(self) -> Any:
+        """The base model's config."""
+        return self.base.config
 
     @property
     def device(self) -> torch.device:
@@ -238,9 +245,43 @@ class FirstModel(nn.Module):
             state = self.new_state(attention_mask if prompt_mask is None else prompt_mask, policy)
         with self.routing.tracing(state):
             output = self.base(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=False,
+                **self._positions(attention_mask) | kwargs,
             )
         return output, state
+
+    def _positions(self, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Count each row's own tokens from 0, as transformers' `generate` does for padded rows."""
+        base: Any = self.base.get_base_model() if self.has_adapter else self.base
+        if "position_ids" not in inspect.signature(base.forward).parameters:
+            return {}
+        if bool(attention_mask.all()):
+            return {}
+        positions = attention_mask.long().cumsum(1) - 1
+        return {"position_ids": positions.masked_fill(attention_mask == 0, 0)}
+
+    @torch.no_grad()
+    def decide(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        policy: Policy | None = None,
+        skip_rate: float | None = None,
+        prefill: str = "skip",
+    ) -> RoutingState:
+        """Run prompts [batch, tokens] through the layers only and return what was decided."""
+        state = self.new_state(attention_mask.to(self.device), policy, skip_rate, prefill)
+        base: Any = self.base.get_base_model() if self.has_adapter else self.base
+        with self.routing.tracing(state):
+            base.base_model(
+                input_ids=input_ids.to(self.device),
+                attention_mask=attention_mask.to(self.device),
+                use_cache=False,
+                **self._positions(attention_mask.to(self.device)),
+            )
+        return state
 
     @torch.no_grad()
     def generate(
@@ -290,13 +331,21 @@ class FirstModel(nn.Module):
         state.prompt_length = input_ids.shape[1]
         state.layer_calls = {"prefill": 0, "decode": 0}
         state.first_token_at = None
-        if kind == "static":  # transformers would compile the whole model around one mask
+        if isinstance(cache, StaticSkipCache):
+            self._check_static()
+            # Otherwise transformers would compile the whole model around one mask.
             generate_kwargs.setdefault("disable_compile", True)
+        if self.routing.stack.locked:
+            # As a tensor: transformers would cut prompts to the last token for layers that share
+            # keys and values, and their routers would see no more of them.
+            generate_kwargs.setdefault("logits_to_keep", torch.tensor([-1], device=self.device))
         hf = self.base.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=cache,
-            **{**generate_kwargs, "return_dict_in_generate": True},
+            # Some configs say use_cache=False (MPT, models that were trained), and transformers
+            # would then feed whole sequences into the cache again and again.
+            **{**generate_kwargs, "use_cache": True, "return_dict_in_generate": True},
         )
         end = time.perf_counter()
         first = state.first_token_at or end
@@ -310,6 +359,14 @@ class FirstModel(nn.Module):
             cache=cache,
             hf=hf,
         )
+
+    def _check_static(self) -> None:
+        base: Any = self.base.get_base_model() if self.has_adapter else self.base
+        if getattr(base, "_can_compile_fullgraph", True) is False:
+            raise ConfigError(
+                f"{type(base).__name__} is not made for static caches (GPT-Neo, for one, answers "
+                "wrongly with them); use cache_implementation='dynamic'."
+            )
 
     def _infer_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
         config = self.base.generation_config

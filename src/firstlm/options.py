@@ -80,9 +80,10 @@ def check(cfg: Any) -> None:
 
 def save_yaml(cfg: Any, path: str | Path) -> None:
     """Write every field of `cfg` to a YAML file that `--config` and `load_yaml` read back."""
-    text = yaml.safe_dump(
-        to_dict(cfg), sort_keys=False, allow_unicode=True, default_flow_style=None
-    )
+    values = to_dict(cfg)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    if yaml.safe_load(text) != values:  # PyYAML reads some line ends as others unless escaped
+        text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
     write_text(path, text)
 
 

@@ -142,7 +142,7 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto", **kw: Any) -
     shared = {k: kw[k] for k in ("revision", "trust_remote_code", "token", "cache_dir") if k in kw}
     _check_config(where, shared)
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch_dtype, **kw)
+        model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=torch_dtype, **kw)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise ConfigError(f"cannot load {name!r}: {_first_line(error)}") from error
@@ -230,7 +230,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: Any) -> str:
     """Return `config.embedding.layer`: a hash of the config, and signs of two weight matrices.
 
     Signs do not change with the number format, and adapters or routers leave them alone.
@@ -264,8 +264,7 @@ def _middle_matrix(model: nn.Module) -> torch.Tensor | None:
     for name, weight in model.named_parameters():
         match = re.search(r"\.(?:layers|h|blocks|block)\.(\d+)\.(.*)", name)
         if match and weight.dim() >= 2 and "lora_" not in name:
-            inner = match[2].replace("base_layer.", "")
-            layers.setdefault(int(match[1]), {})[inner] = weight
+            layers.setdefault(int(match[1]), {})[match[2]] = weight
     middle = layers.get(max(layers) // 2) if layers else None
     return middle[min(middle)] if middle else None
 

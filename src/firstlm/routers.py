@@ -33,7 +33,8 @@ class Router(nn.Module):
         """Map pooled prompts [prompts, hidden] to logits [prompts], in float32."""
         mean = mean.to(self.weight.device, torch.float32)
         weight = self.weight.float()
-        return ((mean - self.center) * self.scale) @ weight + self.bias.float()
+        # A product and a sum, not a matmul: autocast would take that to bfloat16.
+        return ((mean - self.center) * self.scale * weight).sum(-1) + self.bias.float()
 
     @torch.no_grad()
     def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ scope of `Routing.tracing(state)`.
 from __future__ import annotations
 
 import time
+from collections import UserDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -153,6 +154,12 @@ class RoutingState:
         self._totals[layer] = None
         answer = self.policy.decide(layer, PromptStates(total, self.prompt_mask))
         if self.decided(layer):  # a checkpointed layer replayed in backward: the answer stands
+            score = self.scores[layer]
+            if score is not None and answer.requires_grad and not score.requires_grad:
+                raise ConfigError(
+                    "Reentrant gradient checkpointing gives routers no gradient; enable it with "
+                    'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                )
             return
         if answer.dtype != torch.bool:
             self.scores[layer] = answer
@@ -373,8 +380,8 @@ def _take_rows(value: Any, rows: torch.Tensor, count: int, name: str = "") -> An
         return value
     if isinstance(value, tuple | list):
         return type(value)(_take_rows(item, rows, count, name) for item in value)
-    if isinstance(value, dict):
-        return {key: _take_rows(item, rows, count, name) for key, item in value.items()}
+    if isinstance(value, dict | UserDict):  # UserDict: keys and values shared between layers
+        return type(value)({key: _take_rows(v, rows, count, name) for key, v in value.items()})
     if type(value).__name__ == "BlockMask":
         raise UnsupportedModelError(
             "flex attention masks cannot be split by rows; load the model with "

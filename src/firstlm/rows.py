@@ -7,6 +7,7 @@ Knows nothing about prompts, templates or tokens: a row is a dict, a place is "f
 from __future__ import annotations
 
 import gzip
+import importlib
 import importlib.util
 import json
 import re
@@ -95,9 +96,9 @@ def _read_hub(path: str, split: str) -> Iterator[Row]:
     if importlib.util.find_spec("datasets") is None:
         raise DataError(
             f"{path}: there is no such file, and reading it as a hub dataset needs the package "
-            "datasets: pip install 'firstlm[datasets]'."
+            "datasets: pip install 'firstlm[hub]'."
         )
-    import datasets
+    datasets = importlib.import_module("datasets")
 
     parts = path.split("/")
     name, config = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the thresholds with which one artifact meets many asked skip rates.
+
+One logit offset is added to all routers. With prefill="skip" a router reads states that earlier
+skips have shaped, so an offset's rate is measured by really skipping (closed loop), and offsets
+are searched by bisection. With prefill="full" the logits do not depend on the offset: one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from tqdm.auto import tqdm
+
+from firstlm.config import CalibrateConfig
+from firstlm.data import encode_prompt, load_examples, pad_left
+from firstlm.errors import ConfigError, DataError
+from firstlm.model import FirstModel
+from firstlm.policies import RouterPolicy
+
+RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50)
+TOLERANCE = 0.004  # of the measured rate, where the search ends early
+SEARCH_STEPS = 10
+
+
+def calibrate(
+    model: FirstModel,
+    prompts: Sequence[Sequence[int]],
+    rates: Sequence[float] = RATES,
+    prefill_modes: Sequence[str] = ("skip", "full"),
+    batch_size: int = 16,
+    pad_token_id: int = 0,
+    progress: bool = True,
+) -> None:
+    """Measure `model.thresholds` on validation prompts (lists of token ids).
+
+    Args:
+        model: a model whose routers are trained.
+        prompts: token ids of prompts as inference sees them, 100 or more for rates within a point.
+        rates: skip rates to serve; those in between are interpolated.
+        prefill_modes: modes to serve.
+        batch_size: prompts per forward pass.
+        pad_token_id: id to pad with.
+        progress: show a progress bar.
+    """
+    if not prompts:
+        raise DataError("Calibration needs prompts, but there are none.")
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    batches = [
+        pad_left([prompts[i] for i in order[j : j + batch_size]], pad_token_id)
+        for j in range(0, len(order), batch_size)
+    ]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), tqdm(disable=not progress, desc="calibrating", unit="pass") as bar:
+        for mode in prefill_modes:
+            measure = _full_rates(model, batches, bar) if mode == "full" else None
+            known: dict[float, float] = {}
+
+            def rate_at(offset: float, measure=measure, known=known) -> float:
+                if offset not in known:
+                    known[offset] = (
+                        measure(offset) if measure else _closed_loop_rate(model, batches, offset)
+                    )
+                    bar.update()
+                return known[offset]
+
+            model.thresholds.table[mode] = _table(rate_at, known, sorted(rates))
+    model.train(was_training)
+
+
+def _table(
+    rate_at: Callable[[float], float], known: dict[float, float], rates: Sequence[float]
+) -> list[tuple[float, float, float]]:
+    """Find the offset for every rate; a rate that cannot be told from the one before is left out."""
+    rows: list[tuple[float, float, float]] = []
+    for wanted in rates:
+        offset, found = _search(rate_at, known, wanted)
+        if not rows or (offset < rows[-1][1] and found > rows[-1][2]):
+            rows.append((wanted, offset, found))
+    return rows
+
+
+def _search(
+    rate_at: Callable[[float], float], known: dict[float, float], wanted: float
+) -> tuple[float, float]:
+    """Return the (offset, rate) closest to the wanted rate; more is skipped as the offset falls.
+
+    Starts from what earlier searches measured, and cuts the bracket where a straight line between
+    its ends would meet the wanted rate.
+    """
+    rate_at(0.0)
+    for _ in range(SEARCH_STEPS):
+        best = min(known, key=lambda offset: abs(known[offset] - wanted))
+        if abs(known[best] - wanted) <= TOLERANCE:
+            break
+        above = [o for o in known if known[o] > wanted]
+        below = [o for o in known if known[o] <= wanted]
+        if not above:
+            rate_at(min(below) - max(1.0, abs(min(below))))
+        elif not below:
+            rate_at(max(above) + max(1.0, abs(max(above))))
+        else:
+            low, high = max(above), min(below)
+            share = (known[low] - wanted) / (known[low] - known[high])
+            # Rates rise in steps, so a line through the ends may not get off one; stay inside.
+            rate_at(low + (high - low) * min(max(share, 0.1), 0.9))
+    best = min(known, key=lambda offset: abs(known[offset] - wanted))
+    return best, known[best]
+
+
+def _closed_loop_rate(model: FirstModel, batches: list, offset: float) -> float:
+    skipped, count = 0.0, 0
+    for ids, mask in batches:
+        state = model.decide(ids, mask, RouterPolicy(model.routers, offset))
+        skipped += float((~state.keep).float().mean(1).sum())
+        count += len(ids)
+    return skipped / count
+
+
+def _full_rates(model: FirstModel, batches: list, bar: tqdm):
+    """Score every prompt once with all layers running; return the rate as a function of offset."""
+    scores = []
+    for ids, mask in batches:
+        state = model.decide(ids, mask, RouterPolicy(model.routers), prefill="full")
+        scores.append(torch.stack([s.cpu() for s in state.scores if s is not None], 1))
+        bar.update()
+    logits = torch.cat(scores)
+    free = [i for i in range(model.layer_count) if i not in model.routing.stack.locked]
+    return lambda offset: float((logits[:, free] + offset < 0).sum() / logits.numel())
+
+
+def run(options: CalibrateConfig) -> int:
+    """Calibrate an artifact on the user's prompts and save it (`firstlm calibrate`)."""
+    model = FirstModel.from_pretrained(
+        options.artifact, base=options.model, dtype=options.dtype, device=options.device
+    )
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ConfigError("The base model has no tokenizer.")
+    examples = load_examples(
+        options.data, template=options.template, tokenizer=tokenizer, limit=options.limit
+    )
+    prompts = [encode_prompt(example, tokenizer) for example in examples]
+    calibrate(model, prompts, batch_size=options.batch_size, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(options.output or options.artifact)
+    print(f"{'asked':>7} {'measured':>9} {'offset':>8}   prefill")
+    for mode, rows in model.thresholds.table.items():
+        for asked, offset, measured in rows:
+            print(f"{asked:7.2f} {measured:9.3f} {offset:8.3f}   {mode}")
+    return 0

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses of the paper (arXiv 2410.12513, section 3.2), and the forward pass they need."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from firstlm.data import IGNORE
+from firstlm.model import FirstModel
+from firstlm.routing import RoutingState
+
+
+def answer_logits(
+    first: FirstModel,
+    inputs: dict[str, torch.Tensor],
+    state: RoutingState,
+    call: nn.Module | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a left-padded batch and return logits [batch, tokens, vocab] with labels, answers only.
+
+    Left padding puts answers last, and only they need the vocabulary-sized matmul.
+
+    Args:
+        first: the model.
+        inputs: what `Collator` makes.
+        state: the decisions to take or obey.
+        call: what to call in the model's place, where something wraps it (DDP).
+    """
+    labels, kwargs = inputs["labels"], dict[str, Any]()
+    base = first.base.get_base_model() if first.has_adapter else first.base
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+        start = max(int((labels != IGNORE).any(0).nonzero()[0]) - 1, 0)
+        # As indices: a slice would be a strided view, which is many times slower on the CPU.
+        kwargs["logits_to_keep"] = torch.arange(start, labels.shape[1], device=labels.device)
+        labels = labels[:, start:]
+    output, _ = (call or first)(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        state=state,
+        **kwargs,
+    )
+    return output.logits, labels
+
+
+def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return summed next-token cross-entropy and number of answer tokens, both [batch]."""
+    logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return losses.view(labels.shape).sum(1), (labels != IGNORE).sum(1)
+
+
+def answer_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean next-token cross-entropy over answer tokens.
+
+    Args:
+        logits: [batch, tokens, vocab]; position t predicts token t + 1.
+        labels: [batch, tokens], -100 where there is no loss.
+    """
+    logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    wanted = labels != IGNORE
+    return F.cross_entropy(logits[wanted].float(), labels[wanted])
+
+
+def non_skip_penalty(rho: torch.Tensor) -> torch.Tensor:
+    """Return sum_i rho_i, averaged over the batch; `rho` is [batch, layers]."""
+    return rho.sum(1).mean()

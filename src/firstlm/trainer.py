@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' Trainer for FiRST: what one optimizer step computes, logs and saves.
+
+Checkpoints hold only what trains (routers or LoRA) and the rate driver, besides what Trainer
+writes itself, so they are small and resume exactly.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.helpers import disable_input_dtype_casting
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from firstlm.data import IGNORE, Encoded
+from firstlm.losses import answer_cross_entropy, answer_logits, non_skip_penalty
+from firstlm.model import FirstModel
+from firstlm.policies import Policy, RouterPolicy, RunAll
+from firstlm.rates import RateDriver
+from firstlm.routing import RoutingState
+
+WEIGHTS_FILE = "trainable.safetensors"
+DRIVER_FILE = "driver.json"
+
+
+class FirstTrainer(Trainer):
+    """Trains routers (phase 1) or LoRA (phase 2) of a `FirstModel`.
+
+    Args:
+        first: the model; what requires gradients is trained.
+        driver: chooses rates and holds alpha; None trains with all layers running.
+        gate: gate mode of the forward pass.
+        prefill: "skip" or "full".
+        l2: weight of the squared router weights.
+        log_path: JSON lines with every logged step, per-layer skip rates included.
+        kwargs: as for transformers' Trainer; datasets are lists of `Encoded`.
+    """
+
+    def __init__(
+        self,
+        first: FirstModel,
+        driver: RateDriver | None,
+        gate: str,
+        prefill: str,
+        l2: float,
+        log_path: Path,
+        **kwargs: Any,
+    ) -> None:
+        self.first, self.driver, self.gate = first, driver, gate
+        self.prefill, self.l2, self.log_path = prefill, l2, log_path
+        self._sums: dict[str, float] = {}
+        self._skipped = torch.zeros(first.layer_count)
+        self._batches = 0
+        super().__init__(model=first, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+    def _policy(self, rate: float | None) -> Policy:
+        if self.driver is None:
+            return RunAll()
+        return RouterPolicy(self.first.routers, self.driver.offset(rate))
+
+    def _run(
+        self, inputs: dict[str, torch.Tensor], rate: float | None, gate: str, scope: ExitStack
+    ) -> tuple[torch.Tensor, RoutingState]:
+        """Return the answer cross-entropy of a batch and what it decided."""
+        state = self.first.new_state(
+            inputs["prompt_mask"], self._policy(rate), prefill=self.prefill, gate=gate
+        )
+        # Checkpointed layers are replayed in backward, so the scope must outlast the forward.
+        scope.enter_context(self.first.routing.tracing(state))
+        if self.args.bf16 and self.first.has_adapter:
+            scope.enter_context(disable_input_dtype_casting(self.first.base))
+        logits, labels = answer_logits(self.first, inputs, state, self.model_wrapped)
+        return answer_cross_entropy(logits, labels), state
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Do one forward and backward pass within the scope of its decisions."""
+        with ExitStack() as self._scope:
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Return CE + lambda * ||w||^2 + alpha * sum_i rho_i (the paper's equation 4)."""
+        rate = self.driver.sample() if self.driver else None
+        ce, state = self._run(inputs, rate, self.gate, self._scope)
+        loss = ce
+        skip = 1 - state.keep.float().mean(0)
+        rho = state.rho
+        if self.driver is not None and rho is not None:
+            loss = loss + self.driver.alpha * non_skip_penalty(rho)
+            if self.l2:
+                loss = loss + self.l2 * self.first.routers.squared_norm()
+            self.driver.update(rate, float(skip.mean()))
+        self._note(rate, float(ce.detach()), skip, rho)
+        return loss
+
+    def _note(
+        self, rate: float | None, ce: float, skip: torch.Tensor, rho: torch.Tensor | None
+    ) -> None:
+        primary = self.driver is None or rate == self.driver.primary
+        name = "" if primary else f"_at_{rate}"
+        values = {f"ce{name}": ce, f"skip_rate{name}": float(skip.mean())}
+        if rho is not None and primary:
+            values["mean_rho"] = float(rho.detach().mean())
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+            self._sums[f"#{key}"] = self._sums.get(f"#{key}", 0.0) + 1
+        if primary:
+            self._skipped += skip
+            self._batches += 1
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add cross-entropy, skip rate, mean rho and alpha to what Trainer logs."""
+        if "loss" in logs and self._sums:
+            for key in [k for k in self._sums if not k.startswith("#")]:
+                logs[key] = round(self._sums[key] / self._sums[f"#{key}"], 4)
+            if self.driver is not None:
+                logs["alpha"] = round(self.driver.alpha, 5)
+            by_layer = self._skipped / max(self._batches, 1)
+            mostly = [i for i, share in enumerate(by_layer.tolist()) if share > 0.5]
+            line = {
+                "step": self.state.global_step,
+                **logs,
+                "mostly_skipped": mostly,
+                "skip_rate_by_layer": [round(x, 3) for x in by_layer.tolist()],
+            }
+            with self.log_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            if self.driver is not None and not self.args.disable_tqdm:
+                self._say(f"layers mostly skipped: {mostly}")
+            self._sums.clear()
+            self._skipped.zero_()
+            self._batches = 0
+        super().log(logs, *args, **kwargs)
+
+    @staticmethod
+    def _say(text: str) -> None:
+        from tqdm.auto import tqdm
+
+        tqdm.write(text)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Measure the hard cross-entropy and skip rate at the primary rate."""
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        total, tokens, skips, count = 0.0, 0, 0.0, 0
+        self.first.eval()
+        rate = self.driver.primary if self.driver else None
+        with torch.no_grad():
+            for inputs in dataloader:
+                inputs = self._prepare_inputs(inputs)
+                with ExitStack() as scope:
+                    ce, state = self._run(inputs, rate, "hard", scope)
+                weight = int((inputs["labels"] != IGNORE).sum())
+                total, tokens = total + float(ce) * weight, tokens + weight
+                skips, count = skips + float((~state.keep).float().mean(1).sum()), count + len(state.keep)
+        self.first.train()
+        metrics = {f"{prefix}_loss": total / tokens, f"{prefix}_skip_rate": skips / count}
+        from transformers.trainer_utils import EvalLoopOutput
+
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build AdamW over what trains; a router's weights step so that its logit moves by about lr."""
+        if self.optimizer is None:
+            rate = self.args.learning_rate
+            routers = {id(p) for router in self.first.routers for p in [router.weight]}
+            hidden = self.first.routing.stack.hidden_size
+            trained = [p for p in self.first.parameters() if p.requires_grad]
+            groups = [
+                {"params": [p for p in trained if id(p) not in routers], "lr": rate},
+                {"params": [p for p in trained if id(p) in routers], "lr": rate / hidden**0.5},
+            ]
+            self.optimizer = torch.optim.AdamW(
+                [g for g in groups if g["params"]], lr=rate, weight_decay=0.0
+            )
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data: list[Encoded] = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(item.prompt_ids) + len(item.answer_ids) for item in data]
+        generator = torch.Generator().manual_seed(self.args.seed)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch, lengths=lengths, generator=generator)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            name: p.detach().cpu().contiguous()
+            for name, p in self.first.named_parameters()
+            if p.requires_grad
+        }
+        save_file(tensors, folder / WEIGHTS_FILE)
+        if self.driver is not None:
+            (folder / DRIVER_FILE).write_text(json.dumps(self.driver.state_dict()))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        folder = Path(resume_from_checkpoint)
+        self._load_weights(folder)
+        if self.driver is not None:
+            self.driver.load_state_dict(json.loads((folder / DRIVER_FILE).read_text()))
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None:
+            self._load_weights(Path(best))
+
+    def _load_weights(self, folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS_FILE)
+        parameters = dict(self.first.named_parameters())
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                parameters[name].copy_(tensor)
+
