@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
 
 LAYERS = 4
 HEADS = 4
@@ -69,31 +74,29 @@ GEMMA4 = {
 }
 SLIDING_THEN_FULL = {"layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2)}
 
+EXTRA = {"longcat_flash": MLA, "glm_moe_dsa": MLA}  # for families that are refused
 # Their own code is not for float64: fully masked rows become nan, or dtypes clash.
-FLOAT32 = frozenset(
-    (
-        "afmoe aria_text beam bloom cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 ernie4_5_moe "
-        "exaone_moe flex_olmo flint gemma2 glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granite_swa "
-        "granitemoe granitemoe_swa granitemoeshared hunyuan_v1_moe hy_v3 kolibri1 laguna mellum "
-        "mimo_v2_flash minimax_m2 minimax_m3_vl_text mixtral mpt olmoe phimoe qwen2_moe qwen3_moe "
-        "solar_open vaultgemma xglm"
-    ).split()
-)
+FLOAT32 = _words("""
+    afmoe aria_text beam bloom cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 ernie4_5_moe
+    exaone_moe flex_olmo flint gemma2 glm4_moe glm4_moe_lite gpt_oss granite_swa
+    granitemoe granitemoe_swa granitemoeshared hunyuan_v1_moe hy_v3 kolibri1 laguna mellum
+    mimo_v2_flash minimax_m2 minimax_m3_vl_text mixtral mpt olmoe phimoe qwen2_moe qwen3_moe
+    solar_open vaultgemma xglm
+""")
 
 # Every family that must work: name -> (model_type, what its config needs besides COMMON).
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     name: (name, {})
-    for name in (
-        "afmoe apertus arcee aria_text beam biogpt bitnet bloom cohere cohere2 cohere2_moe cwm "
-        "diffllama doge ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma gemma2 glm "
-        "glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss granite granite_swa "
-        "granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 "
-        "hyperclovax jais2 jetmoe kolibri1 laguna llama mellum mimo_v2_flash minimax_m2 ministral "
-        "ministral3 mistral mixtral modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 "
-        "olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 "
-        "solar_open stablelm starcoder2 vaultgemma xglm lfm2 minimax_m3_vl_text "
-        "trocr ctrl"
-    ).split()
+    for name in _words("""
+        afmoe apertus arcee aria_text beam biogpt bitnet bloom cohere cohere2 cohere2_moe cwm
+        diffllama doge ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma gemma2 glm
+        glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss granite granite_swa
+        granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
+        hyperclovax jais2 jetmoe kolibri1 laguna llama mellum mimo_v2_flash minimax_m2 ministral
+        ministral3 mistral mixtral modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3
+        olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3
+        solar_open stablelm starcoder2 vaultgemma xglm lfm2 minimax_m3_vl_text ctrl
+    """)
 }
 FAMILIES |= {
     "codegen": ("codegen", {"rotary_dim": 4}),
@@ -104,7 +107,12 @@ FAMILIES |= {
             "n_heads": HEADS,
             "n_layers": LAYERS,
             "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-            "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+            "ffn_config": {
+                "hidden_size": 32,
+                "ffn_hidden_size": 32,
+                "moe_num_experts": 4,
+                "moe_top_k": 2,
+            },
         },
     ),
     "deepseek_v2": ("deepseek_v2", MLA),
@@ -122,7 +130,6 @@ FAMILIES |= {
         | {"layer_types": ["sliding_attention", "full_attention"] * 3},
     ),
     "glm4_moe_lite": ("glm4_moe_lite", MLA),
-    "glm_moe_dsa": ("glm_moe_dsa", MLA),
     "gpt_neo": (
         "gpt_neo",
         {"attention_types": [[["global", "local"], LAYERS // 2]], "window_size": WINDOW},
@@ -170,7 +177,7 @@ def make_model(name: str, dtype: torch.dtype | None = None, seed: int = 0, **mor
     return model
 
 
-@lru_cache(maxsize=None)
+@cache
 def family(name: str) -> Any:
     """Return the shared model of a family; put its forwards back after use."""
     return make_model(name)
@@ -205,23 +212,30 @@ def masks(layers: int = LAYERS) -> dict[str, list[bool]]:
 
 
 def mixed(rows: int, layers: int = LAYERS) -> torch.Tensor:
-    """Return [rows, layers] with a different mask in each row, none of them keeping layer 1."""
-    return torch.tensor([[bool((row + 3) >> i & 1) and i != 1 for i in range(layers)] for row in range(rows)])
+    """Return [rows, layers]: no row keeps layer 1, and most keep each of the others."""
+    return torch.tensor(
+        [[i != 1 and (7 * row + 5 * i) % 4 != 0 for i in range(layers)] for row in range(rows)]
+    )
 
 
 @contextmanager
 def discarding(
-    keep: torch.Tensor, layers: list[nn.Module], units: list[nn.Module] | None = None
+    keep: torch.Tensor,
+    layers: list[nn.Module],
+    units: list[nn.Module] | None = None,
+    decode_only: bool = False,
 ) -> Iterator[None]:
     """Compute every unit, but throw its output away where `keep` [rows, layers] is False.
 
     Without `units` a layer's output becomes its input; a sub-module's becomes zero, or the residual
-    that it was given to add.
+    that it was given to add. `decode_only` leaves passes over several tokens alone.
     """
 
     def hook_for(layer: int, inner: bool) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             new = output[0] if isinstance(output, tuple) else output
+            if decode_only and new.shape[1] > 1:
+                return output
             old = args[0] if args else kwargs["hidden_states"]
             if inner:
                 residual = kwargs.get("residual")
@@ -229,7 +243,8 @@ def discarding(
                     residual = args[1]
                 old = torch.zeros_like(new) if residual is None else residual
             rows = keep[:, layer] if keep.dim() == 2 else keep[layer].expand(new.shape[0])
-            rows = rows.repeat_interleave(new.shape[0] // len(rows)).view(-1, 1, 1)
+            rows = rows.repeat_interleave(new.shape[0] // len(rows))
+            rows = rows.view(-1, *[1] * (new.dim() - 1))
             new = torch.where(rows, new, old)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
@@ -251,7 +266,7 @@ def _names(module: nn.Module) -> tuple[str, ...]:
 
 
 def decode(model: Any, ids: torch.Tensor, mask: torch.Tensor, new: int = 6, **more: Any) -> Any:
-    """Generate greedily with a FirstModel or a base; returns (tokens, logits [rows, new, vocab])."""
+    """Generate greedily with a FirstModel or a base; return tokens, and logits per step."""
     with torch.no_grad():
         output = model.generate(
             input_ids=ids,

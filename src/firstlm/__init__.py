@@ -6,13 +6,11 @@ Names are imported when first used, so that `firstlm --help` doesn't wait for to
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module, metadata
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from firstlm.calibrate import calibrate
+    from firstlm.calibration import calibrate
     from firstlm.config import RouterConfig, TrainConfig
     from firstlm.errors import FirstError
     from firstlm.model import FirstModel
@@ -43,7 +41,7 @@ _HOMES = {
     "RouterPolicy": "policies",
     "RunAll": "policies",
     "TrainConfig": "config",
-    "calibrate": "calibrate",
+    "calibrate": "calibration",
     "train_lora": "train",
     "train_routers": "train",
 }
@@ -65,13 +63,3 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
-
-class _Package(ModuleType):
-    """Keeps the function `calibrate` when the import system binds the file of the same name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

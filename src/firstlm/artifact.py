@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import firstlm
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from firstlm.config import RouterConfig
+from firstlm.config import UNITS, RouterConfig
 from firstlm.errors import ArtifactError
 from firstlm.pretrained import SAME_BASE, fingerprint, load_base, same_base
-from firstlm.results import atomic_dir, provenance, write_json
+from firstlm.results import atomic_dir, write_json
 
 if TYPE_CHECKING:
     from firstlm.model import FirstModel
@@ -36,7 +37,7 @@ def save(model: FirstModel, path: str) -> None:
     base = model.base.get_base_model() if model.has_adapter else model.base
     config = {
         "format_version": FORMAT_VERSION,
-        "firstlm_version": provenance()["firstlm"],
+        "firstlm_version": firstlm.__version__,
         "base_model": {"id": model.base_id, "revision": None, "fingerprint": fingerprint(base)},
         "router_config": asdict(model.router_config),
         "layers": model.layer_count,
@@ -119,6 +120,7 @@ def load(
     """Load an artifact; see `FirstModel.from_pretrained`."""
     folder = find(path_or_id)
     config = read_config(folder)
+    router_config, table = _parse(config, folder)
     tensors = read_routers(folder)
     wanted = config["base_model"]
     if base is None:
@@ -141,25 +143,55 @@ def load(
     adapter = folder / ADAPTER_DIR
     if adapter.is_dir():
         base = _load_adapter(base, adapter)
-    model = cls(base, RouterConfig(**config["router_config"]), tokenizer)
+    model = cls(base, router_config, tokenizer)
     _fill_routers(model, tensors, folder)
     model.base_id = base_id
-    model.thresholds.table = {
-        mode: [(float(a), float(b), float(c)) for a, b, c in rows]
-        for mode, rows in config["thresholds"].items()
-    }
+    model.thresholds.table = table
     model.training_record = config.get("training", {})
     model.results = config.get("results", {})
     return model.eval()
 
 
+def _parse(
+    config: dict[str, Any], folder: Path
+) -> tuple[RouterConfig, dict[str, list[tuple[float, float, float]]]]:
+    """Return the router config and the threshold table out of first_config.json."""
+    try:
+        router_config = RouterConfig(**config["router_config"])
+        if router_config.unit not in UNITS:
+            raise ValueError(f"unit {router_config.unit!r}")
+        if not {"id", "fingerprint"} <= set(config["base_model"]):
+            raise ValueError("base_model lacks id or fingerprint")
+        return router_config, {
+            mode: [(float(a), float(b), float(c)) for a, b, c in rows]
+            for mode, rows in config["thresholds"].items()
+        }
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ArtifactError(
+            f"{folder / CONFIG_FILE} is damaged ({error}). Copy or train the artifact again."
+        ) from error
+
+
+def shipped() -> dict[str, Path]:
+    """Return the artifacts that come with the package, by name."""
+    folder = Path(__file__).parent / "artifacts"
+    return {f.name: f for f in sorted(folder.iterdir())} if folder.is_dir() else {}
+
+
 def find(path_or_id: str) -> Path:
-    """Return the local folder of an artifact, fetched from the hub if it is a hub id."""
+    """Return an artifact's folder: a local one, one that is shipped, or fetched from the hub."""
     folder = Path(path_or_id).expanduser()
-    if folder.exists() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/")):
-        if not folder.is_dir():
-            raise ArtifactError(f"There is no artifact folder {path_or_id!r}.")
+    if folder.is_dir():
         return folder
+    known = shipped()
+    if str(path_or_id) in known:
+        return known[str(path_or_id)]
+    if str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/", "~")):
+        names = ", ".join(known) or "none"
+        raise ArtifactError(
+            f"There is no artifact {path_or_id!r}: no such folder, and it is neither shipped with "
+            f"firstlm ({names}) nor a hub id (owner/name)."
+        )
     from huggingface_hub import snapshot_download
 
     try:

@@ -8,6 +8,7 @@ per layer themselves, and hold for each layer only the rows (sequences) that run
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,6 +148,16 @@ class DynamicSkipCache(SkipCache, DynamicCache):
 
 class StaticSkipCache(SkipCache, StaticCache):
     """A preallocated cache with holes; a layer that no row runs is never allocated."""
+
+    @property
+    def room(self) -> int:
+        """Tokens that fit; sliding layers roll over and set no bound."""
+        bounds = [
+            slot.max_cache_len
+            for slot in self.layers
+            if hasattr(slot, "max_cache_len") and not slot.is_sliding
+        ]
+        return min(bounds, default=sys.maxsize)
 
 
 def make_cache(config: Any, state: RoutingState, kind: str = "dynamic", max_len: int = 0) -> SkipCache:

@@ -40,7 +40,7 @@ COMMANDS = {
         "firstlm.diagnose", "firstlm.config.DiagnoseConfig", "check that a routed model works"
     ),
     "calibrate": Command(
-        "firstlm.calibrate",
+        "firstlm.calibration",
         "firstlm.config.CalibrateConfig",
         "measure thresholds for asked skip rates on your prompts",
     ),

@@ -101,11 +101,15 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
     alpha_lr: float = option(0.05, help="step of the driver that adapts alpha to meet skip_rate")
     l2: float = option(0.01, help="weight of the L2 penalty on router weights (lambda)")
     warm_start: int = option(
-        8, help="examples on which layers are ranked to start the routers from (0: no ranking)"
+        16, help="examples on which layers are ranked to start the routers from (0: no ranking)"
     )
-    router_steps: int = option(200, help="optimizer steps of phase 1")
-    router_lr: float = option(0.02, help="learning rate of phase 1: about how far a logit moves")
-    lora_steps: int = option(600, help="optimizer steps of phase 2")
+    adapt_steps: int = option(
+        100, help="LoRA steps with all layers before phase 1, so that routers see a model that can "
+        "do the task (0: the paper's order)"
+    )
+    router_steps: int = option(100, help="optimizer steps of phase 1")
+    router_lr: float = option(0.005, help="learning rate of phase 1: about how far a logit moves")
+    lora_steps: int = option(400, help="optimizer steps of phase 2")
     lora_lr: float = option(1e-3, help="learning rate of phase 2")
     lora_rank: int = option(8, help="rank of the LoRA matrices")
     lora_alpha: int = option(16, help="scale of the LoRA matrices")
@@ -129,7 +133,7 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
             check_skip_rate(rate, "skip_rates")
         if self.skip_rates and self.skip_rate is None:
             raise ConfigError("skip_rates needs skip_rate, the rate that thresholds of 0.5 serve.")
-        for name in ("router_steps", "lora_steps"):
+        for name in ("adapt_steps", "router_steps", "lora_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more.")
         positive = (

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from firstlm.errors import UnsupportedModelError
+from firstlm.config import UNITS
+from firstlm.errors import ConfigError, UnsupportedModelError
 
 LIST_NAMES = ("layers", "h", "blocks", "block", "decoder_layers")
 SUBMODULES = {
@@ -59,6 +60,8 @@ def decoder_layers(model: nn.Module, unit: str = "block") -> LayerStack:
         UnsupportedModelError: encoder-decoder and state-space models, models that cannot generate,
             and models whose layers are not a plain stack over [batch, tokens, hidden].
     """
+    if unit not in UNITS:
+        raise ConfigError(f"unit is {unit!r}; expected one of {', '.join(UNITS)}.")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = type(base).__name__
     config = getattr(base, "config", None)
@@ -72,8 +75,9 @@ def decoder_layers(model: nn.Module, unit: str = "block") -> LayerStack:
     text_config = config.get_text_config(decoder=True)
     if getattr(base, "_is_stateful", False) or _has_recurrent_layers(text_config):
         raise UnsupportedModelError(
-            f"{name} keeps more than keys and values (a state-space, linear-attention or compressed "
-            "state); skipping its layers per prompt is not supported. Models with plain attention are."
+            f"{name} keeps more than keys and values (a state-space, linear-attention or "
+            "compressed state); its layers cannot be skipped per prompt. Those of models with "
+            "plain attention can."
         )
     if not (hasattr(base, "can_generate") and base.can_generate()):
         raise UnsupportedModelError(
@@ -84,6 +88,10 @@ def decoder_layers(model: nn.Module, unit: str = "block") -> LayerStack:
             f"{name} takes no KV cache (past_key_values), in which decisions would ride."
         )
     modules = _find_list(base, text_config.num_hidden_layers)
+    if "prev_topk_indices" in inspect.signature(type(modules[0]).forward).parameters:
+        raise UnsupportedModelError(
+            f"Layers of {name} choose for later layers what these attend to; none can be skipped."
+        )
     if unit == "block":
         units = modules
     else:
@@ -139,6 +147,11 @@ def _probe(
 
     def note_size(layer: int):
         def hook(_module, _args, output):
+            if isinstance(output, tuple) and any(isinstance(o, nn.Parameter) for o in output):
+                raise UnsupportedModelError(
+                    f"{type(base).__name__} adds a bias outside the module that is to be switched, "
+                    "so it would not be skipped whole. Use unit='block' for this model."
+                )
             if isinstance(output, tuple | torch.Tensor):
                 sizes[layer] = len(output) if isinstance(output, tuple) else 0
 

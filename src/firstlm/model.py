@@ -315,7 +315,10 @@ class FirstModel(nn.Module):
         if generate_kwargs.get("use_cache") is False:
             raise ConfigError("use_cache=False is not supported: decisions ride in the cache.")
         cache = generate_kwargs.pop("past_key_values", None)
-        kind = generate_kwargs.pop("cache_implementation", None) or "dynamic"
+        for name in ("use_cache", "return_dict_in_generate"):
+            generate_kwargs.pop(name, None)
+        asked = getattr(generate_kwargs.get("generation_config"), "cache_implementation", None)
+        kind = generate_kwargs.pop("cache_implementation", None) or asked or "dynamic"
         if attention_mask is None:
             attention_mask = self._infer_mask(input_ids)
         if cache is None:
@@ -332,7 +335,7 @@ class FirstModel(nn.Module):
         state.layer_calls = {"prefill": 0, "decode": 0}
         state.first_token_at = None
         if isinstance(cache, StaticSkipCache):
-            self._check_static()
+            self._check_static(cache, self._longest(input_ids.shape[1], generate_kwargs))
             # Otherwise transformers would compile the whole model around one mask.
             generate_kwargs.setdefault("disable_compile", True)
         if self.routing.stack.locked:
@@ -345,7 +348,10 @@ class FirstModel(nn.Module):
             past_key_values=cache,
             # Some configs say use_cache=False (MPT, models that were trained), and transformers
             # would then feed whole sequences into the cache again and again.
-            **{**generate_kwargs, "use_cache": True, "return_dict_in_generate": True},
+            **generate_kwargs,
+            use_cache=True,
+            cache_implementation=None,  # the cache is there, whatever the model's defaults ask for
+            return_dict_in_generate=True,
         )
         end = time.perf_counter()
         first = state.first_token_at or end
@@ -360,7 +366,12 @@ class FirstModel(nn.Module):
             hf=hf,
         )
 
-    def _check_static(self) -> None:
+    def _check_static(self, cache: StaticSkipCache, longest: int) -> None:
+        if longest > cache.room:
+            raise ConfigError(
+                f"The static cache has room for {cache.room} tokens, but {longest} may come; "
+                "ask for fewer new tokens, or start with a dynamic cache."
+            )
         base: Any = self.base.get_base_model() if self.has_adapter else self.base
         if getattr(base, "_can_compile_fullgraph", True) is False:
             raise ConfigError(

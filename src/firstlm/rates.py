@@ -35,6 +35,18 @@ class RateDriver:
         self.running: float | None = None
         self._random = random.Random(config.seed)
 
+    def start(self, logit_per_rate: float) -> None:
+        """Guess the other rates' offsets from how far apart in logits layers are in rank."""
+        for rate in self.offsets:
+            self.offsets[rate] = logit_per_rate * ((self.primary or 0.0) - rate)
+
+    def take_over(self, record: dict[str, Any]) -> None:
+        """Go on from where an earlier phase's driver ended (its `alpha` and `offsets`)."""
+        self.alpha = record.get("alpha") or self.alpha
+        for rate, offset in (record.get("offsets") or {}).items():
+            if float(rate) in self.offsets:
+                self.offsets[float(rate)] = offset
+
     def sample(self) -> float | None:
         """Return the rate to train in the next batch; None where alpha is set by hand."""
         if self.others and self._random.random() >= PRIMARY_SHARE:

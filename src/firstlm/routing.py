@@ -316,7 +316,8 @@ class Routing:
         if state.traced and (state.gate != "hard" or state.prefill == "full"):
             state.count_call()
             return _replace_hidden(
-                original(*args, **kwargs), lambda out: _blend(state, layer, out, bypass)
+                original(*args, **kwargs),
+                lambda out: _blend(state, layer, out.reshape(bypass.shape), bypass),
             )
         if rows is None:
             state.count_call()
@@ -329,7 +330,11 @@ class Routing:
         output = original(
             *(pick(a) for a in args), **{name: pick(a, name=name) for name, a in kwargs.items()}
         )
-        return _replace_hidden(output, lambda out: bypass.index_copy(0, rows, out), size)
+        # Llama 4's mixture of experts returns [rows * tokens, hidden].
+        shape = (len(rows), *bypass.shape[1:])
+        return _replace_hidden(
+            output, lambda out: bypass.index_copy(0, rows, out.reshape(shape)), size
+        )
 
 
 def _replace_hidden(output: Any, change: Any, drop_rest: int = 0) -> Any:

@@ -11,7 +11,8 @@ import os
 import random
 import shutil
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from firstlm.calibrate import RATES, calibrate
+from firstlm.calibration import RATES, calibrate
 from firstlm.config import RouterConfig, TrainConfig
 from firstlm.data import (
     Collator,
@@ -31,19 +32,20 @@ from firstlm.data import (
     split_validation,
 )
 from firstlm.errors import ConfigError, DataError
-from firstlm.importance import removal_order, start_from_order
+from firstlm.importance import SPACING, removal_order, start_from_order
 from firstlm.model import FirstModel
 from firstlm.options import load_yaml, save_yaml, to_dict
 from firstlm.policies import RunAll
 from firstlm.pretrained import load_base
 from firstlm.rates import RateDriver
 from firstlm.results import provenance, sha256_of
-from firstlm.trainer import FirstTrainer
+from firstlm.trainer import FirstTrainer, mixed_precision
 
 STATISTICS_PROMPTS = 64  # prompts on which router inputs are standardised
 VALIDATION_SHARE = 0.1
-CALIBRATION_PROMPTS = 192
+CALIBRATION_PROMPTS = 128
 RUN_FILE = "run.yaml"
+STEPS = {"adapt": "adapt_steps", "routers": "router_steps", "lora": "lora_steps"}
 
 
 def train_routers(
@@ -69,12 +71,13 @@ def train_routers(
     _freeze(model)
     model.routers.requires_grad_(True)
     record: dict[str, Any] = {}
+    driver = RateDriver(config)
     if config.warm_start and config.skip_rate:
         order = _removal_order(model, train, config)
         start_from_order(model, order, config.skip_rate)
+        driver.start(SPACING * model.layer_count)
         record["removal_order"] = order
     _standardise(model, train)
-    driver = RateDriver(config)
     record.update(_fit(model, train, validation, config, "routers", driver))
     model.routers.fold()
     return record
@@ -85,13 +88,40 @@ def train_lora(
     train: Sequence[Any],
     validation: Sequence[Any],
     config: TrainConfig | None = None,
+    routers: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Phase 2: train LoRA on attention and FFN projections, routers frozen, the penalty kept.
 
-    With `skip_rate` 0 all layers run: plain LoRA, for comparison. Arguments as for `train_routers`.
-    The checkpoint with the lowest validation cross-entropy is kept.
+    With `skip_rate` 0 all layers run: plain LoRA, for comparison. The checkpoint with the lowest
+    validation cross-entropy is kept. Arguments as for `train_routers`, and `routers`, what that
+    returned, to go on with its alpha and offsets.
     """
-    config = config or TrainConfig()
+    return _train_lora(model, train, validation, config or TrainConfig(), "lora", routers)
+
+
+def adapt_lora(
+    model: FirstModel,
+    train: Sequence[Any],
+    validation: Sequence[Any],
+    config: TrainConfig | None = None,
+) -> dict[str, Any]:
+    """Before phase 1: train LoRA for `adapt_steps` with all layers running.
+
+    Routers of a model that does not know the task yet learn from losses that say little; on one
+    that does, what a layer is worth shows. Arguments as for `train_routers`.
+    """
+    config = replace(config or TrainConfig(), skip_rate=0.0, skip_rates=None)
+    return _train_lora(model, train, validation, config, "adapt", None)
+
+
+def _train_lora(
+    model: FirstModel,
+    train: Sequence[Any],
+    validation: Sequence[Any],
+    config: TrainConfig,
+    phase: str,
+    routers: dict[str, Any] | None,
+) -> dict[str, Any]:
     train, validation = _encoded(model, train, config), _encoded(model, validation, config)
     set_seed(config.seed)
     if not model.has_adapter:
@@ -101,7 +131,9 @@ def train_lora(
         if "lora_" in name:
             parameter.requires_grad_(True)
     driver = RateDriver(config) if config.skip_rate != 0 else None
-    return _fit(model, train, validation, config, "lora", driver)
+    if driver is not None and routers:
+        driver.take_over(routers)
+    return _fit(model, train, validation, config, phase, driver)
 
 
 def _encoded(model: FirstModel, examples: Sequence[Any], config: TrainConfig) -> list[Encoded]:
@@ -122,7 +154,7 @@ def _removal_order(
     highest = max([config.skip_rate or 0.0, *(config.skip_rates or ())])
     picked = random.Random(config.seed).sample(train, min(config.warm_start, len(train)))
     model.eval()
-    with _autocast(model, config):
+    with mixed_precision(model):
         return removal_order(model, picked, _pad_id(model), highest + 0.05)
 
 
@@ -166,12 +198,6 @@ def _pad_id(model: FirstModel) -> int:
     return tokenizer.pad_token_id if tokenizer is not None and tokenizer.pad_token_id else 0
 
 
-def _autocast(model: FirstModel, config: TrainConfig):
-    if model.base.dtype != torch.bfloat16:
-        return nullcontext()
-    return torch.autocast(model.device.type, torch.bfloat16)
-
-
 def _fit(
     model: FirstModel,
     train: list[Encoded],
@@ -181,7 +207,7 @@ def _fit(
     driver: RateDriver | None,
 ) -> dict[str, Any]:
     """Run transformers' Trainer over what requires gradients, and resume it if it was interrupted."""
-    steps = config.router_steps if phase == "routers" else config.lora_steps
+    steps = getattr(config, STEPS[phase])
     work = work_folder(config)
     folder = work / "checkpoints" / phase
     folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +256,7 @@ def _fit(
 def _arguments(
     model: FirstModel, config: TrainConfig, phase: str, steps: int, folder: Path
 ) -> TrainingArguments:
-    lora = phase == "lora"
+    lora = phase != "routers"
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -241,7 +267,6 @@ def _arguments(
         lr_scheduler_type="cosine" if lora else "linear",
         warmup_steps=config.warmup,
         max_grad_norm=config.max_grad_norm,
-        bf16=model.base.dtype == torch.bfloat16,
         seed=config.seed,
         eval_strategy="steps",
         eval_steps=config.eval_steps,
@@ -288,14 +313,18 @@ def run(config: TrainConfig) -> int:
     if config.stage in ("both", "routers"):
         if config.resume and done.is_dir():
             print(f"Phase 1 is done ({done}); going on.")
-            finished = FirstModel.from_pretrained(str(done), base=model.base)
-            model.routers, record = finished.routers, {**record, **finished.training_record}
+            finished = FirstModel.from_pretrained(
+                str(done), base=model.detach(), tokenizer=model.tokenizer
+            )
+            model, record = finished, {**record, **finished.training_record}
         else:
+            if config.adapt_steps and config.stage == "both":
+                record["adapt"] = adapt_lora(model, train, validation, config)
             record["routers"] = train_routers(model, train, validation, config)
-            model.training_record = {"routers": record["routers"]}
+            model.training_record = {k: record[k] for k in ("adapt", "routers") if k in record}
             model.save_pretrained(str(done))
     if config.stage in ("both", "lora"):
-        record["lora"] = train_lora(model, train, validation, config)
+        record["lora"] = train_lora(model, train, validation, config, record.get("routers"))
         _round_adapter(model)
     prompts = [item.prompt_ids for item in validation[:CALIBRATION_PROMPTS]]
     if config.skip_rate != 0:
@@ -311,7 +340,7 @@ def run(config: TrainConfig) -> int:
 
 def prepare(config: TrainConfig) -> tuple[FirstModel, list[Encoded], list[Encoded]]:
     """Load the model and the encoded data of a run; nothing is written."""
-    base, tokenizer = load_base(config.model, **_load_options(config))
+    base, tokenizer = load_base(config.model, **load_options(config))
     if config.artifact is not None:
         model = FirstModel.from_pretrained(config.artifact, base=base, tokenizer=tokenizer)
     else:
@@ -332,7 +361,8 @@ def prepare(config: TrainConfig) -> tuple[FirstModel, list[Encoded], list[Encode
     return model, encoded[0], encoded[1]
 
 
-def _load_options(config: TrainConfig) -> dict[str, Any]:
+def load_options(config: TrainConfig) -> dict[str, Any]:
+    """Return how `load_base` shall load a run's base model."""
     options: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
     if config.dtype == "bfloat16" and config.device in ("cpu", "auto"):
         if not torch.cuda.is_available():

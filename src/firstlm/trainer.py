@@ -8,7 +8,8 @@ writes itself, so they are small and resume exactly.
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,7 @@ class FirstTrainer(Trainer):
         )
         # Checkpointed layers are replayed in backward, so the scope must outlast the forward.
         scope.enter_context(self.first.routing.tracing(state))
-        if self.args.bf16 and self.first.has_adapter:
-            scope.enter_context(disable_input_dtype_casting(self.first.base))
+        scope.enter_context(mixed_precision(self.first))
         logits, labels = answer_logits(self.first, inputs, state, self.model_wrapped)
         return answer_cross_entropy(logits, labels), state
 
@@ -222,3 +222,18 @@ class FirstTrainer(Trainer):
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
 
+
+@contextmanager
+def mixed_precision(first: FirstModel) -> Iterator[None]:
+    """Compute in bfloat16 where the base is held in it; routers and LoRA stay float32 masters.
+
+    Done here rather than by Trainer, which would leave a wrapped forward on the model.
+    """
+    if first.base.dtype != torch.bfloat16:
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(first.device.type, torch.bfloat16))
+        if first.has_adapter:  # peft would take every input to float32 and autocast back again
+            stack.enter_context(disable_input_dtype_casting(first.base))
+        yield

@@ -19,7 +19,7 @@ from firstlm.errors import ConfigError, DataError
 from firstlm.model import FirstModel
 from firstlm.policies import RouterPolicy
 
-RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50)
+RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40)
 TOLERANCE = 0.004  # of the measured rate, where the search ends early
 SEARCH_STEPS = 10
 

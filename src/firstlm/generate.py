@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: run the prompt, take one step, stream tokens with their times.
+
+Knows token ids only, no text. It takes the same tokens as `FirstModel.generate`, greedily or by
+sampling, and reads nothing but the end-of-sequence ids off the model's generation config; beams and
+logits processors are transformers' own, through `FirstModel.generate`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from firstlm.cache import SkipCache, StaticSkipCache, make_cache
+from firstlm.errors import ConfigError
+from firstlm.model import FirstModel, pad_on_the_left
+from firstlm.policies import Policy
+from firstlm.routing import RoutingState
+
+
+@dataclass
+class Decoding:
+    """Where a batch stands between two steps.
+
+    Attributes:
+        cache: keys, values and decisions of every row.
+        attention_mask: [batch, tokens so far], prompt padding on the left.
+        position_ids: [batch, 1] of the last token, or None where the model counts by itself.
+        logits: [batch, vocab] for the next token.
+    """
+
+    cache: SkipCache
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor | None
+    logits: torch.Tensor
+
+    @property
+    def state(self) -> RoutingState:
+        """The decisions of the batch."""
+        return self.cache.state
+
+
+@dataclass(frozen=True)
+class Token:
+    """One step of a stream.
+
+    Attributes:
+        ids: [batch] on the CPU; rows that were done before give the pad token.
+        seconds: since the call, less the time that the stream's reader took between tokens.
+        done: [batch] bool on the CPU: rows that have ended, with this token or before.
+        decoding: where the batch stands: `.state.keep`, `.state.layer_calls`, `.cache.kv_bytes`.
+    """
+
+    ids: torch.Tensor
+    seconds: float
+    done: torch.Tensor
+    decoding: Decoding
+
+
+@torch.no_grad()
+def prefill(
+    model: FirstModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    policy: Policy | None = None,
+    skip_rate: float | None = None,
+    prefill: str = "skip",
+    cache: str = "dynamic",
+    max_new_tokens: int = 128,
+) -> Decoding:
+    """Run prompts [batch, tokens] and decide which layers each of them runs from here on.
+
+    Args:
+        model: a routed model.
+        input_ids: [batch, tokens], padded on either side.
+        attention_mask: [batch, tokens]; as in `FirstModel.generate` where it is left out.
+        policy: what decides; default the routers.
+        skip_rate: share of layers to skip, met on average; needs a calibrated model.
+        prefill: "skip" (skipped layers do not see the prompt) or "full".
+        cache: "dynamic" or "static".
+        max_new_tokens: decode steps that a static cache has room for.
+    """
+    input_ids = input_ids.to(model.device)
+    if attention_mask is None:
+        attention_mask = model._infer_mask(input_ids)
+    input_ids, attention_mask = pad_on_the_left(input_ids, attention_mask.to(model.device))
+    state = model.new_state(attention_mask, policy, skip_rate, prefill)
+    longest = input_ids.shape[1] + max_new_tokens
+    kv = make_cache(model.base.config, state, cache, longest)
+    base: Any = model.base
+    if model.has_adapter:
+        base = base.get_base_model()
+    takes = inspect.signature(base.forward).parameters
+    if isinstance(kv, StaticSkipCache):
+        model._check_static(kv, longest)
+        if "position_ids" not in takes:  # BLOOM's alibi, for one, is as long as the mask
+            raise ConfigError(
+                f"{type(base).__name__} reads positions off its attention mask, which does not fit "
+                "a static cache in this loop; use a dynamic one, or FirstModel.generate."
+            )
+    extra: dict[str, Any] = {}
+    if "logits_to_keep" in takes:
+        # A tensor where layers share keys and values: for a number transformers would cut the
+        # prompt to its last token before those layers, and their routers would see no more of it.
+        locked = model.routing.stack.locked
+        extra["logits_to_keep"] = torch.tensor([-1], device=input_ids.device) if locked else 1
+    positions = None
+    if "position_ids" in takes:
+        positions = (attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 0)
+        extra["position_ids"] = positions
+    output = model.base(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        past_key_values=kv,
+        use_cache=True,
+        **extra,
+    )
+    last = None if positions is None else positions[:, -1:]
+    return Decoding(kv, attention_mask, last, output.logits[:, -1])
+
+
+@torch.no_grad()
+def decode_step(model: FirstModel, decoding: Decoding, token_ids: torch.Tensor) -> torch.Tensor:
+    """Append one token to every row and return the logits [batch, vocab] of the next.
+
+    `token_ids` is [batch]; `decoding` moves on in place.
+    """
+    mask, cache = decoding.attention_mask, decoding.cache
+    if isinstance(cache, StaticSkipCache) and mask.shape[1] >= cache.room:
+        raise ConfigError(
+            f"The static cache is full with {cache.room} tokens; raise prefill's max_new_tokens."
+        )
+    decoding.attention_mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    extra: dict[str, Any] = {}
+    if decoding.position_ids is not None:
+        decoding.position_ids = extra["position_ids"] = decoding.position_ids + 1
+    output = model.base(
+        input_ids=token_ids.to(mask.device).unsqueeze(1),
+        attention_mask=decoding.attention_mask,
+        past_key_values=cache,
+        use_cache=True,
+        **extra,
+    )
+    decoding.logits = output.logits[:, -1]
+    return decoding.logits
+
+
+_run_prompt = prefill  # `stream` has an option of that name
+
+
+def stream(
+    model: FirstModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    policy: Policy | None = None,
+    skip_rate: float | None = None,
+    prefill: str = "skip",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    eos_token_ids: int | Sequence[int] | None = None,
+    cache: str = "dynamic",
+) -> Iterator[Token]:
+    """Yield tokens as they come, until every row is done or `max_new_tokens` are there.
+
+    Args:
+        model: a routed model.
+        input_ids: [batch, tokens], padded on either side.
+        attention_mask: [batch, tokens].
+        policy: what decides which layers run; default the routers.
+        skip_rate: share of layers to skip; needs a calibrated model.
+        prefill: "skip" or "full".
+        max_new_tokens: steps to take at most.
+        temperature: 0 takes the likeliest token, above 0 samples.
+        top_p: sample from the likeliest tokens that make up this share.
+        seed: of sampling; None goes on from torch's own generator.
+        eos_token_ids: ids that end a row; default the model's own; () never ends one.
+        cache: "dynamic" or "static".
+    """
+    start = time.perf_counter()
+    _check_sampling(max_new_tokens, temperature, top_p)
+    ends = _end_ids(model, eos_token_ids)
+    pad = _pad_id(model, ends)
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(model.device).manual_seed(seed)
+    decoding = _run_prompt(
+        model, input_ids, attention_mask, policy, skip_rate, prefill, cache, max_new_tokens
+    )
+    done = torch.zeros(len(input_ids), dtype=torch.bool)
+    ids: torch.Tensor | None = None
+    for _ in range(max_new_tokens):
+        if ids is not None:
+            decode_step(model, decoding, ids)
+        ids = pick(decoding.logits, temperature, top_p, generator).cpu()
+        ids = ids.masked_fill(done, pad)
+        done = done | torch.isin(ids, ends)
+        now = time.perf_counter()
+        yield Token(ids, now - start, done, decoding)
+        start += time.perf_counter() - now
+        if bool(done.all()):
+            return
+
+
+def pick(
+    logits: torch.Tensor,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Choose one token [batch] from logits [batch, vocab]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    shares = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, order = shares.sort(-1, descending=True)
+        # A token stays if those before it do not make up the share yet; so the first always does.
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
+        shares = torch.zeros_like(shares).scatter(-1, order, ordered)
+    return torch.multinomial(shares, 1, generator=generator).squeeze(-1)
+
+
+def _check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
+    if not temperature >= 0:
+        raise ConfigError(f"temperature is {temperature}; expected 0 or more.")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p is {top_p}; expected a share above 0 and up to 1.")
+
+
+def _end_ids(model: FirstModel, ids: int | Sequence[int] | None) -> torch.Tensor:
+    """Return the ids that end a row, by default those of transformers' `generate`."""
+    if ids is None:
+        config: Any = model.base.generation_config
+        ids = config.eos_token_id
+    if ids is None:
+        ids = ()
+    return torch.tensor([ids] if isinstance(ids, int) else list(ids), dtype=torch.long)
+
+
+def _pad_id(model: FirstModel, ends: torch.Tensor) -> int:
+    """Return the id with which ended rows go on, as transformers' `generate` chooses it."""
+    config: Any = model.base.generation_config
+    pad = config.pad_token_id
+    if pad is not None:
+        return int(pad)
+    return int(ends[0]) if len(ends) else 0

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Artifacts come back as they were saved, and damaged or foreign ones are refused."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import batch, decode, make_model, mixed
+from safetensors.torch import load_file, save_file
+
+from firstlm import FirstModel, FixedMask, RouterConfig
+from firstlm.errors import ArtifactError
+
+NEW = 4
+
+
+def trained(unit: str = "block", adapter: bool = True, seed: int = 1) -> FirstModel:
+    """Return a FirstModel whose routers, thresholds and LoRA all differ from fresh ones."""
+    from peft import LoraConfig, get_peft_model
+
+    base = make_model("llama", torch.float32)
+    torch.manual_seed(seed)
+    if adapter:
+        config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        base = get_peft_model(base, config).eval()
+        for name, parameter in base.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(0, 0.2)
+    first = FirstModel.from_base(base, RouterConfig(unit=unit))
+    for router in first.routers:
+        router.weight.data.normal_(0, 3)
+        router.bias.data.normal_()
+    first.thresholds.table = {"skip": [(0.1, 0.5, 0.11), (0.5, -2.0, 0.52)]}
+    first.training_record = {"seed": 7}
+    first.results = {"f1": 0.5}
+    return first
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Let the system refuse to write more, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    folder = tmp_path / "artifact"
+    trained().save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("unit", ["block", "attention", "mlp"])
+def test_everything_comes_back(unit: str, adapter: bool, tmp_path: Path) -> None:
+    first = trained(unit, adapter)
+    ids, mask = batch()
+    wanted = first.generate(ids, mask, skip_rate=0.3, max_new_tokens=NEW)
+    assert 0 < wanted.keep.float().mean() < 1
+    fixed = decode(first, ids, mask, NEW, policy=FixedMask(mixed(4)))
+    first.save_pretrained(str(tmp_path / "artifact"))
+    again = FirstModel.from_pretrained(
+        str(tmp_path / "artifact"), base=make_model("llama", torch.float32)
+    )
+    assert again.router_config == first.router_config
+    assert again.thresholds == first.thresholds
+    assert again.training_record == {"seed": 7}
+    assert again.results == {"f1": 0.5}
+    assert again.has_adapter == adapter
+    assert not again.training
+    for ours, theirs in zip(again.routers, first.routers, strict=True):
+        assert torch.equal(ours.weight, theirs.weight)
+        assert torch.equal(ours.bias, theirs.bias)
+    found = again.generate(ids, mask, skip_rate=0.3, max_new_tokens=NEW)
+    assert torch.equal(found.keep, wanted.keep)
+    assert torch.equal(found.sequences, wanted.sequences)
+    refixed = decode(again, ids, mask, NEW, policy=FixedMask(mixed(4)))
+    assert torch.equal(refixed[0], fixed[0])
+    assert torch.equal(refixed[1], fixed[1])
+
+
+def test_peft_reads_the_adapter_by_itself(saved: Path) -> None:
+    from peft import PeftModel
+
+    ids, mask = batch()
+    first = trained()
+    with first.run_all():
+        wanted = decode(first, ids, mask, NEW)
+    plain = PeftModel.from_pretrained(make_model("llama", torch.float32), str(saved / "adapter"))
+    found = decode(plain.eval(), ids, mask, NEW)
+    assert torch.equal(found[0], wanted[0])
+    torch.testing.assert_close(found[1], wanted[1], rtol=0, atol=1e-5)
+
+
+def test_a_newer_save_takes_the_place_of_the_older(saved: Path) -> None:
+    trained("mlp", adapter=False).save_pretrained(str(saved))
+    again = FirstModel.from_pretrained(str(saved), base=make_model("llama", torch.float32))
+    assert again.router_config.unit == "mlp"
+    assert not again.has_adapter
+
+
+def change_config(folder: Path, **new: Any) -> None:
+    file = folder / "first_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | new))
+
+
+def load(folder: Path, base: Any = None) -> FirstModel:
+    return FirstModel.from_pretrained(
+        str(folder), base=make_model("llama", torch.float32) if base is None else base
+    )
+
+
+def test_missing_files_and_folders(saved: Path) -> None:
+    with pytest.raises(ArtifactError, match="no artifact folder"):
+        load(saved / "nowhere")
+    (saved / "routers.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"routers\.safetensors cannot be read"):
+        load(saved)
+    (saved / "first_config.json").unlink()
+    with pytest.raises(ArtifactError, match=r"it has no first_config\.json"):
+        load(saved)
+
+
+@pytest.mark.parametrize("file", ["routers.safetensors", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty"])
+def test_corrupt_weights(saved: Path, file: str, damage: str) -> None:
+    whole = (saved / file).read_bytes()
+    damaged = {"cut": whole[: len(whole) // 2], "noise": b"\xff" * len(whole), "empty": b""}
+    (saved / file).write_bytes(damaged[damage])
+    with pytest.raises(ArtifactError, match="cannot be"):
+        load(saved)
+
+
+def test_damaged_configs(saved: Path) -> None:
+    change_config(saved, format_version=99)
+    with pytest.raises(ArtifactError, match=r"has format 99; .* Upgrade"):
+        load(saved)
+    change_config(saved, format_version=1, router_config={"unit": "sideways"})
+    with pytest.raises(ArtifactError, match="damaged"):
+        load(saved)
+    change_config(saved, router_config={"unit": "block"}, thresholds={"skip": [[1]]})
+    with pytest.raises(ArtifactError, match="damaged"):
+        load(saved)
+    change_config(saved, thresholds={}, base_model={"id": "x"})
+    with pytest.raises(ArtifactError, match="lacks id or fingerprint"):
+        load(saved)
+    for text in ("{", "[]", "{}"):
+        (saved / "first_config.json").write_text(text)
+        with pytest.raises(ArtifactError, match="damaged"):
+            load(saved)
+
+
+def test_routers_that_do_not_fit(saved: Path) -> None:
+    file = saved / "routers.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"4.weight": torch.zeros(32)}, file)
+    with pytest.raises(ArtifactError, match="layers that the model lacks"):
+        load(saved)
+    save_file(tensors | {"2.weight": torch.zeros(31)}, file)
+    with pytest.raises(ArtifactError, match=r"2\.weight is of shape \(31,\); expected \(32,\)"):
+        load(saved)
+    del tensors["0.bias"]
+    save_file(tensors, file)
+    with pytest.raises(ArtifactError, match=r"0\.bias is missing"):
+        load(saved)
+
+
+def test_other_base_models_are_refused(saved: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"not for .*signs agree"):
+        load(saved, make_model("llama", torch.float32, seed=5))
+    with pytest.raises(ArtifactError, match="another architecture"):
+        load(saved, make_model("qwen2", torch.float32))
+    with pytest.raises(ArtifactError, match="another architecture"):
+        load(saved, make_model("llama", torch.float32, num_hidden_layers=6))
+
+
+def test_the_same_base_in_other_clothes_is_taken(saved: Path) -> None:
+    assert load(saved, make_model("llama", torch.bfloat16)).has_adapter
+    tuned = make_model("llama", torch.float32)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)
+    assert load(tuned_folder := saved, tuned).has_adapter
+    assert tuned_folder.is_dir()
+
+
+def test_a_full_disk_leaves_the_old_artifact_whole(saved: Path) -> None:
+    before = contents(saved)
+    for size in (100, 800, 3000):  # in the config, in the routers, in the adapter
+        with (
+            files_no_larger_than(size),
+            pytest.raises(ArtifactError, match="what was there before is whole"),
+        ):
+            trained(seed=2).save_pretrained(str(saved))
+        assert contents(saved) == before
+        assert [p.name for p in saved.parent.iterdir()] == ["artifact"]
+    again = FirstModel.from_pretrained(str(saved), base=make_model("llama", torch.float32))
+    assert torch.equal(again.routers[0].weight, trained().routers[0].weight)
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "artifact").write_text("precious")
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        trained().save_pretrained(str(tmp_path / "artifact"))
+    assert (tmp_path / "artifact").read_text() == "precious"

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo on a tiny model: both halves run, and the last line is the promised JSON object."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_byte_tokenizer, tiny_llama
+
+from firstlm import FirstModel, RunAll, cli, demo
+from firstlm.data import Encoded
+from firstlm.errors import ArtifactError
+
+KEYS = [
+    "steps", "ce_before", "ce_after", "skip_rate", "layer_calls", "tpot_base_ms", "tpot_routed_ms",
+    "tpot_ratio",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Return (base, artifact): a saved tiny model and an untrained artifact for it."""
+    folder = tmp_path_factory.mktemp("demo")
+    base, tokenizer = tiny_llama(), make_byte_tokenizer()
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    model = FirstModel.from_base(base, tokenizer=tokenizer)
+    model.base_id = str(folder / "base")
+    model.thresholds.table["skip"] = [(0.0, 9.0, 0.0), (0.5, -9.0, 0.5)]
+    model.save_pretrained(str(folder / "artifact"))
+    return folder / "base", folder / "artifact"
+
+
+def test_both_halves_run_and_the_last_line_is_json(folders, tmp_path, capsys):
+    base, artifact = folders
+    output = tmp_path / "demo"
+    words = [
+        "demo", "--artifact", artifact, "--model", base, "--output", output, "--router-steps", 3,
+        "--lora-steps", 2, "--batch-size", 2, "--max-length", 400, "--max-new-tokens", 4,
+    ]  # fmt: skip
+    assert cli.main([*map(str, words)]) == 0
+    out = capsys.readouterr().out
+    *text, last = out.rstrip("\n").split("\n")
+    found = json.loads(last)
+    assert list(found) == KEYS
+    assert found["steps"] == 5
+    assert 3 < found["ce_before"] < 8  # a random model: about ln 259
+    assert 3 < found["ce_after"] < 8
+    assert found["skip_rate"] == pytest.approx(0.25, abs=0.15)
+    runs = demo.SHOWN * demo.ROUNDS
+    assert 0 < found["layer_calls"]["prefill"] <= 4 * runs
+    steps = demo.TIMED_TOKENS - 1
+    assert found["layer_calls"]["decode"] == found["layer_calls"]["prefill"] * steps
+    assert found["tpot_base_ms"] > 0
+    ratio = found["tpot_routed_ms"] / found["tpot_base_ms"]
+    assert found["tpot_ratio"] == pytest.approx(ratio, rel=0.01)
+    shown = "\n".join(text)
+    assert shown.count("lighthouse") >= 1
+    assert shown.count("its author") == demo.SHOWN
+    trained = FirstModel.from_pretrained(str(output))
+    assert trained.has_adapter
+    assert trained.policy_for(0.25) is not None
+
+
+def test_the_shipped_artifact_is_asked_for_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo.resources, "files", lambda package: tmp_path)
+    with pytest.raises(ArtifactError, match="--artifact"):
+        demo.shipped_artifact()
+    folder = tmp_path / "artifacts" / demo.SHIPPED
+    folder.mkdir(parents=True)
+    (folder / "first_config.json").write_text("{}")
+    assert demo.shipped_artifact() == Path(folder)
+
+
+def test_cross_entropy_is_that_of_the_answers():
+    model = FirstModel.from_base(tiny_llama())
+    generator = torch.Generator().manual_seed(0)
+    items = [
+        Encoded(*(torch.randint(3, 259, (n,), generator=generator).tolist() for n in sizes))
+        for sizes in ((5, 3), (2, 4), (7, 1))
+    ]
+    total, count = 0.0, 0
+    for item in items:
+        ids = torch.tensor([item.prompt_ids + item.answer_ids])
+        with torch.no_grad():
+            scores = model.base(ids).logits[0].log_softmax(-1)
+        for place, token in enumerate(item.answer_ids, start=len(item.prompt_ids)):
+            total, count = total - float(scores[place - 1, token]), count + 1
+    ce, keep = demo.cross_entropy(model, items, RunAll(), batch_size=2, pad_id=0)
+    assert ce == pytest.approx(total / count, rel=1e-4)
+    assert keep.shape == (3, 4)
+    assert keep.all()
+
+
+def test_numbers_are_in_bfloat16_only_where_the_machine_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert demo.fast_dtype() == "float32"
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert demo.fast_dtype() == "bfloat16"

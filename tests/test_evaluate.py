@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scoring answers: equal to a count by hand, in the examples' order, and resumable."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_llama
+
+from firstlm import FirstModel, cli, evaluate
+from firstlm.data import encode_prompt
+from firstlm.errors import ConfigError, DataError
+from firstlm.evaluate import evaluate_qa, first_line
+from firstlm.examples import load_examples
+from firstlm.metrics import score_qa
+from firstlm.policies import FixedMask
+
+SOURCES = [
+    "Who runs?",
+    "What is the name of the tall one in the garden?",
+    "Why",
+    "Where to go now?",
+]
+
+
+def opinionated(tokenizer):
+    """A tiny model whose routers decide differently from prompt to prompt."""
+    model = FirstModel.from_base(tiny_llama(), tokenizer=tokenizer)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for router in model.routers:
+            router.weight.copy_(20 * torch.randn(router.weight.shape, generator=generator))
+            router.bias.zero_()
+    rows = [(0.1, 3.0, 0.1), (0.25, 0.0, 0.25), (0.5, -3.0, 0.5)]
+    model.thresholds.table = {"skip": rows, "full": rows}
+    return model
+
+
+@pytest.fixture
+def model(byte_tokenizer):
+    return opinionated(byte_tokenizer)
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [
+        {"id": f"q{i}", "task": "qa", "source": source, "target": "a cat", "answers": ["a cat"]}
+        for i, source in enumerate(SOURCES)
+    ]
+    file = tmp_path / "test.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def examples(data):
+    return load_examples(data)
+
+
+def one_by_one(model, examples, tokenizer, policy, tokens):
+    """Answer each example alone, with nothing of `evaluate` in between."""
+    found = []
+    for example in examples:
+        ids = torch.tensor([encode_prompt(example, tokenizer)])
+        output = model.generate(ids, policy=policy, max_new_tokens=tokens, do_sample=False)
+        text = tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True)
+        found.append((text.lstrip().split("\n")[0].rstrip(), output.keep[0].tolist()))
+    return found
+
+
+def test_routed_answers_and_masks_equal_those_of_each_prompt_alone(model, examples, byte_tokenizer):
+    alone = one_by_one(model, examples, byte_tokenizer, model.policy_for(None), 6)
+    result = evaluate_qa(model, examples, "router", batch_size=3, max_new_tokens=6, progress=False)
+    assert [item["id"] for item in result["items"]] == ["q0", "q1", "q2", "q3"]
+    assert [item["prediction"] for item in result["items"]] == [text for text, _ in alone]
+    masks = [[letter == "1" for letter in item["keep"]] for item in result["items"]]
+    assert masks == [keep for _, keep in alone]
+    rates = [1 - sum(keep) / 4 for keep in masks]
+    assert len(set(rates)) > 1
+    assert result["skip_rate"]["mean"] == pytest.approx(sum(rates) / 4)
+    assert result["distinct_masks"] == len(set(map(tuple, masks)))
+    by_layer = [1 - sum(column) / 4 for column in zip(*masks, strict=True)]
+    assert result["layer_skip_share"] == pytest.approx(by_layer)
+
+
+def test_scores_are_those_of_the_metrics(model, examples, monkeypatch):
+    texts = ["The cat.", "cat sat", "dog", "\n a cat\nand more"]
+    by_length = sorted(range(4), key=lambda i: -len(SOURCES[i]))
+    answers = iter([[first_line(texts[i]) for i in by_length]])
+    real = evaluate._answer
+    monkeypatch.setattr(evaluate, "_answer", lambda *a: (real(*a)[0], next(answers)))
+    result = evaluate_qa(model, examples, "run_all", max_new_tokens=1, progress=False)
+    assert [item["em"] for item in result["items"]] == [1, 0, 0, 1]
+    assert [item["f1"] for item in result["items"]] == [1.0, 0.6667, 0.0, 1.0]
+    assert result["em"]["value"] == 50.0
+    assert result["f1"]["value"] == pytest.approx(100 * (1 + 2 / 3 + 0 + 1) / 4)
+    wanted = score_qa([first_line(text) for text in texts], [["a cat"]] * 4).summary()["f1"]
+    assert (result["f1"]["low"], result["f1"]["high"]) == (wanted.low, wanted.high)
+
+
+def test_layer_calls_are_counted_by_hand(model, examples, monkeypatch):
+    monkeypatch.setattr(evaluate._EndOfLine, "__call__", lambda self, ids, scores, **_: never(ids))
+    model.base.generation_config.eos_token_id = None
+    result = evaluate_qa(
+        model, examples, FixedMask([True, False, True, True]), batch_size=2, max_new_tokens=5,
+        progress=False,
+    )  # fmt: skip
+    # Two batches; 3 layers run each time, once for the prompt and once for each of 4 more tokens.
+    assert result["layer_calls"] == {"prefill": 2 * 3, "decode": 2 * 3 * 4}
+    assert result["decode_steps"] == 2 * 4
+    assert result["skip_rate"] == {"mean": 0.25, "p5": 0.25, "p95": 0.25}
+    assert result["layer_skip_share"] == [0, 1, 0, 0]
+
+
+def never(ids):
+    return torch.zeros(len(ids), dtype=torch.bool)
+
+
+def test_generation_stops_after_the_first_line(model, examples, byte_tokenizer, monkeypatch):
+    newline = byte_tokenizer("\n", add_special_tokens=False)["input_ids"][0]
+    letter = byte_tokenizer("x", add_special_tokens=False)["input_ids"][0]
+    script = iter([newline, letter, newline, letter, letter, letter])
+
+    def scripted(module, args, output):
+        output.logits[:] = 0
+        output.logits[..., next(script)] = 1
+
+    with model.base.register_forward_hook(scripted):
+        result = evaluate_qa(model, examples, "run_all", max_new_tokens=6, progress=False)
+    assert result["decode_steps"] == 2
+    assert [item["prediction"] for item in result["items"]] == ["x"] * 4
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_base_is_the_model_without_adapter_and_run_all_with_it(model, examples, byte_tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    plain = evaluate_qa(model, examples, "run_all", max_new_tokens=6, progress=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.base = get_peft_model(
+            model.base, LoraConfig(target_modules="all-linear", init_lora_weights=False)
+        )
+    model.base.eval()
+    base = evaluate_qa(model, examples, "base", max_new_tokens=6, progress=False)
+    adapted = evaluate_qa(model, examples, "run_all", max_new_tokens=6, progress=False)
+    assert [i["prediction"] for i in base["items"]] == [i["prediction"] for i in plain["items"]]
+    assert [i["prediction"] for i in adapted["items"]] != [i["prediction"] for i in plain["items"]]
+    assert base["skip_rate"]["mean"] == adapted["skip_rate"]["mean"] == 0
+
+
+def test_a_prompt_longer_than_the_context_is_named(model, examples):
+    with pytest.raises(DataError, match=r"id q0.*context of 512"):
+        evaluate_qa(model, examples, max_new_tokens=500, progress=False)
+    with pytest.raises(ConfigError, match="router"):
+        evaluate_qa(model, examples, "run_all", 0.25, progress=False)
+    with pytest.raises(ConfigError, match="base, run_all, router"):
+        evaluate_qa(model, examples, "routers", progress=False)
+
+
+@pytest.fixture
+def words(data, tmp_path, byte_tokenizer, monkeypatch):
+    """Words of a command line; the artifact's model is a tiny one in memory."""
+    monkeypatch.setattr(
+        FirstModel, "from_pretrained", lambda *args, **kwargs: opinionated(byte_tokenizer)
+    )
+    return [
+        "eval", "tiny", "--data", str(data), "--max-new-tokens", "4", "--batch-size", "2",
+        "--output", str(tmp_path / "out" / "result.json"), "--skip-rates",
+    ]  # fmt: skip
+
+
+def result_of(words):
+    with open(words[words.index("--output") + 1], encoding="utf-8") as file:
+        return json.load(file)
+
+
+def test_runs_are_written_and_not_repeated(words, monkeypatch, capsys):
+    assert cli.main([*words, "0.25"]) == 0
+    first = result_of(words)
+    assert list(first["runs"]) == ["base", "run_all", "router@0.25"]
+    assert first["inputs"]["data_sha256"] == first["provenance"]["data_sha256"]
+    assert len(first["runs"]["router@0.25"]["items"]) == 4
+    assert set(first["retention"]) == {"base", "router@0.25"}
+
+    done = []
+    real = evaluate.evaluate_qa
+    monkeypatch.setattr(
+        evaluate, "evaluate_qa", lambda *a, **k: done.append(a[2:4]) or real(*a, **k)
+    )
+    assert cli.main([*words, "0.25", "0.5"]) == 0
+    assert done == [("router", 0.5)]
+    second = result_of(words)
+    assert list(second["runs"]) == ["base", "run_all", "router@0.25", "router@0.5"]
+    assert second["runs"]["base"] == first["runs"]["base"]
+    assert "router@0.5" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_keeps_what_was_finished(words, monkeypatch):
+    real = evaluate.evaluate_qa
+
+    def interrupted(model, examples, policy, *args, **kwargs):
+        if policy == "router":
+            raise KeyboardInterrupt
+        return real(model, examples, policy, *args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "evaluate_qa", interrupted)
+    assert cli.main([*words, "0.25"]) == 130
+    assert list(result_of(words)["runs"]) == ["base", "run_all"]
+    monkeypatch.setattr(evaluate, "evaluate_qa", real)
+    assert cli.main([*words, "0.25"]) == 0
+    assert list(result_of(words)["runs"]) == ["base", "run_all", "router@0.25"]
+
+
+def test_results_of_other_inputs_are_not_mixed(words, data, capsys):
+    assert cli.main([*words, "0.25"]) == 0
+    before = result_of(words)
+    assert cli.main([*words, "0.25", "--max-new-tokens", "5"]) == 2
+    assert "(max_new_tokens)" in capsys.readouterr().err
+    data.write_text(data.read_text().replace("a cat", "a dog"))
+    assert cli.main([*words, "0.25"]) == 2
+    assert "data_sha256" in capsys.readouterr().err
+    assert result_of(words) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["0.8"], "outside what was calibrated"),
+        (["0.99"], "between 0 and 0.9"),
+        (["0.25", "--template", "summarization"], "question answering only"),
+        (["0.25", "--data", "/nowhere.jsonl"], "no such file"),
+        (["0.25", "--policies", "random"], "base, run_all, router"),
+    ],
+)
+def test_wrong_input_ends_with_code_2_and_writes_nothing(words, more, says, capsys, tmp_path):
+    assert cli.main([*words, *more]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_tasks_are_refused(words, data, capsys):
+    row = {"task": "summarization", "source": "long text", "target": "short"}
+    data.write_text(json.dumps(row) + "\n")
+    assert cli.main([*words, "0.25"]) == 2
+    assert "task 'summarization'" in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_not_written_over(words, tmp_path, capsys):
+    file = tmp_path / "out" / "result.json"
+    file.parent.mkdir()
+    file.write_text("[1, 2]")
+    assert cli.main([*words, "0.25"]) == 2
+    assert "holds no results" in capsys.readouterr().err
+    assert file.read_text() == "[1, 2]"
+
+
+def test_rows_without_references_are_scored_against_their_completion(byte_tokenizer, tmp_path):
+    file = tmp_path / "plain.jsonl"
+    file.write_text(json.dumps({"prompt": "Who?", "completion": " me"}) + "\n")
+    result = evaluate_qa(
+        opinionated(byte_tokenizer), load_examples(file), max_new_tokens=2, progress=False,
+        items=False,
+    )  # fmt: skip
+    assert result["count"] == 1
+    assert "items" not in result

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: gradients reach the routers, each phase moves its own parameters, rates are met."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama
+
+from firstlm.calibration import calibrate
+from firstlm.config import RouterConfig, TrainConfig
+from firstlm.data import Collator, Encoded
+from firstlm.errors import ConfigError, DataError
+from firstlm.losses import answer_cross_entropy, answer_logits, non_skip_penalty
+from firstlm.model import FirstModel
+from firstlm.policies import RouterPolicy
+from firstlm.train import run, train_lora, train_routers, work_folder
+from firstlm.trainer import DRIVER_FILE
+
+LAYERS = 8
+
+
+def make_examples(count: int, seed: int) -> list[Encoded]:
+    """Prompts of letters, answered by their last letters reversed: learnable, and different."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        prompt = [rng.randrange(97, 123) for _ in range(rng.randrange(3, 14))]
+        rows.append(Encoded(prompt, [*reversed(prompt[-2:]), 257]))
+    return rows
+
+
+def make_model(layers: int = LAYERS, seed: int = 0) -> FirstModel:
+    model = FirstModel.from_base(tiny_llama(layers=layers, seed=seed), RouterConfig(init_bias=1.0))
+    model.eval()
+    return model
+
+
+def config(tmp_path: Path, **changes) -> TrainConfig:
+    options = {
+        "output": str(tmp_path / "artifact"),
+        "router_steps": 60,
+        "lora_steps": 20,
+        "batch_size": 16,
+        "router_lr": 0.1,
+        "lora_lr": 5e-3,
+        "eval_steps": 100,
+        "tensorboard": False,
+        "warm_start": 0,
+        "logging_steps": 5,
+    }
+    return TrainConfig(**{**options, **changes})
+
+
+@pytest.mark.parametrize("prefill", ["skip", "full"])
+@pytest.mark.parametrize("gate", ["straight_through", "soft"])
+def test_cross_entropy_has_a_gradient_for_every_router(gate: str, prefill: str) -> None:
+    model = make_model()
+    inputs = Collator(0)(make_examples(8, seed=1))
+    with torch.no_grad():  # some rows skip some layers, so that both sides of the gate are seen
+        for i, router in enumerate(model.routers):
+            router.weight.normal_(generator=torch.Generator().manual_seed(i))
+            router.bias.zero_()
+    model.requires_grad_(False)
+    model.routers.requires_grad_(True)
+    state = model.new_state(inputs["prompt_mask"], prefill=prefill, gate=gate)
+    loss = answer_cross_entropy(*answer_logits(model, inputs, state))
+    loss.backward()
+    assert 0 < state.keep.float().mean() < 1
+    for router in model.routers:
+        assert router.weight.grad.abs().max() > 0
+        assert router.bias.grad.abs() > 0
+
+
+def test_straight_through_is_hard_forward() -> None:
+    model = make_model()
+    inputs = Collator(0)(make_examples(8, seed=1))
+    with torch.no_grad():
+        for i, router in enumerate(model.routers):
+            router.weight.normal_(generator=torch.Generator().manual_seed(i))
+            router.bias.zero_()
+    outputs = {}
+    for gate in ("hard", "straight_through", "soft"):
+        state = model.new_state(inputs["prompt_mask"], gate=gate)
+        outputs[gate], _ = answer_logits(model, inputs, state)
+    torch.testing.assert_close(outputs["hard"], outputs["straight_through"])
+    assert (outputs["hard"] - outputs["soft"]).abs().max() > 1e-3
+
+
+def test_soft_gate_is_the_papers_equation() -> None:
+    """h_i = h_{i-1} + rho_i * phi_i(h_{i-1}), checked layer by layer from the base's own layers."""
+    model = make_model(layers=3)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    mask = torch.tensor([[True, True, True, False, False]])
+    with torch.no_grad():
+        for i, router in enumerate(model.routers):
+            router.weight.normal_(generator=torch.Generator().manual_seed(i))
+        state = model.new_state(mask, gate="soft")
+        logits = model(ids, state=state)[0].logits
+    base = model.detach()
+    with torch.no_grad():
+        inner = base.model
+        hidden = inner.embed_tokens(ids)
+        position_embeddings = inner.rotary_emb(hidden, torch.arange(5)[None])
+        for layer, router in zip(inner.layers, model.routers, strict=True):
+            rho = torch.sigmoid(hidden[:, :3].mean(1) @ router.weight + router.bias)
+            phi = layer(hidden, position_embeddings=position_embeddings) - hidden
+            hidden = hidden + rho * phi
+        expected = base.lm_head(inner.norm(hidden))
+    torch.testing.assert_close(logits, expected)
+
+
+def test_penalty_is_the_sum_over_layers() -> None:
+    rho = torch.tensor([[0.5, 0.5, 1.0], [0.0, 0.5, 0.5]])
+    assert non_skip_penalty(rho) == pytest.approx(1.5)
+
+
+def test_phase_one_moves_routers_only_and_phase_two_lora_only(tmp_path: Path) -> None:
+    model = make_model()
+    train, validation = make_examples(64, 0), make_examples(16, 1)
+
+    def snapshot() -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    before = snapshot()
+    train_routers(model, train, validation, config(tmp_path, router_steps=5))
+    after = snapshot()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith("routers.")}
+
+    train_lora(model, train, validation, config(tmp_path, lora_steps=1))
+    before = snapshot()
+    train_lora(model, train, validation, config(tmp_path / "more", lora_steps=5))
+    after = snapshot()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("lora_" in name for name in changed)
+    assert any("self_attn" in name for name in changed) and any("mlp" in name for name in changed)
+
+
+@pytest.mark.parametrize("wanted", [0.15, 0.25])
+@pytest.mark.parametrize("gate", ["straight_through", "soft"])
+def test_driven_alpha_meets_the_rate(tmp_path: Path, wanted: float, gate: str) -> None:
+    model = make_model(layers=20)
+    train, validation = make_examples(256, 0), make_examples(64, 1)
+    settings = config(tmp_path, skip_rate=wanted, gate=gate, router_steps=150)
+    record = train_routers(model, train, validation, settings)
+    lines = (work_folder(settings) / "log_routers.jsonl").read_text().splitlines()
+    last = [json.loads(line)["skip_rate"] for line in lines][-8:]
+    assert sum(last) / len(last) == pytest.approx(wanted, abs=0.02)
+    assert record["alpha"] != 0.0
+
+
+def test_alpha_by_hand_is_left_alone_and_more_alpha_skips_more(tmp_path: Path) -> None:
+    rates = []
+    for alpha in (0.0, 1.0):
+        model = make_model()
+        settings = config(tmp_path / str(alpha), skip_rate=None, alpha=alpha, router_steps=30)
+        record = train_routers(model, make_examples(64, 0), make_examples(32, 1), settings)
+        assert record["alpha"] == alpha
+        rates.append(record["skip_rate"])
+    assert rates[1] > rates[0]
+
+
+def test_one_model_serves_many_rates_on_unseen_prompts(tmp_path: Path) -> None:
+    model = make_model(layers=20)
+    settings = config(tmp_path, skip_rate=0.25, skip_rates=[0.1, 0.15, 0.4], warm_start=8)
+    train_routers(model, make_examples(256, 0), make_examples(32, 1), settings)
+    prompts = [e.prompt_ids for e in make_examples(200, 2)]
+    calibrate(model, prompts, progress=False)
+    unseen = Collator(0)(make_examples(200, 3))
+    prompt_lengths = unseen["prompt_mask"].sum(1)
+    for prefill in ("skip", "full"):
+        for rate in (0.10, 0.15, 0.25, 0.40):
+            kept = []
+            for example in make_examples(200, 3):
+                ids = torch.tensor([example.prompt_ids])
+                state = model.decide(ids, torch.ones_like(ids), skip_rate=rate, prefill=prefill)
+                kept.append(state.keep)
+            found = 1 - torch.cat(kept).float().mean()
+            assert found == pytest.approx(rate, abs=0.02), (prefill, rate)
+    assert len(prompt_lengths) == 200
+    assert model.policy_for(0.0).__class__.__name__ == "RunAll"
+    with pytest.raises(ConfigError, match="outside what was calibrated"):
+        model.policy_for(0.85)
+
+
+def test_a_rate_without_calibration_is_refused() -> None:
+    with pytest.raises(ConfigError, match="calibrate"):
+        make_model().policy_for(0.25)
+    with pytest.raises(ConfigError, match="between 0 and"):
+        make_model().policy_for(float("nan"))
+    with pytest.raises(DataError):
+        calibrate(make_model(), [])
+
+
+def test_full_prefill_trains_the_answer_positions_only() -> None:
+    """Prompt positions are ungated: with all layers skipped, their logits are the base model's."""
+    model = make_model()
+    inputs = Collator(0)(make_examples(4, seed=1))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    none = RouterPolicy(model.routers, offset=-1e6)
+    state = model.new_state(inputs["prompt_mask"], none, prefill="full")
+    routed = model(ids, mask, state=state)[0].logits
+    with model.run_all():
+        whole = model(ids, mask)[0].logits
+    prompt = inputs["prompt_mask"]
+    answer = mask.bool() & ~prompt
+    torch.testing.assert_close(routed[prompt], whole[prompt])
+    assert (routed[answer] - whole[answer]).abs().max() > 1e-3
+
+
+def test_gradient_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
+    weights = []
+    same = [Encoded([65 + i % 20] * 4, [70 + i % 9, 257]) for i in range(32)]
+    for batch, accumulate in ((16, 1), (4, 4)):
+        model = make_model()
+        settings = config(
+            tmp_path / str(batch),
+            batch_size=batch,
+            grad_accum=accumulate,
+            lora_steps=2,
+            skip_rate=0.0,
+        )
+        train_lora(model, same, same[:4], settings)
+        weights.append([p.detach() for n, p in model.named_parameters() if "lora_B" in n])
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("phase", ["routers", "lora"])
+def test_resume_continues_exactly(tmp_path: Path, phase: str) -> None:
+    """Stopping after half the steps and running again ends in the weights of an unbroken run."""
+    train, validation = make_examples(64, 0), make_examples(16, 1)
+
+    def train_with(folder: str, break_at: int | None) -> dict[str, torch.Tensor]:
+        model = make_model()
+        settings = config(
+            tmp_path / folder,
+            router_steps=12,
+            lora_steps=12,
+            save_steps=6,
+            eval_steps=6,
+            skip_rates=[0.5],
+        )
+        fit = train_routers if phase == "routers" else train_lora
+        if break_at:
+            from transformers import TrainerCallback
+
+            from firstlm import trainer as module
+
+            class Break(TrainerCallback):
+                def on_step_end(self, args, state, control, **kwargs):
+                    if state.global_step == break_at:
+                        raise KeyboardInterrupt
+
+            original = module.FirstTrainer.__init__
+
+            def with_break(self, *args, **kwargs):
+                original(self, *args, **kwargs)
+                self.add_callback(Break())
+
+            module.FirstTrainer.__init__ = with_break
+            try:
+                with pytest.raises(KeyboardInterrupt):
+                    fit(model, train, validation, settings)
+            finally:
+                module.FirstTrainer.__init__ = original
+            model = make_model()
+        fit(model, train, validation, replace(settings))
+        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    whole, resumed = train_with("whole", None), train_with("broken", 8)
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        torch.testing.assert_close(resumed[name], whole[name], msg=name)
+
+
+def write_run(tmp_path: Path, byte_tokenizer, rows: int = 60) -> tuple[Path, Path]:
+    folder = tmp_path / "base"
+    tiny_llama(layers=6).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    data = tmp_path / "data.jsonl"
+    lines = [{"prompt": f"say {i}:", "completion": f" {i % 7}"} for i in range(rows)]
+    data.write_text("\n".join(json.dumps(line) for line in lines))
+    return folder, data
+
+
+def test_run_writes_an_artifact_with_its_run_file(tmp_path: Path, byte_tokenizer) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    settings = config(
+        tmp_path,
+        model=str(folder),
+        data=str(data),
+        router_steps=20,
+        lora_steps=6,
+        eval_steps=3,
+        tensorboard=True,
+        warm_start=4,
+    )
+    assert run(settings) == 0
+    artifact = Path(settings.output)
+    assert {f.name for f in artifact.iterdir()} >= {
+        "first_config.json",
+        "routers.safetensors",
+        "adapter",
+        "README.md",
+        "run.yaml",
+    }
+    record = json.loads((artifact / "first_config.json").read_text())["training"]
+    assert record["run"]["router_steps"] == 20
+    assert record["provenance"]["data"]["train"]
+    assert {"ce_before", "ce_after", "skip_rate", "alpha"} <= record["lora"].keys()
+    assert list((work_folder(settings) / "logs").rglob("events.out.tfevents*"))
+    log = (work_folder(settings) / "log_routers.jsonl").read_text().splitlines()
+    assert {"ce", "skip_rate", "mean_rho", "alpha", "mostly_skipped"} <= json.loads(log[0]).keys()
+
+    model = FirstModel.from_pretrained(str(artifact))
+    ids = torch.tensor([model.tokenizer("say 3:")["input_ids"]])
+    assert model.generate(ids, max_new_tokens=3).keep.shape == (1, 6)
+
+    with pytest.raises(ConfigError, match="other options"):
+        run(replace(settings, lora_lr=1e-4))
+
+
+def test_an_interrupted_command_resumes(tmp_path: Path, byte_tokenizer) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    words = f"train --model {folder} --data {data} --output {tmp_path / 'out'} --batch-size 4"
+    words += " --router-steps 400 --lora-steps 2 --warm-start 0 --no-tensorboard --save-steps 100"
+    command = [sys.executable, "-m", "firstlm", *words.split()]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    log = tmp_path / "out-run" / "log_routers.jsonl"
+    deadline = time.time() + 120
+    while not (log.exists() and log.read_text()) and time.time() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Run the same command again" in stdout
+    assert not (tmp_path / "out").exists()
+    saved = list((tmp_path / "out-run" / "checkpoints" / "routers").glob(f"*/{DRIVER_FILE}"))
+    assert saved
+    step = max(int(f.parent.name.split("-")[1]) for f in saved)
+    assert 0 < step < 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"skip_rate": 0.99}, "between 0 and"),
+        ({"skip_rate": -1}, "between 0 and"),
+        ({"skip_rate": float("nan")}, "between 0 and"),
+        ({"skip_rates": [0.1], "skip_rate": None}, "skip_rates needs"),
+        ({"router_steps": -1}, "0 or more"),
+        ({"batch_size": 0}, "more than 0"),
+        ({"stage": "lora"}, "stage=lora"),
+    ],
+)
+def test_impossible_options_are_refused(changes: dict, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        TrainConfig(**changes)
