@@ -13,6 +13,8 @@ from functools import cache
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -72,6 +74,11 @@ GEMMA4 = {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCAB,
 }
+GEMMA4_SHARED = GEMMA4 | {
+    "num_hidden_layers": 6,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+}
 SLIDING_THEN_FULL = {"layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2)}
 
 EXTRA = {"longcat_flash": MLA, "glm_moe_dsa": MLA}  # for families that are refused
@@ -123,12 +130,7 @@ FAMILIES |= {
     "falcon_alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False}),
     "gemma3": ("gemma3_text", SLIDING_THEN_FULL),
     "gemma4": ("gemma4_text", GEMMA4 | SLIDING_THEN_FULL),
-    "gemma4_shared": (
-        "gemma4_text",
-        GEMMA4
-        | {"num_hidden_layers": 6, "num_kv_shared_layers": 2}
-        | {"layer_types": ["sliding_attention", "full_attention"] * 3},
-    ),
+    "gemma4_shared": ("gemma4_text", GEMMA4_SHARED),
     "glm4_moe_lite": ("glm4_moe_lite", MLA),
     "gpt_neo": (
         "gpt_neo",
@@ -139,6 +141,15 @@ FAMILIES |= {
     "minicpm3": ("minicpm3", MLA),
     "qwen3_sliding": ("qwen3", {"use_sliding_window": True, "max_window_layers": 2}),
     "youtu": ("youtu", MLA),
+}
+
+# Older versions lack families; their Doge lets rows of a batch change each other, and their configs
+# do not say which layers share keys and values.
+OLD = Version(transformers.__version__) < Version("5.23")
+FAMILIES = {
+    name: kind
+    for name, kind in FAMILIES.items()
+    if kind[0] in CONFIG_MAPPING and not (OLD and name in ("doge", "gemma4_shared"))
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import make_byte_tokenizer, tiny_llama
 
-from firstlm import FirstModel, FixedMask, cli
+from firstlm import FirstModel, cli
 from firstlm.arms import Arms, answer
 from firstlm.compare import TextPieces, decode, shorten, strip
 

@@ -34,8 +34,11 @@ def folders(tmp_path_factory):
     return folder / "base", folder / "artifact"
 
 
-def test_both_halves_run_and_the_last_line_is_json(folders, tmp_path, capsys):
+def test_both_halves_run_and_the_last_line_is_json(folders, tmp_path, capsys, monkeypatch):
     base, artifact = folders
+    for name, small in (("EXAMPLES", 100), ("VALIDATION", 8), ("ROUNDS", 2)):
+        monkeypatch.setattr(demo, name, small)
+    monkeypatch.setattr(demo, "QUESTIONS", demo.QUESTIONS[:2])
     output = tmp_path / "demo"
     words = [
         "demo", "--artifact", artifact, "--model", base, "--output", output, "--router-steps", 3,
@@ -49,7 +52,7 @@ def test_both_halves_run_and_the_last_line_is_json(folders, tmp_path, capsys):
     assert found["steps"] == 5
     assert 3 < found["ce_before"] < 8  # a random model: about ln 259
     assert 3 < found["ce_after"] < 8
-    assert found["skip_rate"] == pytest.approx(0.25, abs=0.15)
+    assert found["skip_rate"] == pytest.approx(0.25, abs=0.2)
     runs = demo.SHOWN * demo.ROUNDS
     assert 0 < found["layer_calls"]["prefill"] <= 4 * runs
     steps = demo.TIMED_TOKENS - 1

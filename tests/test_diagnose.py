@@ -140,8 +140,7 @@ def test_quality_is_compared_with_all_layers(model):
     report = diagnose(model, prompts(model), encoded, steps=2, progress=False)
     found = report["quality"]
     assert found["increase"] == pytest.approx(found["ce_routed"] / found["ce_run_all"] - 1)
-    assert found["ce_run_all"] < 0.2
-    assert found["ce_routed"] > 0.6
+    assert found["ce_routed"] > 1.5 * found["ce_run_all"]
     assert level(report, "quality below a floor") == "WARN"
     with model.run_all():
         same = probes.answer_loss(model, encoded, RouterPolicy(model.routers), "skip", 5)
@@ -152,12 +151,10 @@ def trained_answer(model):
     """Teach the base model one answer, with all layers, and return its token ids."""
     answer = [70, 70, 80, 70, 90, 70, 70, 100, 2]  # what follows 70 takes more than a bigram
     encoded = [Encoded(ids, answer) for ids in prompts(model)]
-    optimizer = torch.optim.Adam(model.base.parameters(), lr=0.01)
-        torch.nn.ModuleList(model.routing.stack.modules).parameters(), lr=0.01
-    )
+    optimizer = torch.optim.Adam(model.base.parameters(), lr=0.02)
     inputs = probes.Collator(0)(encoded)
     model.routing.detach()
-    for _ in range(80):
+    for _ in range(100):
         loss = model.base(**{k: v for k, v in inputs.items() if k != "prompt_mask"}).loss
         loss.backward()
         optimizer.step()
@@ -213,7 +210,7 @@ def test_a_cache_without_the_length_fix_fails(model, monkeypatch, name):
     monkeypatch.setattr(SkipCache, name, stock(name))
     report = report_of(model)
     run = report["kv"]["first and last layer skipped"]
-    assert run["relative_difference"] > 10 * verdicts.TOLERANCE[torch.float32]
+    assert run["relative_difference"] > 10 * verdicts.TOLERANCE["torch.float32"]
     assert level(report, "KV consistency") == "FAIL"
     assert not report["sound"]
 
@@ -284,6 +281,21 @@ def test_a_mask_that_depends_on_the_batch_fails(model, monkeypatch):
         for layer, router in enumerate(model.routers):
             router.bias.fill_(1.0 if layer % 2 else -1.0)
     assert level(report_of(model), "same mask alone") == "FAIL"
+
+
+def test_low_precision_is_judged_in_float32_and_comes_back(model):
+    model.base.to(torch.bfloat16)
+    before = {name: p.clone() for name, p in model.base.named_parameters()}
+    report = report_of(model)
+    assert report["sound"]
+    assert report["identity"]["max_abs_difference"] == 0
+    dtypes = {name: run["dtype"] for name, run in report["kv"].items()}
+    assert dtypes.pop("routers, as loaded") == "torch.bfloat16"
+    assert set(dtypes.values()) == {"torch.float32"}
+    assert report["kv"]["routers"]["relative_difference"] < 1e-4
+    for name, parameter in model.base.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, before[name])
 
 
 def test_what_is_said_about_routers_equals_a_count_by_hand():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, batch, decode, discarding, masks, mixed
 from transformers import AutoModelForSeq2SeqLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from firstlm import FirstModel, FixedMask
 from firstlm.errors import ConfigError, UnsupportedModelError
@@ -33,6 +34,12 @@ def usable(first: FirstModel, keep: Any) -> torch.Tensor:
     keep = torch.as_tensor(keep).clone()
     keep[..., sorted(first.routing.stack.locked)] = True
     return keep
+
+
+def has_static(first: FirstModel) -> bool:
+    if families.OLD and (first.family == "llama4" or not first.base._can_compile_fullgraph):
+        return False
+    return first.family not in NO_STATIC
 
 
 def far(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -88,7 +95,7 @@ def test_cached_decoding_equals_recomputation(routed: FirstModel) -> None:
             wanted_tokens, wanted_logits = oracle(routed, ids, mask, keep)
             assert torch.equal(tokens, wanted_tokens), name
             assert far(logits, wanted_logits) < 1e-4, name
-        if name in ("mixed", "first+last", "none kept") and routed.family not in NO_STATIC:
+        if name in ("mixed", "first+last", "none kept") and has_static(routed):
             static_tokens, static_logits = decode(
                 routed, ids, mask, NEW, policy=FixedMask(keep), cache_implementation="static"
             )
@@ -134,6 +141,7 @@ def test_many_families() -> None:
     assert len(FAMILIES) >= 30
 
 
+@pytest.mark.skipif(families.OLD, reason="configs of older transformers do not name producers")
 def test_shared_keys_and_values_lock_their_producers() -> None:
     first = FirstModel.from_base(families.family("gemma4_shared"))
     assert first.routing.stack.locked == {2, 3}
@@ -160,13 +168,13 @@ REFUSED = {
     "deepseek_v4": "compressed",
     "openai-gpt": "takes no KV cache",
     "bert": "no list of 4 decoder layers",
-    "longcat_flash": "no list of 4 decoder layers",
+    "longcat_flash": "no list of .* decoder layers",
     "hy_v4": "choose for later layers",
     "glm_moe_dsa": "choose for later layers",
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [name for name in REFUSED if name in CONFIG_MAPPING])
 def test_refused_families_say_why(name: str) -> None:
     base = families.make_model(name, torch.float32, **families.EXTRA.get(name, {}))
     with pytest.raises(UnsupportedModelError, match=REFUSED[name]):
@@ -187,6 +195,13 @@ def test_gemma3n_is_refused() -> None:
         layer_types=["sliding_attention", "full_attention"] * 3,
     )
     with pytest.raises(UnsupportedModelError, match="does not pass"):
+        FirstModel.from_base(base)
+
+
+@pytest.mark.skipif(not families.OLD, reason="newer configs name the layers that share")
+def test_shared_keys_and_values_are_refused_by_older_transformers() -> None:
+    base = families.make_model("gemma4_text", **families.GEMMA4_SHARED)
+    with pytest.raises(UnsupportedModelError, match="newer transformers"):
         FirstModel.from_base(base)
 
 

@@ -19,7 +19,7 @@ from conftest import tiny_llama
 
 from firstlm.calibration import calibrate
 from firstlm.config import RouterConfig, TrainConfig
-from firstlm.data import Collator, Encoded
+from firstlm.data import Collator, Encoded, pad_left
 from firstlm.errors import ConfigError, DataError
 from firstlm.losses import answer_cross_entropy, answer_logits, non_skip_penalty
 from firstlm.model import FirstModel
@@ -150,12 +150,24 @@ def test_phase_one_moves_routers_only_and_phase_two_lora_only(tmp_path: Path) ->
 @pytest.mark.parametrize("wanted", [0.15, 0.25])
 @pytest.mark.parametrize("gate", ["straight_through", "soft"])
 def test_driven_alpha_meets_the_rate(tmp_path: Path, wanted: float, gate: str) -> None:
-    model = make_model(layers=20)
-    train, validation = make_examples(256, 0), make_examples(64, 1)
-    settings = config(tmp_path, skip_rate=wanted, gate=gate, router_steps=150)
+    """From routers that keep all layers, but not equally: with equal ones no rate lies in between."""
+    model = make_model(layers=16)
+    with torch.no_grad():
+        for i, router in enumerate(model.routers):
+            router.bias.fill_(0.2 + 0.15 * ((7 * i) % 16))
+    train, validation = make_examples(256, 0), make_examples(32, 1)
+    settings = config(
+        tmp_path,
+        skip_rate=wanted,
+        gate=gate,
+        router_steps=120,
+        router_lr=0.03,
+        batch_size=8,
+        logging_steps=4,
+    )
     record = train_routers(model, train, validation, settings)
     lines = (work_folder(settings) / "log_routers.jsonl").read_text().splitlines()
-    last = [json.loads(line)["skip_rate"] for line in lines][-8:]
+    last = [json.loads(line)["skip_rate"] for line in lines][-10:]
     assert sum(last) / len(last) == pytest.approx(wanted, abs=0.02)
     assert record["alpha"] != 0.0
 
@@ -173,22 +185,18 @@ def test_alpha_by_hand_is_left_alone_and_more_alpha_skips_more(tmp_path: Path) -
 
 def test_one_model_serves_many_rates_on_unseen_prompts(tmp_path: Path) -> None:
     model = make_model(layers=20)
-    settings = config(tmp_path, skip_rate=0.25, skip_rates=[0.1, 0.15, 0.4], warm_start=8)
+    settings = config(
+        tmp_path, skip_rate=0.25, skip_rates=[0.1, 0.15, 0.4], warm_start=8, router_steps=30
+    )
     train_routers(model, make_examples(256, 0), make_examples(32, 1), settings)
     prompts = [e.prompt_ids for e in make_examples(200, 2)]
     calibrate(model, prompts, progress=False)
-    unseen = Collator(0)(make_examples(200, 3))
-    prompt_lengths = unseen["prompt_mask"].sum(1)
     for prefill in ("skip", "full"):
         for rate in (0.10, 0.15, 0.25, 0.40):
-            kept = []
-            for example in make_examples(200, 3):
-                ids = torch.tensor([example.prompt_ids])
-                state = model.decide(ids, torch.ones_like(ids), skip_rate=rate, prefill=prefill)
-                kept.append(state.keep)
-            found = 1 - torch.cat(kept).float().mean()
+            ids, mask = pad_left([e.prompt_ids for e in make_examples(200, 3)], 0)
+            state = model.decide(ids, mask, skip_rate=rate, prefill=prefill)
+            found = 1 - state.keep.float().mean()
             assert found == pytest.approx(rate, abs=0.02), (prefill, rate)
-    assert len(prompt_lengths) == 200
     assert model.policy_for(0.0).__class__.__name__ == "RunAll"
     with pytest.raises(ConfigError, match="outside what was calibrated"):
         model.policy_for(0.85)

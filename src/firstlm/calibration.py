@@ -46,28 +46,45 @@ def calibrate(
     """
     if not prompts:
         raise DataError("Calibration needs prompts, but there are none.")
+    for mode in prefill_modes:
+        model.thresholds.table[mode] = find_offsets(
+            model, prompts, rates, mode, batch_size, pad_token_id, progress
+        )
+
+
+@torch.no_grad()
+def find_offsets(
+    model: FirstModel,
+    prompts: Sequence[Sequence[int]],
+    rates: Sequence[float],
+    prefill: str = "skip",
+    batch_size: int = 16,
+    pad_token_id: int = 0,
+    progress: bool = True,
+) -> list[tuple[float, float, float]]:
+    """Return (asked rate, logit offset, measured rate) for each rate, in rising order."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [
         pad_left([prompts[i] for i in order[j : j + batch_size]], pad_token_id)
         for j in range(0, len(order), batch_size)
     ]
+    known: dict[float, float] = {}
     was_training = model.training
     model.eval()
-    with torch.no_grad(), tqdm(disable=not progress, desc="calibrating", unit="pass") as bar:
-        for mode in prefill_modes:
-            measure = _full_rates(model, batches, bar) if mode == "full" else None
-            known: dict[float, float] = {}
+    with tqdm(disable=not progress, desc=f"calibrating {prefill}", unit="pass") as bar:
+        measure = _full_rates(model, batches, bar) if prefill == "full" else None
 
-            def rate_at(offset: float, measure=measure, known=known) -> float:
-                if offset not in known:
-                    known[offset] = (
-                        measure(offset) if measure else _closed_loop_rate(model, batches, offset)
-                    )
-                    bar.update()
-                return known[offset]
+        def rate_at(offset: float) -> float:
+            if offset not in known:
+                known[offset] = (
+                    measure(offset) if measure else _closed_loop_rate(model, batches, offset)
+                )
+                bar.update()
+            return known[offset]
 
-            model.thresholds.table[mode] = _table(rate_at, known, sorted(rates))
+        rows = _table(rate_at, known, sorted(rates))
     model.train(was_training)
+    return rows
 
 
 def _table(

@@ -98,6 +98,7 @@ def training_options(options: DemoConfig) -> TrainConfig:
         dtype=fast_dtype(),
         output=options.output,
         skip_rate=options.skip_rate,
+        warm_start=8,
         router_steps=options.router_steps,
         lora_steps=options.lora_steps,
         batch_size=options.batch_size,
@@ -152,15 +153,13 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
     print(f"\nPhase 1: routers, {config.router_steps} steps.", flush=True)
     routers = train_routers(model, encoded, held_encoded, config)
     print(f"\nPhase 2: LoRA, {config.lora_steps} steps.", flush=True)
-    lora = train_lora(model, encoded, held_encoded, config)
+    lora = train_lora(model, encoded, held_encoded, config, routers)
     print("\nThresholds.", flush=True)
-    calibrate(
-        model,
-        [item.prompt_ids for item in held_encoded],
-        _rates(options.skip_rate),
-        prefill_modes=("skip",),
-        pad_token_id=pad,
-    )
+    prompts = [item.prompt_ids for item in held_encoded]
+    with mixed_precision(model):
+        calibrate(
+            model, prompts, _rates(options.skip_rate), prefill_modes=("skip",), pad_token_id=pad
+        )
     policy = model.policy_for(options.skip_rate)
     ce_after, keep = cross_entropy(model, held_encoded, policy, config.batch_size, pad)
     model.training_record = {

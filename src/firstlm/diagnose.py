@@ -88,12 +88,19 @@ def diagnose(
     with tqdm(total=6, desc="diagnosing", unit="check", disable=not progress) as bar:
         numbers["identity"] = probes.identity(model, everything)
         bar.update()
-        numbers["kv"] = {
-            name: kv_probe.cached_against_whole(model, mixed, chosen, prefill, steps)
-            for name, chosen in _mask_sets(model, policy, len(mixed[0])).items()
-        }
-        bar.update()
-        numbers["mask_flips"] = probes.mask_flips(model, mixed, policy, prefill)
+        with kv_probe.in_float32(model):
+            numbers["kv"] = {
+                name: kv_probe.cached_against_whole(model, mixed, chosen, prefill, steps)
+                for name, chosen in _mask_sets(model, policy, len(mixed[0])).items()
+            }
+            bar.update()
+            numbers["mask_flips"] = probes.mask_flips(model, mixed, policy, prefill)
+        numbers["mask_flips_as_loaded"] = None
+        if kv_probe.weights_dtype(model) in kv_probe.LOW_PRECISION:
+            numbers["mask_flips_as_loaded"] = probes.mask_flips(model, mixed, policy, prefill)
+            numbers["kv"]["routers, as loaded"] = kv_probe.cached_against_whole(
+                model, mixed, policy, prefill, steps
+            )
         bar.update()
         logits, keep = probes.router_outputs(model, everything, policy, prefill)
         numbers["routers"] = describe_routers(
@@ -104,8 +111,7 @@ def diagnose(
         bar.update()
         numbers["time"] = _time(model, prompts, keep, policy, prefill, pad)
         bar.update()
-    dtype = next(model.base.parameters()).dtype
-    checks = verdicts.judge(numbers, dtype, skip_rate)
+    checks = verdicts.judge(numbers, skip_rate)
     return {
         "sound": all(check.level != "FAIL" for check in checks),
         "checks": [asdict(check) for check in checks],

@@ -8,6 +8,7 @@ and every step's logits are compared with a pass that has no cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,27 @@ from firstlm.generate import Decoding, decode_step, prefill
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask, Policy
 from firstlm.probes import Batch, difference
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def weights_dtype(model: FirstModel) -> torch.dtype:
+    """Return the number format of the base model's weights."""
+    return next(model.base.parameters()).dtype
+
+
+@contextmanager
+def in_float32(model: FirstModel) -> Iterator[None]:
+    """Within this scope 16-bit weights are float32, where rounding can't hide or feign an error."""
+    weights = [(p, p.data) for p in model.base.parameters() if p.dtype in LOW_PRECISION]
+    buffers = [(b, b.data) for b in model.base.buffers() if b.dtype in LOW_PRECISION]
+    try:
+        for tensor, data in (*weights, *buffers):
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in (*weights, *buffers):
+            tensor.data = data
 
 
 class CallCounter:
@@ -111,6 +133,7 @@ def cached_against_whole(
         *(_kv_problems(decoding, keep) if model.router_config.unit != "mlp" else ()),
     ]
     return {
+        "dtype": str(weights_dtype(model)),
         "rows": len(ids),
         "padded": not bool(mask.all()),
         "steps": steps,

@@ -182,5 +182,11 @@ def _probe(
 
 
 def _kv_producers(config: object) -> frozenset[int]:
-    modes = getattr(config, "kv_sharing_modes", None) or ()
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is None and getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(
+            "Layers of this model share keys and values, which needs a newer transformers to route; "
+            "upgrade with `pip install -U transformers`."
+        )
+    modes = modes or ()
     return frozenset(i for i, mode in enumerate(modes) if mode == "store")

@@ -27,6 +27,8 @@ from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
 from firstlm.routers import Routers
 from firstlm.routing import Routing, RoutingState
 
+NEAR_ENOUGH = 0.01  # a rate this little outside the calibrated ones gets the nearest of them
+
 # Models (by id) that run all layers in the current context; see FirstModel.run_all.
 _RUN_ALL: ContextVar[frozenset[int]] = ContextVar("firstlm_run_all", default=frozenset())
 
@@ -79,7 +81,7 @@ class Thresholds:
                 "promised. Run `firstlm calibrate` (or firstlm.calibrate) on validation prompts."
             )
         rates = [row[2] for row in rows]
-        if not rates[0] - 1e-6 <= rate <= rates[-1] + 1e-6:
+        if not rates[0] - NEAR_ENOUGH <= rate <= rates[-1] + NEAR_ENOUGH:
             raise ConfigError(
                 f"skip_rate={rate} is outside what was calibrated: {rates[0]:.2f} to {rates[-1]:.2f}. "
                 "Ask for a rate in between, or calibrate for more."

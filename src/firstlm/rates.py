@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drive training towards wanted skip rates.
 
-`alpha`, the weight of the non-skip penalty, is raised while fewer layers are skipped than wanted
-and lowered while more are (dual ascent). Where several rates are trained, each other rate has a
+In phase 1 `alpha`, the weight of the non-skip penalty, follows the gap between wanted and measured rate: a part
+in proportion to the gap, and a part that sums it up (dual ascent). Where several rates are trained, each other rate has a
 logit offset of its own, driven the same way, so that the routers learn an order of the layers
-instead of one cut.
+instead of one cut. In phase 2 the routers are frozen, and every rate is met by its offset.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from typing import Any
 from firstlm.config import TrainConfig
 
 PRIMARY_SHARE = 0.5  # of batches that train the primary rate, where several are trained
-MOMENTUM = 0.8  # of the running skip rate that the alpha driver looks at
+MOMENTUM = 0.7  # of the running skip rate that the alpha driver looks at
+# Adam moves logits at a speed that hardly depends on alpha's size, so a sum alone overshoots for as
+# long as it took to build up; the proportional part turns round with the gap.
+PROPORTION = 100  # of the proportional part to one step of the sum
+OFFSET_STEP = 1.0  # logits per unit of the gap, per batch of the rate
 
 
 class RateDriver:
@@ -29,23 +33,25 @@ class RateDriver:
     def __init__(self, config: TrainConfig) -> None:
         self.primary = config.skip_rate
         self.others = [r for r in config.skip_rates or () if r != self.primary]
-        self.alpha = config.alpha
+        self.alpha = self.base = config.alpha
         self.step = config.alpha_lr
         self.offsets: dict[float, float] = dict.fromkeys(self.others, 0.0)
+        self.holds = False
         self.running: float | None = None
         self._random = random.Random(config.seed)
+
+    def hold(self, offsets: dict[float, float]) -> None:
+        """Meet every rate by its offset from now on, and leave alpha alone (phase 2).
+
+        Frozen routers cannot follow alpha; LoRA would have to move their input instead.
+        """
+        self.offsets = dict(offsets)
+        self.holds = True
 
     def start(self, logit_per_rate: float) -> None:
         """Guess the other rates' offsets from how far apart in logits layers are in rank."""
         for rate in self.offsets:
             self.offsets[rate] = logit_per_rate * ((self.primary or 0.0) - rate)
-
-    def take_over(self, record: dict[str, Any]) -> None:
-        """Go on from where an earlier phase's driver ended (its `alpha` and `offsets`)."""
-        self.alpha = record.get("alpha") or self.alpha
-        for rate, offset in (record.get("offsets") or {}).items():
-            if float(rate) in self.offsets:
-                self.offsets[float(rate)] = offset
 
     def sample(self) -> float | None:
         """Return the rate to train in the next batch; None where alpha is set by hand."""
@@ -61,20 +67,21 @@ class RateDriver:
         """Learn from the share of layers that a batch of the given rate really skipped."""
         if rate is None:
             return
-        if rate != self.primary:
-            self.offsets[rate] += 20 * self.step * (measured - rate)
+        if self.holds or rate != self.primary:
+            self.offsets[rate] += OFFSET_STEP * (measured - rate)
             return
         before = self.running
         self.running = measured if before is None else MOMENTUM * before + (1 - MOMENTUM) * measured
-        # Proportional to the error and, against oscillation, to the speed with which it closes.
-        speed = 0.0 if before is None else self.running - before
-        self.alpha += self.step * ((rate - self.running) - 4 * speed)
+        gap = rate - self.running
+        self.base += self.step * gap
+        self.alpha = self.base + PROPORTION * self.step * gap
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as JSON."""
         version, internal, gauss = self._random.getstate()
         return {
             "alpha": self.alpha,
+            "base": self.base,
             "running": self.running,
             "offsets": list(self.offsets.items()),
             "random": [version, list(internal), gauss],
@@ -82,7 +89,7 @@ class RateDriver:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        self.alpha, self.running = state["alpha"], state["running"]
+        self.alpha, self.base, self.running = state["alpha"], state["base"], state["running"]
         self.offsets = {float(rate): float(offset) for rate, offset in state["offsets"]}
         version, internal, gauss = state["random"]
         self._random.setstate((version, tuple(internal), gauss))

@@ -16,11 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from firstlm.calibration import RATES, calibrate
+from firstlm.calibration import RATES, calibrate, find_offsets
 from firstlm.config import RouterConfig, TrainConfig
 from firstlm.data import (
     Collator,
@@ -44,6 +45,7 @@ from firstlm.trainer import FirstTrainer, mixed_precision
 STATISTICS_PROMPTS = 64  # prompts on which router inputs are standardised
 VALIDATION_SHARE = 0.1
 CALIBRATION_PROMPTS = 128
+OFFSET_PROMPTS = 32  # on which phase 2 finds its first offsets
 RUN_FILE = "run.yaml"
 STEPS = {"adapt": "adapt_steps", "routers": "router_steps", "lora": "lora_steps"}
 
@@ -131,8 +133,10 @@ def _train_lora(
         if "lora_" in name:
             parameter.requires_grad_(True)
     driver = RateDriver(config) if config.skip_rate != 0 else None
-    if driver is not None and routers:
-        driver.take_over(routers)
+    if driver is not None:
+        driver.alpha = max((routers or {}).get("alpha") or config.alpha, 0.0)
+        if config.skip_rate is not None:
+            driver.hold(_offsets(model, train, config))
     return _fit(model, train, validation, config, phase, driver)
 
 
@@ -196,6 +200,18 @@ def _add_lora(model: FirstModel, config: TrainConfig) -> None:
 def _pad_id(model: FirstModel) -> int:
     tokenizer = model.tokenizer
     return tokenizer.pad_token_id if tokenizer is not None and tokenizer.pad_token_id else 0
+
+
+def _offsets(model: FirstModel, train: list[Encoded], config: TrainConfig) -> dict[float, float]:
+    """Measure the logit offsets that meet a run's rates before phase 2 begins."""
+    prompts = [item.prompt_ids for item in train[:OFFSET_PROMPTS]]
+    rates = sorted({config.skip_rate or 0.0, *(config.skip_rates or ())})
+    with mixed_precision(model):
+        rows = find_offsets(
+            model, prompts, rates, config.prefill, config.batch_size, _pad_id(model)
+        )
+    measured = [row[2] for row in rows]
+    return {r: float(np.interp(r, measured, [row[1] for row in rows])) for r in rates}
 
 
 def _fit(
@@ -264,7 +280,7 @@ def _arguments(
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum,
         learning_rate=config.lora_lr if lora else config.router_lr,
-        lr_scheduler_type="cosine" if lora else "linear",
+        lr_scheduler_type="cosine" if lora else "constant_with_warmup",
         warmup_steps=config.warmup,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
@@ -328,14 +344,27 @@ def run(config: TrainConfig) -> int:
         _round_adapter(model)
     prompts = [item.prompt_ids for item in validation[:CALIBRATION_PROMPTS]]
     if config.skip_rate != 0:
-        calibrate(
-            model, prompts, RATES, batch_size=config.batch_size, pad_token_id=_pad_id(model)
-        )
+        with mixed_precision(model):
+            calibrate(
+                model, prompts, RATES, batch_size=config.batch_size, pad_token_id=_pad_id(model)
+            )
+        if config.skip_rate in RATES:
+            _put_offset_into_routers(model, config.skip_rate, config.prefill)
     model.training_record = record
     model.save_pretrained(config.output)
     save_yaml(config, Path(config.output) / RUN_FILE)
     print(f"Saved the artifact to {config.output}; logs are in {work_folder(config)}.")
     return 0
+
+
+@torch.no_grad()
+def _put_offset_into_routers(model: FirstModel, rate: float, prefill: str) -> None:
+    """Shift all biases so that the plain threshold, rho = 0.5, serves the rate trained for."""
+    shift = model.thresholds.offset(rate, prefill)
+    for router in model.routers:
+        router.bias.add_(shift)
+    for mode, rows in model.thresholds.table.items():
+        model.thresholds.table[mode] = [(a, offset - shift, m) for a, offset, m in rows]
 
 
 def prepare(config: TrainConfig) -> tuple[FirstModel, list[Encoded], list[Encoded]]:
