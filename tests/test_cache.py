@@ -71,11 +71,12 @@ def test_without_the_fix_decoding_is_wrong(
     assert wrong > 1e-2
 
 
+@pytest.mark.parametrize("prefill", ["skip", "full"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_kept_layers_and_rows_alone_take_memory(kind: str) -> None:
+def test_kept_layers_and_rows_alone_take_memory(kind: str, prefill: str) -> None:
     first = FirstModel.from_base(family("llama"))
     ids, mask = batch()
-    more = {"max_new_tokens": NEW, "cache_implementation": kind}
+    more = {"max_new_tokens": NEW, "cache_implementation": kind, "prefill": prefill}
     whole = first.generate(ids, mask, policy=FixedMask([True] * 4), **more).kv_bytes
     for keep in (*masks().values(), mixed(4)):
         output = first.generate(ids, mask, policy=FixedMask(keep), **more)

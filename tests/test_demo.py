@@ -45,7 +45,8 @@ def test_both_halves_run_and_the_last_line_is_json(folders, tmp_path, capsys, mo
         "--lora-steps", 2, "--batch-size", 2, "--max-length", 400, "--max-new-tokens", 4,
     ]  # fmt: skip
     assert cli.main([*map(str, words)]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "3/3" in err  # progress of phase 1
     *text, last = out.rstrip("\n").split("\n")
     found = json.loads(last)
     assert list(found) == KEYS

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from firstlm.arms import Arms, Run, median
 from firstlm.artifact import find, read_config
@@ -149,6 +150,7 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
     )
     ce_before, _ = cross_entropy(model, held_encoded, RunAll(), config.batch_size, pad)
     shutil.rmtree(work_folder(config), ignore_errors=True)  # every demo starts afresh
+    logging.set_verbosity_warning()  # Trainer's progress bars hang on it
 
     print(f"\nPhase 1: routers, {config.router_steps} steps.", flush=True)
     routers = train_routers(model, encoded, held_encoded, config)

@@ -229,23 +229,23 @@ def _fit(
     folder.mkdir(parents=True, exist_ok=True)
     if config.gradient_checkpointing:
         model.base.gradient_checkpointing_enable({"use_reentrant": False})
-    trainer = FirstTrainer(
-        model,
-        driver,
-        gate=config.gate if phase == "routers" else "hard",
-        prefill=config.prefill,
-        l2=config.l2 if phase == "routers" else 0.0,
-        log_path=work / f"log_{phase}.jsonl",
-        args=_arguments(model, config, phase, steps, folder),
-        train_dataset=train,
-        eval_dataset=validation,
-        data_collator=Collator(_pad_id(model)),
-    )
+    with _logs_in(work / "logs" / phase):
+        trainer = FirstTrainer(
+            model,
+            driver,
+            gate=config.gate if phase == "routers" else "hard",
+            prefill=config.prefill,
+            l2=config.l2 if phase == "routers" else 0.0,
+            log_path=work / f"log_{phase}.jsonl",
+            args=_arguments(model, config, phase, steps, folder),
+            train_dataset=train,
+            eval_dataset=validation,
+            data_collator=Collator(_pad_id(model)),
+        )
     before = trainer.evaluate()
     checkpoint = get_last_checkpoint(str(folder)) if config.resume else None
     try:
-        with _logs_in(work / "logs" / phase):
-            trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         if trainer.state.global_step:
             trainer._save_checkpoint(trainer.model, trial=None)

@@ -31,6 +31,23 @@ WEIGHTS_FILE = "trainable.safetensors"
 DRIVER_FILE = "driver.json"
 
 
+class EpochSampler(LengthGroupedSampler):
+    """Groups rows of similar length; an epoch's order depends on seed and epoch only (for resume)."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next; Trainer calls this."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield row numbers."""
+        self.generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+        return super().__iter__()
+
+
 class FirstTrainer(Trainer):
     """Trains routers (phase 1) or LoRA (phase 2) of a `FirstModel`.
 
@@ -100,6 +117,8 @@ class FirstTrainer(Trainer):
                 loss = loss + self.l2 * self.first.routers.squared_norm()
             self.driver.update(rate, float(skip.mean()))
         self._note(rate, float(ce.detach()), skip, rho)
+        if not loss.requires_grad:  # every row of the batch skips every layer that has LoRA
+            loss = loss + 0.0 * sum(p.sum() for p in self.first.parameters() if p.requires_grad)
         return loss
 
     def _note(
@@ -186,9 +205,8 @@ class FirstTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data: list[Encoded] = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(item.prompt_ids) + len(item.answer_ids) for item in data]
-        generator = torch.Generator().manual_seed(self.args.seed)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch, lengths=lengths, generator=generator)
+        return EpochSampler(batch, lengths, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
