@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the README's tables from results/*.json, so that no number is typed by hand.
 
-    python experiments/table.py            # print
-    python experiments/table.py --write    # put between the markers in README.md
+python experiments/table.py            # print
+python experiments/table.py --write    # put between the markers in README.md
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def quality_table(runs: dict[tuple[str, str], dict[int, dict]]) -> list[str]:
 def timing_table(report: dict) -> list[str]:
     """Return the timing table's lines."""
     lines = [
-        "Decoding with evenly spaced layers skipped, batch 1, one CPU, arms interleaved token by token "
+        "Decoding with evenly spaced layers skipped, batch 1, one CPU, arms interleaved "
         f"({report['rounds']} rounds, medians):",
         "",
-        "| format | layers skipped | time per token | saved, of the skipped layers' share of layer time |",
+        "| format | layers skipped | time per token | saved / skipped share of layer time |",
         "|---|---|---|---|",
     ]
     for dtype in ("float32", "bfloat16"):

@@ -106,9 +106,7 @@ def time_routers(model: FirstModel, rounds: int, prompt_tokens: int) -> dict:
             super().decide(*args)
             spent[0] += time.perf_counter() - start
 
-    ids = torch.randint(
-        5, 1000, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)
-    )
+    ids = torch.randint(5, 1000, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     shares = []
     for i in range(rounds + 2):
@@ -132,7 +130,11 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--output", default="results/timing_smollm2.json")
     options = parser.parse_args()
-    report: dict = {"model": "smollm2", "rounds": options.rounds, "threads": torch.get_num_threads()}
+    report: dict = {
+        "model": "smollm2",
+        "rounds": options.rounds,
+        "threads": torch.get_num_threads(),
+    }
     for dtype in options.dtypes:
         base, tokenizer = load_base("smollm2", dtype=dtype, device="cpu")
         model = FirstModel.from_base(base, RouterConfig(), tokenizer).eval()

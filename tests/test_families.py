@@ -108,6 +108,9 @@ def test_rows_of_a_mixed_batch_equal_rows_alone(routed: FirstModel) -> None:
     ids, mask = batch((4, 3, 1, 4))
     keep = usable(routed, mixed(4, routed.layer_count))
     tokens, logits = decode(routed, ids, mask, 3, policy=FixedMask(keep))
+    right = decode(routed, *batch((4, 3, 1, 4), side="right"), 3, policy=FixedMask(keep))
+    assert torch.equal(right[0], tokens)
+    assert torch.equal(right[1], logits)
     for row, length in enumerate(mask.sum(1).tolist()):
         alone_tokens, alone_logits = decode(
             routed,

@@ -30,7 +30,8 @@ def test_it_starts_with_the_two_commands() -> None:
     first = blocks("bash")[0]
     assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make demo", "make test"]
     targets = (ROOT / "Makefile").read_text()
-    assert "\ndemo:" in targets and "\ntest:" in targets
+    assert "\ndemo:" in targets
+    assert "\ntest:" in targets
 
 
 @pytest.mark.usefixtures("smollm2_folder")

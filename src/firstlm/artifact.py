@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import firstlm
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import firstlm
 from firstlm.config import UNITS, RouterConfig
 from firstlm.errors import ArtifactError
-from firstlm.pretrained import SAME_BASE, fingerprint, load_base, same_base
+from firstlm.pretrained import SAME_BASE, fingerprint, hub_id, load_base, same_base
 from firstlm.results import atomic_dir, write_json
 
 if TYPE_CHECKING:
@@ -65,12 +65,15 @@ def _write(
     write_json(folder / CONFIG_FILE, config)
     save_file(tensors, folder / ROUTERS_FILE)
     if model.has_adapter:
+        for peft_config in model.base.peft_config.values():
+            peft_config.base_model_name_or_path = hub_id(model.base_id)
         lora = {
             name: p.detach().to(model.adapter_dtype or p.dtype).cpu()
             for name, p in model.base.named_parameters()
             if "lora_" in name
         }
         model.base.save_pretrained(str(folder / ADAPTER_DIR), state_dict=lora)
+        (folder / ADAPTER_DIR / "README.md").unlink(missing_ok=True)  # peft's unfilled model card
     (folder / "README.md").write_text(model_card(config), encoding="utf-8")
 
 
@@ -86,7 +89,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
         version = int(config["format_version"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{file} is damaged ({error}). Copy or train the artifact again.") from error
+        raise ArtifactError(
+            f"{file} is damaged ({error}). Copy or train the artifact again."
+        ) from error
     if version > FORMAT_VERSION:
         raise ArtifactError(
             f"{folder} has format {version}; this firstlm reads up to {FORMAT_VERSION}. "
@@ -224,7 +229,7 @@ def _fill_routers(model: FirstModel, tensors: dict[str, torch.Tensor], folder: P
             parameter.data.copy_(found)
     if tensors:
         raise ArtifactError(
-            f"{folder / ROUTERS_FILE} has tensors for layers that the model lacks: {sorted(tensors)}."
+            f"{folder / ROUTERS_FILE} has tensors for layers the model lacks: {sorted(tensors)}."
         )
 
 
@@ -254,8 +259,8 @@ def model_card(config: dict[str, Any]) -> str:
         "---",
         f"# FiRST routers and LoRA for {base}",
         "",
-        f"One router per layer ({config['layers']} layers, unit `{unit}`) reads the prompt and decides",
-        "which layers it runs (arXiv 2410.12513). Use it with [firstlm](https://pypi.org/project/firstlm):",
+        f"One router per layer ({config['layers']} layers, unit `{unit}`) reads the prompt and",
+        "decides which layers it runs (arXiv 2410.12513). Use it with firstlm:",
         "",
         "```python",
         "from firstlm import FirstModel",

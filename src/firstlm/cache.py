@@ -52,7 +52,7 @@ class SkipCache(Cache):
         return self.tokens_seen[layer_idx] if layer_idx < len(self.tokens_seen) else 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Return (kv_length, kv_offset) of a layer's attention mask, also where the layer has a hole."""
+        """Return (kv_length, kv_offset) of a layer's mask, also where the layer has a hole."""
         slot = self.layers[layer_idx]
         if getattr(slot, "is_sliding", False) or hasattr(slot, "max_cache_len"):
             return slot.get_mask_sizes(query_length)
@@ -110,7 +110,7 @@ class SkipCache(Cache):
         self._select(torch.arange(self.state.row_count).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens (0 or a negative number, as in transformers)."""
+        """Forget the last `-tokens_to_remove` tokens (0 or negative, as in transformers)."""
         for layer, slot in enumerate(self.layers):
             if slot.is_initialized:
                 slot.crop(tokens_to_remove)
@@ -160,7 +160,9 @@ class StaticSkipCache(SkipCache, StaticCache):
         return min(bounds, default=sys.maxsize)
 
 
-def make_cache(config: Any, state: RoutingState, kind: str = "dynamic", max_len: int = 0) -> SkipCache:
+def make_cache(
+    config: Any, state: RoutingState, kind: str = "dynamic", max_len: int = 0
+) -> SkipCache:
     """Build an empty cache for a model's text config, bound to `state`.
 
     Args:

@@ -90,7 +90,7 @@ def find_offsets(
 def _table(
     rate_at: Callable[[float], float], known: dict[float, float], rates: Sequence[float]
 ) -> list[tuple[float, float, float]]:
-    """Find the offset for every rate; a rate that cannot be told from the one before is left out."""
+    """Find the offset for every rate; one that cannot be told from the one before is left out."""
     rows: list[tuple[float, float, float]] = []
     for wanted in rates:
         offset, found = _search(rate_at, known, wanted)

@@ -78,7 +78,10 @@ class DataOptions:
 class TrainConfig(RouterConfig, ModelOptions, DataOptions):
     """One training run: phase 1 trains routers, phase 2 LoRA; then thresholds are calibrated."""
 
-    output: str = option("first-model", help="folder for the artifact; logs and checkpoints go beside it, to OUTPUT-run")
+    output: str = option(
+        "first-model",
+        help="folder for the artifact; logs and checkpoints go beside it, to OUTPUT-run",
+    )
     stage: str = option("both", choices=STAGES, help="which phases to run")
     artifact: str | None = option(
         None, help="continue from this artifact (for --stage lora: its routers are used)"
@@ -104,8 +107,9 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         16, help="examples on which layers are ranked to start the routers from (0: no ranking)"
     )
     adapt_steps: int = option(
-        100, help="LoRA steps with all layers before phase 1, so that routers see a model that can "
-        "do the task (0: the paper's order)"
+        100,
+        help="LoRA steps with all layers before phase 1, so that routers see a model that can "
+        "do the task (0: the paper's order)",
     )
     router_steps: int = option(100, help="optimizer steps of phase 1")
     router_lr: float = option(0.005, help="learning rate of phase 1: about how far a logit moves")

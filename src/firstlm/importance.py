@@ -48,9 +48,7 @@ def removal_order(
     return order
 
 
-def _losses(
-    model: FirstModel, batch: dict[str, torch.Tensor], masks: torch.Tensor
-) -> torch.Tensor:
+def _losses(model: FirstModel, batch: dict[str, torch.Tensor], masks: torch.Tensor) -> torch.Tensor:
     """Return the answer cross-entropy [masks] of the batch under each mask."""
     copies, size = len(masks), len(batch["input_ids"])
     repeated = {name: tensor.repeat(copies, 1) for name, tensor in batch.items()}

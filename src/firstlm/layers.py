@@ -92,10 +92,7 @@ def decoder_layers(model: nn.Module, unit: str = "block") -> LayerStack:
         raise UnsupportedModelError(
             f"Layers of {name} choose for later layers what these attend to; none can be skipped."
         )
-    if unit == "block":
-        units = modules
-    else:
-        units = [_submodule(module, unit) for module in modules]
+    units = modules if unit == "block" else [_submodule(module, unit) for module in modules]
     hidden_size, tuple_sizes = _probe(base, modules, units)
     adds_residual = "residual" in inspect.signature(type(units[0]).forward).parameters
     locked = _kv_producers(text_config)
@@ -104,16 +101,18 @@ def decoder_layers(model: nn.Module, unit: str = "block") -> LayerStack:
 
 def _has_recurrent_layers(config: object) -> bool:
     kinds = set(getattr(config, "layer_types", None) or ())
-    return bool(kinds & {"conv", "linear_attention", "hybrid", "hybrid_sliding", "mamba", "recurrent"})
+    return bool(
+        kinds & {"conv", "linear_attention", "hybrid", "hybrid_sliding", "mamba", "recurrent"}
+    )
 
 
 def _find_list(base: nn.Module, count: int) -> list[nn.Module]:
     root = base.get_decoder() if hasattr(base, "get_decoder") else base
     for start in (root, base):
         for path, module in (start or base).named_modules():
-            if isinstance(module, nn.ModuleList) and len(module) == count:
-                if path.rsplit(".", 1)[-1] in LIST_NAMES:
-                    return list(module)
+            named = path.rsplit(".", 1)[-1] in LIST_NAMES
+            if named and isinstance(module, nn.ModuleList) and len(module) == count:
+                return list(module)
     raise UnsupportedModelError(
         f"{type(base).__name__} has no list of {count} decoder layers under a usual name "
         f"({', '.join(LIST_NAMES)}); firstlm cannot route it."
@@ -185,7 +184,7 @@ def _kv_producers(config: object) -> frozenset[int]:
     modes = getattr(config, "kv_sharing_modes", None)
     if modes is None and getattr(config, "num_kv_shared_layers", 0):
         raise UnsupportedModelError(
-            "Layers of this model share keys and values, which needs a newer transformers to route; "
+            "Layers of this model share keys and values; routing it needs a newer transformers: "
             "upgrade with `pip install -U transformers`."
         )
     modes = modes or ()

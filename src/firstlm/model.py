@@ -73,18 +73,18 @@ class Thresholds:
     table: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
 
     def offset(self, rate: float, prefill: str) -> float:
-        """Return the logit offset for a wanted skip rate; between measured rates it is interpolated."""
+        """Return the logit offset for a wanted skip rate, interpolated between measured ones."""
         rows = self.table.get(prefill)
         if not rows:
             raise ConfigError(
-                f"This model has no thresholds for prefill={prefill!r}, so skip_rate={rate} cannot be "
-                "promised. Run `firstlm calibrate` (or firstlm.calibrate) on validation prompts."
+                f"This model has no thresholds for prefill={prefill!r}, so skip_rate={rate} cannot "
+                "be promised. Run `firstlm calibrate` (or firstlm.calibrate) on validation prompts."
             )
         rates = [row[2] for row in rows]
         if not rates[0] - NEAR_ENOUGH <= rate <= rates[-1] + NEAR_ENOUGH:
             raise ConfigError(
-                f"skip_rate={rate} is outside what was calibrated: {rates[0]:.2f} to {rates[-1]:.2f}. "
-                "Ask for a rate in between, or calibrate for more."
+                f"skip_rate={rate} is outside what was calibrated: {rates[0]:.2f} to "
+                f"{rates[-1]:.2f}. Ask for a rate in between, or calibrate for more."
             )
         return float(np.interp(rate, rates, [row[1] for row in rows]))
 
@@ -137,7 +137,7 @@ class FirstModel(nn.Module):
         return artifact.load(cls, path_or_id, base, dtype, device, tokenizer)
 
     def save_pretrained(self, path: str) -> None:
-        """Write routers, thresholds and adapter to a folder; an older one there is replaced whole."""
+        """Write routers, thresholds and adapter to a folder; an older one is replaced whole."""
         artifact.save(self, path)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
@@ -234,8 +234,8 @@ class FirstModel(nn.Module):
             input_ids: [batch, tokens].
             attention_mask: [batch, tokens]; padding may be on either side.
             policy: what decides; default the routers.
-            prompt_mask: [batch, tokens] bool, the tokens that are pooled; default all that are real.
-            state: decisions to use, made with `new_state` (then policy and prompt_mask are ignored).
+            prompt_mask: [batch, tokens] bool, the tokens that are pooled; default all real ones.
+            state: decisions to use, from `new_state` (policy and prompt_mask are then ignored).
             kwargs: passed to the base model.
 
         Returns:
@@ -304,8 +304,8 @@ class FirstModel(nn.Module):
             policy: what decides which layers run; default the routers.
             skip_rate: share of layers to skip, met on average; needs a calibrated model.
             prefill: "skip" (skipped layers do not see the prompt) or "full".
-            generate_kwargs: everything transformers' `generate` takes; `cache_implementation` may be
-                "dynamic" or "static"; `past_key_values` continues an earlier output's `.cache`.
+            generate_kwargs: everything transformers' `generate` takes; `cache_implementation` may
+                be "dynamic" or "static"; `past_key_values` continues an earlier output's `.cache`.
 
         Raises:
             ConfigError: options that cannot work together.
@@ -313,7 +313,9 @@ class FirstModel(nn.Module):
         start = time.perf_counter()
         for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
             if generate_kwargs.get(name) is not None:
-                raise ConfigError(f"{name} rolls the cache back, which is not supported with skips.")
+                raise ConfigError(
+                    f"{name} rolls the cache back, which is not supported with skips."
+                )
         if generate_kwargs.get("use_cache") is False:
             raise ConfigError("use_cache=False is not supported: decisions ride in the cache.")
         cache = generate_kwargs.pop("past_key_values", None)
@@ -329,7 +331,9 @@ class FirstModel(nn.Module):
             longest = self._longest(input_ids.shape[1], generate_kwargs) if kind == "static" else 0
             cache = make_cache(self.base.config, state, kind, longest)
         elif not isinstance(cache, SkipCache):
-            raise ConfigError("past_key_values must be the .cache of an earlier output of generate.")
+            raise ConfigError(
+                "past_key_values must be the .cache of an earlier output of generate."
+            )
         elif policy is not None or skip_rate is not None:
             raise ConfigError("A continued cache keeps its mask; leave policy and skip_rate unset.")
         state = cache.state

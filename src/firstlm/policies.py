@@ -59,7 +59,9 @@ class FixedMask:
         if keep.dtype != torch.bool:
             raise ConfigError(f"keep has dtype {keep.dtype}; expected bool, True = the layer runs.")
         if keep.dim() not in (1, 2):
-            raise ConfigError(f"keep has shape {tuple(keep.shape)}; expected [layers] or [batch, layers].")
+            raise ConfigError(
+                f"keep has shape {tuple(keep.shape)}; expected [layers] or [batch, layers]."
+            )
         self.keep = keep.detach().cpu()
 
     def decide(self, layer: int, prompts: Prompts) -> torch.Tensor:

@@ -42,6 +42,11 @@ def resolve_model(name: str) -> str:
     return SMOLLM2_HUB_ID if gguf is None else str(_converted(gguf))
 
 
+def hub_id(name: str | None) -> str | None:
+    """Return the hub id of a model's name, for files that other tools read."""
+    return SMOLLM2_HUB_ID if name == SMOLLM2 else name
+
+
 def cache_folder() -> Path:
     """Return the folder for converted weights: $FIRSTLM_CACHE, else ~/.cache/firstlm."""
     return Path(os.environ.get("FIRSTLM_CACHE") or "~/.cache/firstlm").expanduser()

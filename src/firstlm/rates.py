@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drive training towards wanted skip rates.
 
-In phase 1 `alpha`, the weight of the non-skip penalty, follows the gap between wanted and measured rate: a part
-in proportion to the gap, and a part that sums it up (dual ascent). Where several rates are trained, each other rate has a
-logit offset of its own, driven the same way, so that the routers learn an order of the layers
-instead of one cut. In phase 2 the routers are frozen, and every rate is met by its offset.
+In phase 1 `alpha`, the weight of the non-skip penalty, follows the gap between wanted and measured
+rate: a part in proportion to the gap, and a part that sums it up (dual ascent). Where several rates
+are trained, each other rate has a logit offset of its own, driven by its own gap, so that the
+routers learn an order of the layers instead of one cut. In phase 2 routers are frozen, and every
+rate is met by its offset.
 """
 
 from __future__ import annotations

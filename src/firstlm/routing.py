@@ -53,7 +53,7 @@ class RoutingState:
 
     Args:
         policy: decides for each layer when the prompt first reaches it.
-        prompt_mask: [prompts, tokens] bool, True on the prompt's own tokens (not padding, not answer).
+        prompt_mask: [prompts, tokens] bool, True on the prompt's own tokens: no padding, no answer.
         layers: number of layers.
         prefill: "skip" (a skipped layer does not run the prompt either) or "full".
         gate: "hard" (skip for real), or "straight_through" / "soft" to train routers.
@@ -181,7 +181,9 @@ class RoutingState:
         for layer, keep in enumerate(self._row_keep):
             if keep is not None:
                 rows = self._rows[layer]
-                self._set_rows(layer, keep[index], rows.device if rows is not None else index.device)
+                self._set_rows(
+                    layer, keep[index], rows.device if rows is not None else index.device
+                )
         self.row_count = len(index)
 
     def count_call(self) -> None:

@@ -37,7 +37,7 @@ from firstlm.importance import SPACING, removal_order, start_from_order
 from firstlm.model import FirstModel
 from firstlm.options import load_yaml, save_yaml, to_dict
 from firstlm.policies import RunAll
-from firstlm.pretrained import load_base
+from firstlm.pretrained import load_base, resolve_device
 from firstlm.rates import RateDriver
 from firstlm.results import provenance, sha256_of
 from firstlm.trainer import FirstTrainer, mixed_precision
@@ -152,9 +152,7 @@ def _freeze(model: FirstModel) -> None:
     model.requires_grad_(False)
 
 
-def _removal_order(
-    model: FirstModel, train: list[Encoded], config: TrainConfig
-) -> list[int]:
+def _removal_order(model: FirstModel, train: list[Encoded], config: TrainConfig) -> list[int]:
     highest = max([config.skip_rate or 0.0, *(config.skip_rates or ())])
     picked = random.Random(config.seed).sample(train, min(config.warm_start, len(train)))
     model.eval()
@@ -222,7 +220,7 @@ def _fit(
     phase: str,
     driver: RateDriver | None,
 ) -> dict[str, Any]:
-    """Run transformers' Trainer over what requires gradients, and resume it if it was interrupted."""
+    """Run Trainer over what requires gradients; an interrupted run is resumed."""
     steps = getattr(config, STEPS[phase])
     work = work_folder(config)
     folder = work / "checkpoints" / phase
@@ -304,7 +302,7 @@ def _arguments(
 
 @contextmanager
 def _logs_in(folder: Path):
-    """Tell Trainer's TensorBoard writer its folder; transformers 5 takes it from the environment."""
+    """Tell Trainer's TensorBoard writer its folder, which it takes from the environment."""
     before = os.environ.get("TENSORBOARD_LOGGING_DIR")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
     try:
@@ -393,10 +391,10 @@ def prepare(config: TrainConfig) -> tuple[FirstModel, list[Encoded], list[Encode
 def load_options(config: TrainConfig) -> dict[str, Any]:
     """Return how `load_base` shall load a run's base model."""
     options: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
-    if config.dtype == "bfloat16" and config.device in ("cpu", "auto"):
-        if not torch.cuda.is_available():
-            # The fused CPU kernel takes three times as long as plain attention for short bf16 rows.
-            options["attn_implementation"] = "eager"
+    on_cpu = resolve_device(config.device).type == "cpu"
+    if on_cpu and config.dtype == "bfloat16":
+        # The fused CPU kernel takes many times as long as plain attention for short bf16 rows.
+        options["attn_implementation"] = "eager"
     return options
 
 
@@ -428,7 +426,7 @@ def _data_hash(config: TrainConfig) -> dict[str, str]:
 
 @torch.no_grad()
 def _round_adapter(model: FirstModel) -> None:
-    """Round LoRA to bfloat16, in which it is saved, so that what is calibrated is what is loaded."""
+    """Round LoRA to bfloat16, as it is saved: what is calibrated is what will be loaded."""
     model.adapter_dtype = torch.bfloat16
     for name, parameter in model.base.named_parameters():
         if "lora_" in name:

@@ -32,7 +32,7 @@ DRIVER_FILE = "driver.json"
 
 
 class EpochSampler(LengthGroupedSampler):
-    """Groups rows of similar length; an epoch's order depends on seed and epoch only (for resume)."""
+    """Groups rows of similar length; an epoch's order depends on seed and epoch alone."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
         super().__init__(batch_size, lengths=lengths)
@@ -179,7 +179,10 @@ class FirstTrainer(Trainer):
                     ce, state = self._run(inputs, rate, "hard", scope)
                 weight = int((inputs["labels"] != IGNORE).sum())
                 total, tokens = total + float(ce) * weight, tokens + weight
-                skips, count = skips + float((~state.keep).float().mean(1).sum()), count + len(state.keep)
+                skips, count = (
+                    skips + float((~state.keep).float().mean(1).sum()),
+                    count + len(state.keep),
+                )
         self.first.train()
         metrics = {f"{prefix}_loss": total / tokens, f"{prefix}_skip_rate": skips / count}
         from transformers.trainer_utils import EvalLoopOutput
@@ -187,7 +190,7 @@ class FirstTrainer(Trainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build AdamW over what trains; a router's weights step so that its logit moves by about lr."""
+        """Build AdamW; a router's weights step such that its logit moves by about the rate."""
         if self.optimizer is None:
             rate = self.args.learning_rate
             routers = {id(p) for router in self.first.routers for p in [router.weight]}
