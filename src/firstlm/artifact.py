@@ -117,7 +117,7 @@ def read_routers(folder: Path) -> dict[str, torch.Tensor]:
 def load(
     cls: type[FirstModel],
     path_or_id: str,
-    base: nn.Module | str | None,
+    base: Any,
     dtype: str,
     device: str,
     tokenizer: Any,
@@ -207,7 +207,7 @@ def find(path_or_id: str) -> Path:
         ) from error
 
 
-def _load_adapter(base: nn.Module, adapter: Path) -> nn.Module:
+def _load_adapter(base: Any, adapter: Path) -> nn.Module:
     from peft import PeftModel
 
     try:

@@ -26,6 +26,7 @@ class SkipCache(Cache):
     `state.rows(i)` says which rows layer i holds: None for all, else their indices.
     """
 
+    layers: list[Any]  # which attributes a slot has depends on its class
     state: RoutingState
     tokens_seen: list[int]
 

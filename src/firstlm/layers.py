@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,7 +63,7 @@ def decoder_layers(model: nn.Module, unit: str = "block") -> LayerStack:
     """
     if unit not in UNITS:
         raise ConfigError(f"unit is {unit!r}; expected one of {', '.join(UNITS)}.")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = type(base).__name__
     config = getattr(base, "config", None)
     if config is None:
@@ -106,7 +107,7 @@ def _has_recurrent_layers(config: object) -> bool:
     )
 
 
-def _find_list(base: nn.Module, count: int) -> list[nn.Module]:
+def _find_list(base: Any, count: int) -> list[nn.Module]:
     root = base.get_decoder() if hasattr(base, "get_decoder") else base
     for start in (root, base):
         for path, module in (start or base).named_modules():
@@ -130,9 +131,7 @@ def _submodule(layer: nn.Module, unit: str) -> nn.Module:
     )
 
 
-def _probe(
-    base: nn.Module, modules: list[nn.Module], units: list[nn.Module]
-) -> tuple[int, list[int]]:
+def _probe(base: Any, modules: list[nn.Module], units: list[nn.Module]) -> tuple[int, list[int]]:
     """Return hidden size and, per unit, how long a tuple it returns (0: a bare tensor)."""
     shapes: dict[str, torch.Size] = {}
     sizes: dict[int, int] = {}

@@ -92,6 +92,9 @@ class Thresholds:
 class FirstModel(nn.Module):
     """A base model with one router per layer. Make one with `from_base` or `from_pretrained`."""
 
+    base: Any  # a transformers model, or peft's wrapper of one
+    routers: Routers
+
     def __init__(self, base: nn.Module, config: RouterConfig, tokenizer: Any = None) -> None:
         super().__init__()
         self.base = base

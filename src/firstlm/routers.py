@@ -7,6 +7,9 @@ the logit is >= 0. Knows nothing about models.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -58,6 +61,12 @@ class Routers(nn.ModuleList):
 
     def __init__(self, layers: int, hidden_size: int, init_bias: float = 2.0) -> None:
         super().__init__(Router(hidden_size, init_bias) for _ in range(layers))
+
+    if TYPE_CHECKING:  # what an nn.ModuleList holds is not known to type checkers
+
+        def __iter__(self) -> Iterator[Router]: ...
+
+        def __getitem__(self, idx: int) -> Router: ...  # type: ignore[override]
 
     def squared_norm(self) -> torch.Tensor:
         """Return the sum of squared router weights, the L2 term of the paper's loss."""

@@ -14,7 +14,7 @@ from collections import UserDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class PromptStates:
         """Number of prompts."""
         return self._mask.shape[0]
 
-    @cached_property
+    @property
     def mean(self) -> torch.Tensor:
         """Mean over the prompt's own tokens [prompts, hidden], float32."""
         count = self._mask.sum(1, keepdim=True).clamp_min(1)

@@ -246,7 +246,7 @@ def _fit(
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         if trainer.state.global_step:
-            trainer._save_checkpoint(trainer.model, trial=None)
+            trainer._save_checkpoint(model, trial=None)
         print(
             f"\nInterrupted at step {trainer.state.global_step} of {steps} ({phase}); a checkpoint "
             f"is in {folder}. Run the same command again to go on."

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from firstlm.data import IGNORE, Encoded
+from firstlm.data import IGNORE
 from firstlm.losses import answer_cross_entropy, answer_logits, non_skip_penalty
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RouterPolicy, RunAll
@@ -187,7 +188,8 @@ class FirstTrainer(Trainer):
         metrics = {f"{prefix}_loss": total / tokens, f"{prefix}_skip_rate": skips / count}
         from transformers.trainer_utils import EvalLoopOutput
 
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
+        nothing = np.empty(0)
+        return EvalLoopOutput(nothing, label_ids=None, metrics=metrics, num_samples=count)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build AdamW; a router's weights step such that its logit moves by about the rate."""
@@ -206,13 +208,13 @@ class FirstTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        data: list[Encoded] = self.train_dataset if train_dataset is None else train_dataset
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(item.prompt_ids) + len(item.answer_ids) for item in data]
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return EpochSampler(batch, lengths, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             name: p.detach().cpu().contiguous()
