@@ -63,7 +63,8 @@ def decoder_layers(model: nn.Module, unit: str = "block") -> LayerStack:
     """
     if unit not in UNITS:
         raise ConfigError(f"unit is {unit!r}; expected one of {', '.join(UNITS)}.")
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap = getattr(model, "get_base_model", None)  # peft
+    base: Any = unwrap() if unwrap else model
     name = type(base).__name__
     config = getattr(base, "config", None)
     if config is None:
