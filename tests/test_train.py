@@ -247,6 +247,25 @@ def test_gradient_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("unit", ["block", "attention", "mlp"])
+def test_checkpointing_trains_the_same(tmp_path: Path, unit: str) -> None:
+    weights = []
+    for checkpointing in (False, True):
+        model = FirstModel.from_base(tiny_llama(layers=4), RouterConfig(unit=unit, init_bias=0.3))
+        settings = config(
+            tmp_path / str(checkpointing),
+            router_steps=3,
+            lora_steps=3,
+            gradient_checkpointing=checkpointing,
+        )
+        examples = make_examples(32, 0)
+        train_lora(model, examples, examples[:4], replace(settings, skip_rate=0.0))
+        train_routers(model, examples, examples[:4], settings)
+        weights.append({n: p.detach() for n, p in model.named_parameters()})
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], msg=name)
+
+
 @pytest.mark.parametrize("phase", ["routers", "lora"])
 def test_resume_continues_exactly(tmp_path: Path, phase: str) -> None:
     """Stopping after half the steps and running again ends in the weights of an unbroken run."""

@@ -299,8 +299,9 @@ class DemoConfig:
     model: str = option("smollm2", help="base model of the short run: an id, a folder or 'smollm2'")
     output: str = option("runs/demo", help="folder for the short run")
     skip_rate: float = option(0.25, help="share of layers to skip")
-    router_steps: int = option(40, help="optimizer steps of phase 1")
-    lora_steps: int = option(40, help="optimizer steps of phase 2")
+    adapt_steps: int = option(30, help="LoRA steps with all layers, before phase 1")
+    router_steps: int = option(20, help="optimizer steps of phase 1")
+    lora_steps: int = option(50, help="optimizer steps of phase 2")
     batch_size: int = option(8, help="examples per forward pass")
     max_length: int = option(192, help="longest prompt plus answer, in tokens")
     max_new_tokens: int = option(32, help="longest answer, in tokens")
@@ -309,7 +310,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         check_skip_rate(self.skip_rate)
         _check_answers(self.max_new_tokens)
-        _check_counts(self, "router_steps", "lora_steps", "batch_size", "max_length")
+        _check_counts(self, "adapt_steps", "router_steps", "lora_steps", "batch_size", "max_length")
 
 
 def _check_answers(max_new_tokens: int) -> None:

@@ -31,7 +31,7 @@ from firstlm.model import FirstModel
 from firstlm.policies import Policy, RunAll
 from firstlm.pretrained import load_base
 from firstlm.results import provenance, to_json
-from firstlm.train import load_options, train_lora, train_routers, work_folder
+from firstlm.train import adapt_lora, load_options, train_lora, train_routers, work_folder
 from firstlm.trainer import mixed_precision
 
 SHIPPED = "smollm2-qa"
@@ -100,6 +100,7 @@ def training_options(options: DemoConfig) -> TrainConfig:
         output=options.output,
         skip_rate=options.skip_rate,
         warm_start=8,
+        adapt_steps=options.adapt_steps,
         router_steps=options.router_steps,
         lora_steps=options.lora_steps,
         batch_size=options.batch_size,
@@ -152,6 +153,8 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
     shutil.rmtree(work_folder(config), ignore_errors=True)  # every demo starts afresh
     logging.set_verbosity_warning()  # Trainer's progress bars hang on it
 
+    print(f"\nFirst LoRA learns the task with all layers, {config.adapt_steps} steps.", flush=True)
+    adapt = adapt_lora(model, encoded, held_encoded, config)
     print(f"\nPhase 1: routers, {config.router_steps} steps.", flush=True)
     routers = train_routers(model, encoded, held_encoded, config)
     print(f"\nPhase 2: LoRA, {config.lora_steps} steps.", flush=True)
@@ -165,8 +168,11 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
     policy = model.policy_for(options.skip_rate)
     ce_after, keep = cross_entropy(model, held_encoded, policy, config.batch_size, pad)
     model.training_record = {
-        "routers": routers, "lora": lora, "provenance": provenance(seed=options.seed),
-    }  # fmt: skip
+        "adapt": adapt,
+        "routers": routers,
+        "lora": lora,
+        "provenance": provenance(seed=options.seed),
+    }
     model.save_pretrained(options.output)
 
     print(f"\nCross-entropy on {len(held)} held-out docstrings, per answer token:")
@@ -177,7 +183,7 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
     print(f"Layers skipped for most prompts: {', '.join(map(str, mostly)) or 'none'}")
     print(f"Different masks: {len(keep.unique(dim=0))} for {len(keep)} prompts")
     return {
-        "steps": routers["steps"] + lora["steps"],
+        "steps": adapt["steps"] + routers["steps"] + lora["steps"],
         "ce_before": round(ce_before, 4),
         "ce_after": round(ce_after, 4),
         "skip_rate": round(float((~keep).float().mean()), 4),

@@ -226,7 +226,7 @@ def _fit(
     folder = work / "checkpoints" / phase
     folder.mkdir(parents=True, exist_ok=True)
     if config.gradient_checkpointing:
-        model.base.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpointing(model, "enable", {"use_reentrant": False})
     with _logs_in(work / "logs" / phase):
         trainer = FirstTrainer(
             model,
@@ -254,7 +254,7 @@ def _fit(
         raise
     finally:
         if config.gradient_checkpointing:
-            model.base.gradient_checkpointing_disable()
+            _checkpointing(model, "disable")
     after = trainer.evaluate()
     model.eval()
     return {
@@ -265,6 +265,13 @@ def _fit(
         "alpha": driver.alpha if driver else None,
         "offsets": driver.offsets if driver else {},
     }
+
+
+def _checkpointing(model: FirstModel, what: str, *args: Any) -> None:
+    """Switch gradient checkpointing, under its name in this transformers."""
+    old = f"gradient_checkpointing_{what}"
+    new = f"activation_checkpointing_{what}"
+    getattr(model.base, new if hasattr(model.base, new) else old)(*args)
 
 
 def _arguments(
