@@ -361,6 +361,21 @@ def test_run_writes_an_artifact_with_its_run_file(tmp_path: Path, byte_tokenizer
         run(replace(settings, lora_lr=1e-4))
 
 
+def test_rows_longer_than_the_context_are_refused(tmp_path: Path, byte_tokenizer) -> None:
+    folder = tmp_path / "short"
+    base = tiny_llama(layers=2)
+    base.config.max_position_embeddings = 16
+    base.save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"{i}", "completion": " " + "x" * (4 if i else 40)} for i in range(9)]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(DataError, match=r"data\.jsonl:1.*more than max_length 16"):
+        run(config(tmp_path, model=str(folder), data=str(data), validation=str(data)))
+    assert not (tmp_path / "artifact").exists()
+    assert not (tmp_path / "artifact-run").exists()
+
+
 def test_an_interrupted_command_resumes(tmp_path: Path, byte_tokenizer) -> None:
     folder, data = write_run(tmp_path, byte_tokenizer)
     words = f"train --model {folder} --data {data} --output {tmp_path / 'out'} --batch-size 4"
