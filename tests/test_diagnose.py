@@ -197,7 +197,9 @@ def test_skips_that_cost_as_much_as_running_are_seen(monkeypatch):
         return real(self, layer, state, hidden, original, args, kwargs)
 
     monkeypatch.setattr(Routing, "_gated", wasteful)
-    assert level(report_of(model), "skips that don't become time") == "WARN"
+    # On a machine that is busy with something else, one timing may be too noisy for a verdict.
+    verdicts_seen = (level(report_of(model), "skips that don't become time") for _ in range(6))
+    assert next((seen for seen in verdicts_seen if seen != "n/a"), None) == "WARN"
 
 
 def stock(name):

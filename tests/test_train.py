@@ -382,7 +382,14 @@ def test_an_interrupted_command_resumes(tmp_path: Path, byte_tokenizer) -> None:
     words += " --router-steps 400 --lora-steps 2 --warm-start 0 --no-tensorboard --save-steps 100"
     command = [sys.executable, "-m", "firstlm", *words.split()]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        env=env,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # A shell's background jobs ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     log = tmp_path / "out-run" / "log_routers.jsonl"
     deadline = time.time() + 120
     while not (log.exists() and log.read_text()) and time.time() < deadline:
