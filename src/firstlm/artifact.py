@@ -72,7 +72,9 @@ def _write(
             for name, p in model.base.named_parameters()
             if "lora_" in name
         }
-        model.base.save_pretrained(str(folder / ADAPTER_DIR), state_dict=lora)
+        model.base.save_pretrained(  # "auto" would ask the hub whether the vocabulary grew
+            str(folder / ADAPTER_DIR), state_dict=lora, save_embedding_layers=False
+        )
         (folder / ADAPTER_DIR / "README.md").unlink(missing_ok=True)  # peft's unfilled model card
     (folder / "README.md").write_text(model_card(config), encoding="utf-8")
 
