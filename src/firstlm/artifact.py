@@ -34,7 +34,7 @@ ADAPTER_DIR = "adapter"
 
 def save(model: FirstModel, path: str) -> None:
     """Write an artifact beside `path`, then swap it in; on any failure the old one stays whole."""
-    base = model.base.get_base_model() if model.has_adapter else model.base
+    base = model.plain_base
     config = {
         "format_version": FORMAT_VERSION,
         "firstlm_version": firstlm.__version__,

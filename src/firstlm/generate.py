@@ -92,9 +92,7 @@ def prefill(
     state = model.new_state(attention_mask, policy, skip_rate, prefill)
     longest = input_ids.shape[1] + max_new_tokens
     kv = make_cache(model.base.config, state, cache, longest)
-    base: Any = model.base
-    if model.has_adapter:
-        base = base.get_base_model()
+    base = model.plain_base
     takes = inspect.signature(base.forward).parameters
     if isinstance(kv, StaticSkipCache):
         model._check_static(kv, longest)

@@ -32,8 +32,7 @@ def answer_logits(
         call: what to call in the model's place, where something wraps it (DDP).
     """
     labels, kwargs = inputs["labels"], dict[str, Any]()
-    base = first.base.get_base_model() if first.has_adapter else first.base
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+    if "logits_to_keep" in inspect.signature(first.plain_base.forward).parameters:
         start = max(int((labels != IGNORE).any(0).nonzero()[0]) - 1, 0)
         # As indices: a slice would be a strided view, which is many times slower on the CPU.
         kwargs["logits_to_keep"] = torch.arange(start, labels.shape[1], device=labels.device)

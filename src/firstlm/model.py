@@ -181,6 +181,11 @@ class FirstModel(nn.Module):
         return self.base.disable_adapter() if self.has_adapter else nullcontext()
 
     @property
+    def plain_base(self) -> Any:
+        """The transformers model itself, out of peft's wrapper; LoRA layers stay in it."""
+        return self.base.get_base_model() if self.has_adapter else self.base
+
+    @property
     def has_adapter(self) -> bool:
         """Whether LoRA is on the base model."""
         return hasattr(self.base, "peft_config")
@@ -259,7 +264,7 @@ class FirstModel(nn.Module):
 
     def _positions(self, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Count each row's own tokens from 0, as transformers' `generate` does for padded rows."""
-        base: Any = self.base.get_base_model() if self.has_adapter else self.base
+        base = self.plain_base
         if "position_ids" not in inspect.signature(base.forward).parameters:
             return {}
         if bool(attention_mask.all()):
@@ -278,7 +283,7 @@ class FirstModel(nn.Module):
     ) -> RoutingState:
         """Run prompts [batch, tokens] through the layers only and return what was decided."""
         state = self.new_state(attention_mask.to(self.device), policy, skip_rate, prefill)
-        base: Any = self.base.get_base_model() if self.has_adapter else self.base
+        base = self.plain_base
         with self.routing.tracing(state):
             base.base_model(
                 input_ids=input_ids.to(self.device),
@@ -381,7 +386,7 @@ class FirstModel(nn.Module):
                 f"The static cache has room for {cache.room} tokens, but {longest} may come; "
                 "ask for fewer new tokens, or start with a dynamic cache."
             )
-        base: Any = self.base.get_base_model() if self.has_adapter else self.base
+        base = self.plain_base
         if getattr(base, "_can_compile_fullgraph", True) is False:
             raise ConfigError(
                 f"{type(base).__name__} is not made for static caches (GPT-Neo, for one, answers "

@@ -98,8 +98,7 @@ def _cached_difference(model: FirstModel, batch: Batch, policy: Policy, steps: i
         tokens.append(ours[-1].argmax(-1))
         ours.append(decode_step(model, decoding, tokens[-1]))
     with detached(model) as base:
-        plain = base.get_base_model() if model.has_adapter else base
-        takes = inspect.signature(plain.forward).parameters
+        takes = inspect.signature(model.plain_base.forward).parameters
         more: dict[str, Any] = {}
         if "logits_to_keep" in takes:  # the same matmul, so that equal means equal bits
             more["logits_to_keep"] = 1

@@ -70,7 +70,7 @@ def train_routers(
     config = config or TrainConfig()
     train, validation = _encoded(model, train, config), _encoded(model, validation, config)
     set_seed(config.seed)
-    _freeze(model)
+    model.requires_grad_(False)
     model.routers.requires_grad_(True)
     record: dict[str, Any] = {}
     driver = RateDriver(config)
@@ -128,7 +128,7 @@ def _train_lora(
     set_seed(config.seed)
     if not model.has_adapter:
         _add_lora(model, config)
-    _freeze(model)
+    model.requires_grad_(False)
     for name, parameter in model.base.named_parameters():
         if "lora_" in name:
             parameter.requires_grad_(True)
@@ -146,10 +146,6 @@ def _encoded(model: FirstModel, examples: Sequence[Any], config: TrainConfig) ->
     if isinstance(examples[0], Encoded):
         return list(examples)
     return [encode(example, model.tokenizer, config.max_length) for example in examples]
-
-
-def _freeze(model: FirstModel) -> None:
-    model.requires_grad_(False)
 
 
 def _removal_order(model: FirstModel, train: list[Encoded], config: TrainConfig) -> list[int]:
