@@ -122,18 +122,18 @@ def test_crop_forgets_tokens_in_holes_too() -> None:
     whole = torch.cat([mask, torch.ones_like(other)], 1)
     positions = (whole.cumsum(1) - 1).clamp_min(0)
     with torch.no_grad():
-        first.base(ids, attention_mask=mask, position_ids=positions[:, :9], past_key_values=cache)
+        first.base(ids, attention_mask=mask, position_ids=positions[:, :9], **{first.routing.stack.cache_argument: cache})
         wrong = batch((3, 3), seed=8)[0]
         first.base(
             wrong,
             attention_mask=torch.cat([mask, torch.ones_like(wrong)], 1),
             position_ids=positions[:, 9:12],
-            past_key_values=cache,
+            **{first.routing.stack.cache_argument: cache},
         )
         cache.crop(-3)
         assert cache.tokens_seen == [9] * 4
         logits = first.base(
-            other, attention_mask=whole, position_ids=positions[:, 9:], past_key_values=cache
+            other, attention_mask=whole, position_ids=positions[:, 9:], **{first.routing.stack.cache_argument: cache}
         ).logits
         wanted = first(joined, whole, policy=FixedMask(keep))[0].logits[:, 9:]
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
@@ -156,7 +156,7 @@ def test_rows_can_be_selected_and_repeated(kind: str) -> None:
         cache = make_cache(first.base.config, first.new_state(seen, FixedMask(use)), kind, 12)
         positions = (seen.cumsum(1) - 1).clamp_min(0)
         with torch.no_grad():
-            first.base(put, attention_mask=seen, position_ids=positions, past_key_values=cache)
+            first.base(put, attention_mask=seen, position_ids=positions, **{first.routing.stack.cache_argument: cache})
             if change == "select":
                 cache.batch_select_indices(order)
                 rows = order
@@ -170,7 +170,7 @@ def test_rows_can_be_selected_and_repeated(kind: str) -> None:
             output = first.base(
                 ids[rows, -1:],
                 attention_mask=step,
-                past_key_values=cache,
+                **{first.routing.stack.cache_argument: cache},
                 position_ids=step.sum(1, keepdim=True) - 1,
             )
         logits.append(output.logits)

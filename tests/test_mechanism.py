@@ -368,7 +368,7 @@ def test_a_continued_cache_keeps_its_mask(name: str, kind: str) -> None:
             output, _ = first(tokens[:, :-1], whole, policy=FixedMask(turn.keep))
         assert close(logits, output.logits[:, -NEW:])
         with pytest.raises(ConfigError, match="keeps its mask"):
-            first.generate(ids2, mask2, past_key_values=turn.cache, skip_rate=0.0)
+            first.generate(ids2, mask2, cache=turn.cache, skip_rate=0.0)
 
 
 def _four_tokens(first: FirstModel, ids: torch.Tensor, mask: torch.Tensor, kind: str) -> Any:
@@ -392,7 +392,7 @@ def test_options_that_cannot_work() -> None:
     with routed("llama") as first:
         static = first.generate(ids, mask, max_new_tokens=2, cache_implementation="static")
         with pytest.raises(ConfigError, match="room for 6 tokens"):
-            first.generate(static.sequences, past_key_values=static.cache, max_new_tokens=9)
+            first.generate(static.sequences, cache=static.cache, max_new_tokens=9)
         for more, words in (
             ({"assistant_model": first.base}, "rolls the cache back"),
             ({"use_cache": False}, "ride in the cache"),

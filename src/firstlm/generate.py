@@ -114,7 +114,7 @@ def prefill(
     output = model.base(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        past_key_values=kv,
+        **{model.routing.stack.cache_argument: kv},
         use_cache=True,
         **extra,
     )
@@ -140,7 +140,7 @@ def decode_step(model: FirstModel, decoding: Decoding, token_ids: torch.Tensor) 
     output = model.base(
         input_ids=token_ids.to(mask.device).unsqueeze(1),
         attention_mask=decoding.attention_mask,
-        past_key_values=cache,
+        **{model.routing.stack.cache_argument: cache},
         use_cache=True,
         **extra,
     )

@@ -17,6 +17,7 @@ from firstlm.config import UNITS
 from firstlm.errors import ConfigError, UnsupportedModelError
 
 LIST_NAMES = ("layers", "h", "blocks", "block", "decoder_layers")
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # since transformers 5.24, and before
 SUBMODULES = {
     "attention": ("self_attn", "attn", "attention", "self_attention"),
     "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "block_sparse_mlp"),
@@ -35,6 +36,7 @@ class LayerStack:
         adds_residual: whether the unit adds the residual itself (BLOOM, MPT), so that a skipped one
             must return it.
         locked: layers that must always run, because later layers read their keys and values.
+        cache_argument: name under which the model and its `generate` take a KV cache.
     """
 
     modules: list[nn.Module]
@@ -43,6 +45,7 @@ class LayerStack:
     tuple_sizes: list[int]
     adds_residual: bool = False
     locked: frozenset[int] = field(default_factory=frozenset)
+    cache_argument: str = CACHE_ARGUMENTS[0]
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -85,9 +88,12 @@ def decoder_layers(model: nn.Module, unit: str = "block") -> LayerStack:
         raise UnsupportedModelError(
             f"{name} cannot generate text. Load it with AutoModelForCausalLM instead."
         )
-    if "past_key_values" not in inspect.signature(base.forward).parameters:
+    takes = inspect.signature(base.forward).parameters
+    cache_argument = next((a for a in CACHE_ARGUMENTS if a in takes), None)
+    if cache_argument is None:
         raise UnsupportedModelError(
-            f"{name} takes no KV cache (past_key_values), in which decisions would ride."
+            f"{name} takes no KV cache ({' or '.join(CACHE_ARGUMENTS)}), in which decisions would "
+            "ride."
         )
     modules = _find_list(base, text_config.num_hidden_layers)
     if "prev_topk_indices" in inspect.signature(type(modules[0]).forward).parameters:
@@ -98,7 +104,9 @@ def decoder_layers(model: nn.Module, unit: str = "block") -> LayerStack:
     hidden_size, tuple_sizes = _probe(base, modules, units)
     adds_residual = "residual" in inspect.signature(type(units[0]).forward).parameters
     locked = _kv_producers(text_config)
-    return LayerStack(modules, units, hidden_size, tuple_sizes, adds_residual, locked)
+    return LayerStack(
+        modules, units, hidden_size, tuple_sizes, adds_residual, locked, cache_argument
+    )
 
 
 def _has_recurrent_layers(config: object) -> bool:

@@ -23,6 +23,7 @@ from firstlm import artifact
 from firstlm.cache import SkipCache, StaticSkipCache, make_cache
 from firstlm.config import PREFILL_MODES, RouterConfig, check_skip_rate
 from firstlm.errors import ConfigError
+from firstlm.layers import CACHE_ARGUMENTS
 from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
 from firstlm.routers import Routers
 from firstlm.routing import Routing, RoutingState
@@ -44,7 +45,7 @@ class GenerateOutput:
         ttft_s: seconds from the call to the first new token.
         decode_s: seconds from the first new token to the last.
         kv_bytes: bytes allocated for keys and values at the end.
-        cache: the KV cache, to continue from (`past_key_values=`).
+        cache: the KV cache, to continue from (`cache=`).
         hf: the full output of transformers' generate (scores, beam indices, ...).
     """
 
@@ -313,7 +314,8 @@ class FirstModel(nn.Module):
             skip_rate: share of layers to skip, met on average; needs a calibrated model.
             prefill: "skip" (skipped layers do not see the prompt) or "full".
             generate_kwargs: everything transformers' `generate` takes; `cache_implementation` may
-                be "dynamic" or "static"; `past_key_values` continues an earlier output's `.cache`.
+                be "dynamic" or "static"; `cache` (or `past_key_values`, as transformers called it
+                before 5.24) continues an earlier output's `.cache`.
 
         Raises:
             ConfigError: options that cannot work together.
@@ -326,7 +328,8 @@ class FirstModel(nn.Module):
                 )
         if generate_kwargs.get("use_cache") is False:
             raise ConfigError("use_cache=False is not supported: decisions ride in the cache.")
-        cache = generate_kwargs.pop("past_key_values", None)
+        given = [generate_kwargs.pop(name, None) for name in CACHE_ARGUMENTS]
+        cache = next((found for found in given if found is not None), None)
         for name in ("use_cache", "return_dict_in_generate"):
             generate_kwargs.pop(name, None)
         asked = getattr(generate_kwargs.get("generation_config"), "cache_implementation", None)
@@ -340,7 +343,7 @@ class FirstModel(nn.Module):
             cache = make_cache(self.base.config, state, kind, longest)
         elif not isinstance(cache, SkipCache):
             raise ConfigError(
-                "past_key_values must be the .cache of an earlier output of generate."
+                "A cache to continue must be the .cache of an earlier output of generate."
             )
         elif policy is not None or skip_rate is not None:
             raise ConfigError("A continued cache keeps its mask; leave policy and skip_rate unset.")
@@ -359,7 +362,7 @@ class FirstModel(nn.Module):
         hf = self.base.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=cache,
+            **{self.routing.stack.cache_argument: cache},
             # Some configs say use_cache=False (MPT, models that were trained), and transformers
             # would then feed whole sequences into the cache again and again.
             **generate_kwargs,

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from firstlm.data import Collator, Encoded, pad_left
 from firstlm.generate import decode_step, prefill
@@ -103,16 +104,15 @@ def _cached_difference(model: FirstModel, batch: Batch, policy: Policy, steps: i
         if "logits_to_keep" in takes:  # the same matmul, so that equal means equal bits
             more["logits_to_keep"] = 1
         positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
-        cache, worst = None, 0.0
+        worst = 0.0
+        more[model.routing.stack.cache_argument] = DynamicCache(config=model.config)
         for step, found in enumerate(ours):
             if "position_ids" in takes:
                 more["position_ids"] = positions
-            output = base(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more
-            )
+            output = base(input_ids=ids, attention_mask=mask, use_cache=True, **more)
             worst = max(worst, difference(found, output.logits[:, -1]))
             if step < steps:
-                cache, ids = output.past_key_values, tokens[step].unsqueeze(1)
+                ids = tokens[step].unsqueeze(1)
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
                 positions = positions[:, -1:] + 1
     return worst
