@@ -33,6 +33,11 @@ def error(name: str, keep: Any, kind: str) -> float:
         first.detach()
 
 
+def with_cache(first: FirstModel, cache: SkipCache) -> dict[str, Any]:
+    """Return the base model's cache argument, whose name depends on transformers."""
+    return {first.routing.stack.cache_argument: cache}
+
+
 def only_count(self: SkipCache, layer: int, tokens: int, stored: bool) -> None:
     self.tokens_seen[layer] += tokens
 
@@ -122,18 +127,26 @@ def test_crop_forgets_tokens_in_holes_too() -> None:
     whole = torch.cat([mask, torch.ones_like(other)], 1)
     positions = (whole.cumsum(1) - 1).clamp_min(0)
     with torch.no_grad():
-        first.base(ids, attention_mask=mask, position_ids=positions[:, :9], **{first.routing.stack.cache_argument: cache})
+        first.base(
+            ids,
+            attention_mask=mask,
+            position_ids=positions[:, :9],
+            **with_cache(first, cache),
+        )
         wrong = batch((3, 3), seed=8)[0]
         first.base(
             wrong,
             attention_mask=torch.cat([mask, torch.ones_like(wrong)], 1),
             position_ids=positions[:, 9:12],
-            **{first.routing.stack.cache_argument: cache},
+            **with_cache(first, cache),
         )
         cache.crop(-3)
         assert cache.tokens_seen == [9] * 4
         logits = first.base(
-            other, attention_mask=whole, position_ids=positions[:, 9:], **{first.routing.stack.cache_argument: cache}
+            other,
+            attention_mask=whole,
+            position_ids=positions[:, 9:],
+            **with_cache(first, cache),
         ).logits
         wanted = first(joined, whole, policy=FixedMask(keep))[0].logits[:, 9:]
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
@@ -156,7 +169,12 @@ def test_rows_can_be_selected_and_repeated(kind: str) -> None:
         cache = make_cache(first.base.config, first.new_state(seen, FixedMask(use)), kind, 12)
         positions = (seen.cumsum(1) - 1).clamp_min(0)
         with torch.no_grad():
-            first.base(put, attention_mask=seen, position_ids=positions, **{first.routing.stack.cache_argument: cache})
+            first.base(
+                put,
+                attention_mask=seen,
+                position_ids=positions,
+                **with_cache(first, cache),
+            )
             if change == "select":
                 cache.batch_select_indices(order)
                 rows = order
@@ -170,7 +188,7 @@ def test_rows_can_be_selected_and_repeated(kind: str) -> None:
             output = first.base(
                 ids[rows, -1:],
                 attention_mask=step,
-                **{first.routing.stack.cache_argument: cache},
+                **with_cache(first, cache),
                 position_ids=step.sum(1, keepdim=True) - 1,
             )
         logits.append(output.logits)

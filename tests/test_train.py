@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_llama
+from training import config, make_examples, make_model
 
 from firstlm.calibration import calibrate
 from firstlm.config import RouterConfig, TrainConfig
@@ -26,40 +26,6 @@ from firstlm.model import FirstModel
 from firstlm.policies import RouterPolicy
 from firstlm.train import run, train_lora, train_routers, work_folder
 from firstlm.trainer import DRIVER_FILE
-
-LAYERS = 8
-
-
-def make_examples(count: int, seed: int) -> list[Encoded]:
-    """Prompts of letters, answered by their last letters reversed: learnable, and different."""
-    rng = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        prompt = [rng.randrange(97, 123) for _ in range(rng.randrange(3, 14))]
-        rows.append(Encoded(prompt, [*reversed(prompt[-2:]), 257]))
-    return rows
-
-
-def make_model(layers: int = LAYERS, seed: int = 0) -> FirstModel:
-    model = FirstModel.from_base(tiny_llama(layers=layers, seed=seed), RouterConfig(init_bias=1.0))
-    model.eval()
-    return model
-
-
-def config(tmp_path: Path, **changes) -> TrainConfig:
-    options = {
-        "output": str(tmp_path / "artifact"),
-        "router_steps": 60,
-        "lora_steps": 20,
-        "batch_size": 16,
-        "router_lr": 0.1,
-        "lora_lr": 5e-3,
-        "eval_steps": 100,
-        "tensorboard": False,
-        "warm_start": 0,
-        "logging_steps": 5,
-    }
-    return TrainConfig(**{**options, **changes})
 
 
 @pytest.mark.parametrize("prefill", ["skip", "full"])

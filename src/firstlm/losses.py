@@ -12,16 +12,26 @@ from torch.nn import functional as F
 
 from firstlm.data import IGNORE
 from firstlm.model import FirstModel
+from firstlm.policies import RunAll
 from firstlm.routing import RoutingState
 
 
 def answer_logits(
+    first: FirstModel, inputs: dict[str, torch.Tensor], state: RoutingState
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a batch and return its logits [batch, tokens, vocab] and labels, answers only."""
+    output, labels = answer_pass(first, inputs, state)
+    return output.logits, labels
+
+
+def answer_pass(
     first: FirstModel,
     inputs: dict[str, torch.Tensor],
     state: RoutingState,
     call: nn.Module | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a left-padded batch and return logits [batch, tokens, vocab] with labels, answers only.
+    **more: Any,
+) -> tuple[Any, torch.Tensor]:
+    """Run a left-padded batch; return the model's output, with logits for answers only, and labels.
 
     Left padding puts answers last, and only they need the vocabulary-sized matmul.
 
@@ -30,8 +40,9 @@ def answer_logits(
         inputs: what `Collator` makes.
         state: the decisions to take or obey.
         call: what to call in the model's place, where something wraps it (DDP).
+        more: passed on to the model, such as `output_hidden_states`.
     """
-    labels, kwargs = inputs["labels"], dict[str, Any]()
+    labels, kwargs = inputs["labels"], dict[str, Any](more)
     if "logits_to_keep" in inspect.signature(first.plain_base.forward).parameters:
         start = max(int((labels != IGNORE).any(0).nonzero()[0]) - 1, 0)
         # As indices: a slice would be a strided view, which is many times slower on the CPU.
@@ -43,7 +54,27 @@ def answer_logits(
         state=state,
         **kwargs,
     )
-    return output.logits, labels
+    return output, labels
+
+
+@torch.no_grad()
+def full_depth_states(first: FirstModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the last hidden states [batch, tokens, hidden] of a batch with every layer running."""
+    state = first.new_state(inputs["prompt_mask"], RunAll())
+    return answer_pass(first, inputs, state, output_hidden_states=True)[0].hidden_states[-1]
+
+
+def state_distance(states: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the squared distance of hidden states over the wanted ones' squared length.
+
+    Args:
+        states: [batch, tokens, hidden], what skipping left.
+        wanted: [batch, tokens, hidden], of the full depth.
+        mask: [batch, tokens]; padding is left out of the mean.
+    """
+    real = mask.bool()
+    states, wanted = states[real].float(), wanted[real].float()
+    return ((states - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-6)).mean()
 
 
 def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

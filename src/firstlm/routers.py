@@ -22,38 +22,40 @@ class Router(nn.Module):
     weight and bias, so that a finished router is the plain linear layer of the paper.
     """
 
-    center: torch.Tensor
-    scale: torch.Tensor
+    center: torch.Tensor | None
+    scale: torch.Tensor | None
 
     def __init__(self, hidden_size: int, init_bias: float = 2.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size))
         self.bias = nn.Parameter(torch.tensor(float(init_bias)))
-        self.register_buffer("center", torch.zeros(hidden_size), persistent=False)
-        self.register_buffer("scale", torch.ones(hidden_size), persistent=False)
+        self.register_buffer("center", None, persistent=False)
+        self.register_buffer("scale", None, persistent=False)
 
     def forward(self, mean: torch.Tensor) -> torch.Tensor:
         """Map pooled prompts [prompts, hidden] to logits [prompts], in float32."""
         mean = mean.to(self.weight.device, torch.float32)
-        weight = self.weight.float()
+        if self.center is not None and self.scale is not None:
+            mean = (mean - self.center) * self.scale
         # A product and a sum, not a matmul: autocast would take that to bfloat16.
-        return ((mean - self.center) * self.scale * weight).sum(-1) + self.bias.float()
+        return (mean * self.weight.float()).sum(-1) + self.bias.float()
 
     @torch.no_grad()
     def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Read the input as (x - mean) / std from now on; both are [hidden]."""
         # A floor keeps features that hardly vary over prompts from being blown up into noise.
-        self.center.copy_(mean)
-        self.scale.copy_(1.0 / std.clamp_min(0.1 * float(std.median()) + 1e-6))
+        self.center = mean.float()
+        self.scale = 1.0 / std.float().clamp_min(0.1 * float(std.median()) + 1e-6)
 
     @torch.no_grad()
     def fold(self) -> None:
         """Put the standardisation into weight and bias; the logits stay the same."""
+        if self.center is None or self.scale is None:
+            return
         weight = self.weight * self.scale
         self.bias.sub_((weight * self.center).sum())
         self.weight.copy_(weight)
-        self.center.zero_()
-        self.scale.fill_(1.0)
+        self.center = self.scale = None
 
 
 class Routers(nn.ModuleList):

@@ -32,20 +32,19 @@ _ACTIVE: ContextVar[RoutingState | None] = ContextVar("firstlm_active", default=
 class PromptStates:
     """Pooled view of the prompts in a batch at one layer; what policies look at."""
 
-    def __init__(self, total: torch.Tensor, mask: torch.Tensor) -> None:
+    def __init__(self, total: torch.Tensor, lengths: torch.Tensor) -> None:
         self._total = total
-        self._mask = mask
+        self._lengths = lengths
 
     @property
     def count(self) -> int:
         """Number of prompts."""
-        return self._mask.shape[0]
+        return self._lengths.shape[0]
 
     @property
     def mean(self) -> torch.Tensor:
         """Mean over the prompt's own tokens [prompts, hidden], float32."""
-        count = self._mask.sum(1, keepdim=True).clamp_min(1)
-        return self._total / count.to(self._total.device)
+        return self._total / self._lengths.to(self._total.device)
 
 
 class RoutingState:
@@ -78,6 +77,7 @@ class RoutingState:
         self.locked = locked
         self.traced = False
         self._padded = not bool(self.prompt_mask.all())
+        self._lengths = self.prompt_mask.sum(1, keepdim=True).clamp_min(1)
         self.reset()
 
     def reset(self) -> None:
@@ -152,7 +152,7 @@ class RoutingState:
         total = self._totals[layer]
         assert total is not None, "decide before observe"
         self._totals[layer] = None
-        answer = self.policy.decide(layer, PromptStates(total, self.prompt_mask))
+        answer = self.policy.decide(layer, PromptStates(total, self._lengths))
         if self.decided(layer):  # a checkpointed layer replayed in backward: the answer stands
             score = self.scores[layer]
             if score is not None and answer.requires_grad and not score.requires_grad:
@@ -168,7 +168,9 @@ class RoutingState:
         if layer in self.locked:
             keep = torch.ones_like(keep)
         self._keep[layer] = keep
-        self._set_rows(layer, keep.repeat_interleave(self.row_count // len(keep)), device)
+        if self.row_count != len(keep):  # beams
+            keep = keep.repeat_interleave(self.row_count // len(keep))
+        self._set_rows(layer, keep, device)
 
     def _set_rows(self, layer: int, row_keep: torch.Tensor, device: torch.device) -> None:
         self._row_keep[layer] = row_keep

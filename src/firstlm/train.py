@@ -230,6 +230,7 @@ def _fit(
             gate=config.gate if phase == "routers" else "hard",
             prefill=config.prefill,
             l2=config.l2 if phase == "routers" else 0.0,
+            distill=config.distill if phase == "lora" else 0.0,
             log_path=work / f"log_{phase}.jsonl",
             args=_arguments(model, config, phase, steps, folder),
             train_dataset=train,

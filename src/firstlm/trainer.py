@@ -22,7 +22,13 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from firstlm.data import IGNORE
-from firstlm.losses import answer_cross_entropy, answer_logits, non_skip_penalty
+from firstlm.losses import (
+    answer_cross_entropy,
+    answer_pass,
+    full_depth_states,
+    non_skip_penalty,
+    state_distance,
+)
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RouterPolicy, RunAll
 from firstlm.rates import RateDriver
@@ -58,6 +64,7 @@ class FirstTrainer(Trainer):
         gate: gate mode of the forward pass.
         prefill: "skip" or "full".
         l2: weight of the squared router weights.
+        distill: weight of the distance to the full depth's last hidden states; 0 leaves it out.
         log_path: JSON lines with every logged step, per-layer skip rates included.
         kwargs: as for transformers' Trainer; datasets are lists of `Encoded`.
     """
@@ -69,11 +76,13 @@ class FirstTrainer(Trainer):
         gate: str,
         prefill: str,
         l2: float,
+        distill: float,
         log_path: Path,
         **kwargs: Any,
     ) -> None:
         self.first, self.driver, self.gate = first, driver, gate
-        self.prefill, self.l2, self.log_path = prefill, l2, log_path
+        self.prefill, self.log_path = prefill, log_path
+        self.l2, self.distill = l2, distill
         self._sums: dict[str, float] = {}
         self._skipped = torch.zeros(first.layer_count)
         self._batches = 0
@@ -86,17 +95,28 @@ class FirstTrainer(Trainer):
         return RouterPolicy(self.first.routers, self.driver.offset(rate))
 
     def _run(
-        self, inputs: dict[str, torch.Tensor], rate: float | None, gate: str, scope: ExitStack
-    ) -> tuple[torch.Tensor, RoutingState]:
-        """Return the answer cross-entropy of a batch and what it decided."""
+        self,
+        inputs: dict[str, torch.Tensor],
+        rate: float | None,
+        gate: str,
+        scope: ExitStack,
+        distill: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, RoutingState]:
+        """Return a batch's answer cross-entropy, its distance to full depth, and its decisions."""
         state = self.first.new_state(
             inputs["prompt_mask"], self._policy(rate), prefill=self.prefill, gate=gate
         )
         # Checkpointed layers are replayed in backward, so the scope must outlast the forward.
         scope.enter_context(self.first.routing.tracing(state))
         scope.enter_context(mixed_precision(self.first))
-        logits, labels = answer_logits(self.first, inputs, state, self.model_wrapped)
-        return answer_cross_entropy(logits, labels), state
+        output, labels = answer_pass(
+            self.first, inputs, state, self.model_wrapped, output_hidden_states=bool(distill)
+        )
+        distance = None
+        if distill:
+            wanted = full_depth_states(self.first, inputs)
+            distance = state_distance(output.hidden_states[-1], wanted, inputs["attention_mask"])
+        return answer_cross_entropy(output.logits, labels), distance, state
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Do one forward and backward pass within the scope of its decisions."""
@@ -106,10 +126,14 @@ class FirstTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Return CE + lambda * ||w||^2 + alpha * sum_i rho_i (the paper's equation 4)."""
+        """Return CE + lambda * ||w||^2 + alpha * sum_i rho_i (the paper's equation 4).
+
+        `distill` adds the distance to what the model computes with all its layers.
+        """
         rate = self.driver.sample() if self.driver else None
-        ce, state = self._run(inputs, rate, self.gate, self._scope)
-        loss = ce
+        distill = self.distill if self.driver is not None else 0.0
+        ce, distance, state = self._run(inputs, rate, self.gate, self._scope, distill)
+        loss = ce if distance is None else ce + distill * distance
         skip = 1 - state.keep.float().mean(0)
         rho = state.rho
         if self.driver is not None and rho is not None:
@@ -117,19 +141,26 @@ class FirstTrainer(Trainer):
             if self.l2:
                 loss = loss + self.l2 * self.first.routers.squared_norm()
             self.driver.update(rate, float(skip.mean()))
-        self._note(rate, float(ce.detach()), skip, rho)
+        self._note(rate, float(ce.detach()), skip, rho, distance)
         if not loss.requires_grad:  # every row of the batch skips every layer that has LoRA
             loss = loss + 0.0 * sum(p.sum() for p in self.first.parameters() if p.requires_grad)
         return loss
 
     def _note(
-        self, rate: float | None, ce: float, skip: torch.Tensor, rho: torch.Tensor | None
+        self,
+        rate: float | None,
+        ce: float,
+        skip: torch.Tensor,
+        rho: torch.Tensor | None,
+        distance: torch.Tensor | None,
     ) -> None:
         primary = self.driver is None or rate == self.driver.primary
         name = "" if primary else f"_at_{rate}"
         values = {f"ce{name}": ce, f"skip_rate{name}": float(skip.mean())}
         if rho is not None and primary:
             values["mean_rho"] = float(rho.detach().mean())
+        if distance is not None and primary:
+            values["distance"] = float(distance.detach())
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
             self._sums[f"#{key}"] = self._sums.get(f"#{key}", 0.0) + 1
@@ -177,7 +208,7 @@ class FirstTrainer(Trainer):
             for inputs in dataloader:
                 inputs = self._prepare_inputs(inputs)
                 with ExitStack() as scope:
-                    ce, state = self._run(inputs, rate, "hard", scope)
+                    ce, _, state = self._run(inputs, rate, "hard", scope)
                 weight = int((inputs["labels"] != IGNORE).sum())
                 total, tokens = total + float(ce) * weight, tokens + weight
                 skips, count = (

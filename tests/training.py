@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny model, a learnable task and short runs, for the tests of training."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from conftest import tiny_llama
+
+from firstlm.config import RouterConfig, TrainConfig
+from firstlm.data import Encoded
+from firstlm.model import FirstModel
+
+LAYERS = 8
+
+
+def make_examples(count: int, seed: int) -> list[Encoded]:
+    """Prompts of letters, answered by their last letters reversed: learnable, and different."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        prompt = [rng.randrange(97, 123) for _ in range(rng.randrange(3, 14))]
+        rows.append(Encoded(prompt, [*reversed(prompt[-2:]), 257]))
+    return rows
+
+
+def make_model(layers: int = LAYERS, seed: int = 0) -> FirstModel:
+    model = FirstModel.from_base(tiny_llama(layers=layers, seed=seed), RouterConfig(init_bias=1.0))
+    model.eval()
+    return model
+
+
+def config(tmp_path: Path, **changes) -> TrainConfig:
+    options = {
+        "output": str(tmp_path / "artifact"),
+        "router_steps": 60,
+        "lora_steps": 20,
+        "batch_size": 16,
+        "router_lr": 0.1,
+        "lora_lr": 5e-3,
+        "eval_steps": 100,
+        "tensorboard": False,
+        "warm_start": 0,
+        "logging_steps": 5,
+    }
+    return TrainConfig(**{**options, **changes})
