@@ -218,3 +218,27 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot be written"):
         trained().save_pretrained(str(tmp_path / "artifact"))
     assert (tmp_path / "artifact").read_text() == "precious"
+
+
+def test_a_load_that_fails_leaves_the_base_model_alone(saved: Path) -> None:
+    tensors = load_file(saved / "routers.safetensors")
+    del tensors["3.bias"]
+    save_file(tensors, saved / "routers.safetensors")
+    base = make_model("llama", torch.float32)
+    names = list(base.state_dict())
+    with pytest.raises(ArtifactError, match=r"3\.bias is missing"):
+        load(saved, base)
+    assert list(base.state_dict()) == names
+    assert "forward" not in base.model.layers[0].__dict__
+
+
+def test_merged_lora_is_not_lost_by_saving(tmp_path: Path) -> None:
+    first = trained().merge_and_unload()
+    with pytest.raises(ArtifactError, match="merged"):
+        first.save_pretrained(str(tmp_path / "artifact"))
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_a_base_with_an_adapter_is_refused(saved: Path) -> None:
+    with pytest.raises(ArtifactError, match="adapter already"):
+        load(saved, trained().detach())

@@ -181,6 +181,7 @@ def test_messages_need_a_chat_template(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
+        ("Q: {source} A: {target}", r"would put the answer into the prompt"),
         ("poems", "unknown template 'poems'; expected translation, summarization, qa"),
         ("{question", "template"),
         ("{0}", "not the plain name"),

@@ -4,28 +4,24 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_llama
-from training import config, make_examples, make_model
+from training import config, make_examples, make_model, write_run
 
 from firstlm.calibration import calibrate
 from firstlm.config import RouterConfig, TrainConfig
 from firstlm.data import Collator, Encoded, pad_left
 from firstlm.errors import ConfigError, DataError
+from firstlm.importance import FORWARD_ROWS, removal_order
 from firstlm.losses import answer_cross_entropy, answer_logits, non_skip_penalty
 from firstlm.model import FirstModel
+from firstlm.phases import train_lora, train_routers, work_folder
 from firstlm.policies import RouterPolicy
-from firstlm.train import run, train_lora, train_routers, work_folder
-from firstlm.trainer import DRIVER_FILE
+from firstlm.train import run
 
 
 @pytest.mark.parametrize("prefill", ["skip", "full"])
@@ -106,7 +102,7 @@ def test_phase_one_moves_routers_only_and_phase_two_lora_only(tmp_path: Path) ->
 
     train_lora(model, train, validation, config(tmp_path, lora_steps=1))
     before = snapshot()
-    train_lora(model, train, validation, config(tmp_path / "more", lora_steps=5))
+    train_lora(model, train, validation, config(tmp_path, lora_steps=5))
     after = snapshot()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
@@ -232,64 +228,6 @@ def test_checkpointing_trains_the_same(tmp_path: Path, unit: str) -> None:
         torch.testing.assert_close(weights[0][name], weights[1][name], msg=name)
 
 
-@pytest.mark.parametrize("phase", ["routers", "lora"])
-def test_resume_continues_exactly(tmp_path: Path, phase: str) -> None:
-    """Stopping after half the steps and running again ends in the weights of an unbroken run."""
-    train, validation = make_examples(64, 0), make_examples(16, 1)
-
-    def train_with(folder: str, break_at: int | None) -> dict[str, torch.Tensor]:
-        model = make_model()
-        settings = config(
-            tmp_path / folder,
-            router_steps=12,
-            lora_steps=12,
-            save_steps=6,
-            eval_steps=6,
-            skip_rates=[0.5],
-        )
-        fit = train_routers if phase == "routers" else train_lora
-        if break_at:
-            from transformers import TrainerCallback
-
-            from firstlm import trainer as module
-
-            class Break(TrainerCallback):
-                def on_step_end(self, args, state, control, **kwargs):
-                    if state.global_step == break_at:
-                        raise KeyboardInterrupt
-
-            original = module.FirstTrainer.__init__
-
-            def with_break(self, *args, **kwargs):
-                original(self, *args, **kwargs)
-                self.add_callback(Break())
-
-            module.FirstTrainer.__init__ = with_break
-            try:
-                with pytest.raises(KeyboardInterrupt):
-                    fit(model, train, validation, settings)
-            finally:
-                module.FirstTrainer.__init__ = original
-            model = make_model()
-        fit(model, train, validation, replace(settings))
-        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-
-    whole, resumed = train_with("whole", None), train_with("broken", 8)
-    assert whole.keys() == resumed.keys()
-    for name in whole:
-        torch.testing.assert_close(resumed[name], whole[name], msg=name)
-
-
-def write_run(tmp_path: Path, byte_tokenizer, rows: int = 60) -> tuple[Path, Path]:
-    folder = tmp_path / "base"
-    tiny_llama(layers=6).save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
-    data = tmp_path / "data.jsonl"
-    lines = [{"prompt": f"say {i}:", "completion": f" {i % 7}"} for i in range(rows)]
-    data.write_text("\n".join(json.dumps(line) for line in lines))
-    return folder, data
-
-
 def test_run_writes_an_artifact_with_its_run_file(tmp_path: Path, byte_tokenizer) -> None:
     folder, data = write_run(tmp_path, byte_tokenizer)
     settings = config(
@@ -342,35 +280,6 @@ def test_rows_longer_than_the_context_are_refused(tmp_path: Path, byte_tokenizer
     assert not (tmp_path / "artifact-run").exists()
 
 
-def test_an_interrupted_command_resumes(tmp_path: Path, byte_tokenizer) -> None:
-    folder, data = write_run(tmp_path, byte_tokenizer)
-    words = f"train --model {folder} --data {data} --output {tmp_path / 'out'} --batch-size 4"
-    words += " --router-steps 400 --lora-steps 2 --warm-start 0 --no-tensorboard --save-steps 100"
-    command = [sys.executable, "-m", "firstlm", *words.split()]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        env=env,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        # A shell's background jobs ignore Ctrl-C, and so would what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    log = tmp_path / "out-run" / "log_routers.jsonl"
-    deadline = time.time() + 120
-    while not (log.exists() and log.read_text()) and time.time() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    stdout, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"Run the same command again" in stdout
-    assert not (tmp_path / "out").exists()
-    saved = list((tmp_path / "out-run" / "checkpoints" / "routers").glob(f"*/{DRIVER_FILE}"))
-    assert saved
-    step = max(int(f.parent.name.split("-")[1]) for f in saved)
-    assert 0 < step < 400
-
-
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -381,8 +290,90 @@ def test_an_interrupted_command_resumes(tmp_path: Path, byte_tokenizer) -> None:
         ({"router_steps": -1}, "0 or more"),
         ({"batch_size": 0}, "more than 0"),
         ({"stage": "lora"}, "stage=lora"),
+        ({"stage": "lroa"}, "stage.*expected"),
+        ({"gate": "sotf"}, "gate.*expected"),
+        ({"warm_start": -1}, "0 or more"),
+        ({"lora_dropout": 2.0}, "below 1"),
+        ({"validation_limit": 0}, "1 or more"),
     ],
 )
 def test_impossible_options_are_refused(changes: dict, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         TrainConfig(**changes)
+
+
+def test_standardised_routers_give_the_same_logits() -> None:
+    router = make_model().routers[0]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        router.weight.normal_(generator=generator)
+    states = 5 + 3 * torch.randn(40, len(router.weight), generator=generator)
+    before = router(states)
+    for _ in range(2):  # a second run goes on from what the first one left
+        router.standardise(states.mean(0), states.std(0))
+        torch.testing.assert_close(router(states), before, atol=1e-3, rtol=1e-4)
+    router.fold()
+    assert router.center is None
+    torch.testing.assert_close(states @ router.weight + router.bias, before, atol=1e-3, rtol=1e-4)
+
+
+def test_trained_routers_go_on_from_where_they_are(tmp_path: Path) -> None:
+    """Neither a new ranking nor standardisation may change what they decide before step one."""
+    model = make_model()
+    with torch.no_grad():
+        for i, router in enumerate(model.routers):
+            router.weight.normal_(generator=torch.Generator().manual_seed(i))
+    ids, mask = pad_left([e.prompt_ids for e in make_examples(64, 3)], 0)
+    before = model.decide(ids, mask)
+    examples = make_examples(64, 0)
+    settings = config(tmp_path, warm_start=8, router_steps=0)
+    assert "removal_order" not in train_routers(model, examples, examples[:8], settings)
+    after = model.decide(ids, mask)
+    assert 0 < before.keep.float().mean() < 1
+    assert (before.keep == after.keep).float().mean() > 0.99
+
+
+def test_ranking_layers_keeps_to_the_batch_size(tmp_path: Path, monkeypatch) -> None:
+    model, examples = make_model(), make_examples(12, 0)
+    wanted = removal_order(model, examples, 0.5, batch_size=100)
+    sizes = []
+    forward = FirstModel.forward
+
+    def noted(self, input_ids, *args, **kwargs):
+        sizes.append(len(input_ids))
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(FirstModel, "forward", noted)
+    assert removal_order(model, examples, 0.5, batch_size=1) == wanted
+    assert max(sizes) <= FORWARD_ROWS
+
+
+def test_any_rate_that_was_trained_is_served(tmp_path: Path, byte_tokenizer) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    settings = config(
+        tmp_path,
+        model=str(folder),
+        data=str(data),
+        skip_rate=0.5,
+        warm_start=4,
+        router_steps=10,
+        lora_steps=2,
+    )
+    assert run(settings) == 0
+    model = FirstModel.from_pretrained(settings.output)
+    prompts = [model.tokenizer(f"say {i}:")["input_ids"] for i in range(30)]
+    ids, mask = pad_left(prompts, 0)
+    for rate in (None, 0.5):  # the plain threshold serves it too
+        found = 1 - model.decide(ids, mask, skip_rate=rate).keep.float().mean()
+        assert found == pytest.approx(0.5, abs=0.1)
+
+
+def test_an_artifact_brings_its_base_model_and_its_unit(tmp_path: Path, byte_tokenizer) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    steps = {"router_steps": 1, "lora_steps": 0, "adapt_steps": 0}
+    settings = config(tmp_path, model=str(folder), data=str(data), unit="mlp", **steps)
+    assert run(settings) == 0
+    more = replace(settings, model=None, artifact=settings.output, output=str(tmp_path / "more"))
+    assert run(more) == 0
+    with pytest.raises(ConfigError, match="give --unit mlp"):
+        run(replace(more, unit="block", output=str(tmp_path / "other")))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -45,3 +46,13 @@ def config(tmp_path: Path, **changes) -> TrainConfig:
         "logging_steps": 5,
     }
     return TrainConfig(**{**options, **changes})
+
+
+def write_run(tmp_path: Path, byte_tokenizer, rows: int = 60) -> tuple[Path, Path]:
+    folder = tmp_path / "base"
+    tiny_llama(layers=6).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    data = tmp_path / "data.jsonl"
+    lines = [{"prompt": f"say {i}:", "completion": f" {i % 7}"} for i in range(rows)]
+    data.write_text("\n".join(json.dumps(line) for line in lines))
+    return folder, data

@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +32,34 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "first_config.json"
 ROUTERS_FILE = "routers.safetensors"
 ADAPTER_DIR = "adapter"
+FINGERPRINT = re.compile(r"[0-9a-f]+(\.([0-9a-f]+|-)){2}")
 
 
-def save(model: FirstModel, path: str) -> None:
-    """Write an artifact beside `path`, then swap it in; on any failure the old one stays whole."""
+def check_target(path: str | Path) -> None:
+    """Refuse a folder that saving would replace although it is no artifact."""
+    folder = Path(path).expanduser()
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+        raise ArtifactError(
+            f"{path} holds other files, and saving an artifact replaces its folder whole. "
+            "Name a new folder, or one that holds an artifact."
+        )
+
+
+def save(model: FirstModel, path: str | Path, more_from: Path | None = None) -> None:
+    """Write an artifact beside `path`, then swap it in; on any failure the old one stays whole.
+
+    Args:
+        model: what to save.
+        path: folder; an artifact that is there is replaced.
+        more_from: an artifact whose other files (its run file) are taken along.
+    """
+    check_target(path)
+    if model.merged:
+        raise ArtifactError(
+            "LoRA was merged into the base model's weights, so an artifact would lack it: save "
+            "before merge_and_unload, or save the merged weights with model.detach()."
+            "save_pretrained and load them as the base model."
+        )
     base = model.plain_base
     config = {
         "format_version": FORMAT_VERSION,
@@ -52,6 +78,9 @@ def save(model: FirstModel, path: str) -> None:
     try:
         with atomic_dir(path) as folder:
             _write(model, config, tensors, folder)
+            for file in more_from.iterdir() if more_from else ():
+                if file.is_file() and not (folder / file.name).exists():
+                    shutil.copy2(file, folder / file.name)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
             f"{path} cannot be written ({error}); what was there before is whole. "
@@ -130,29 +159,37 @@ def load(
     router_config, table = _parse(config, folder)
     tensors = read_routers(folder)
     wanted = config["base_model"]
-    if base is None:
-        base = wanted["id"]
+    asked = base = wanted["id"] if base is None else base
     if base is None:
         raise ArtifactError(f"{folder} does not name its base model; pass one as base=.")
     if isinstance(base, str):
-        base_id = base
+        found_id = base
         base, found_tokenizer = load_base(base, dtype=dtype, device=device)
         tokenizer = tokenizer or found_tokenizer
     else:
-        base_id = wanted["id"]
+        found_id = getattr(getattr(base, "config", None), "_name_or_path", None) or wanted["id"]
+        if hasattr(base, "peft_config"):
+            raise ArtifactError(
+                "The base model given has a peft adapter already; pass it without one "
+                "(its get_base_model() after unload())."
+            )
     alike = same_base(wanted["fingerprint"], fingerprint(base))
     if alike < SAME_BASE:
         why = f"{alike:.0%} of its weights' signs agree" if alike else "another architecture"
         raise ArtifactError(
-            f"{folder} was made for the base model {wanted['id']!r}, not for {base_id!r} ({why}). "
+            f"{folder} was made for the base model {wanted['id']!r}, not for {found_id!r} ({why}). "
             "Load it with the base it was trained on."
         )
+    _check_routers(tensors, config["layers"], base.config.get_text_config().hidden_size, folder)
     adapter = folder / ADAPTER_DIR
     if adapter.is_dir():
         base = _load_adapter(base, adapter)
     model = cls(base, router_config, tokenizer)
-    _fill_routers(model, tensors, folder)
-    model.base_id = base_id
+    for i, router in enumerate(model.routers):
+        router.weight.data.copy_(tensors[f"{i}.weight"])
+        router.bias.data.copy_(tensors[f"{i}.bias"])
+    model.base_id = found_id if isinstance(asked, str) else wanted["id"]
+    model.adapter_dtype = _saved_dtype(adapter)
     model.thresholds.table = table
     model.training_record = config.get("training", {})
     model.results = config.get("results", {})
@@ -169,6 +206,10 @@ def _parse(
             raise ValueError(f"unit {router_config.unit!r}")
         if not {"id", "fingerprint"} <= set(config["base_model"]):
             raise ValueError("base_model lacks id or fingerprint")
+        if not FINGERPRINT.fullmatch(config["base_model"]["fingerprint"]):
+            raise ValueError("the base model's fingerprint is malformed")
+        if not isinstance(config["layers"], int):
+            raise ValueError("layers is no number")
         return router_config, {
             mode: [(float(a), float(b), float(c)) for a, b, c in rows]
             for mode, rows in config["thresholds"].items()
@@ -183,6 +224,11 @@ def shipped() -> dict[str, Path]:
     """Return the artifacts that come with the package, by name."""
     folder = Path(__file__).parent / "artifacts"
     return {f.name: f for f in sorted(folder.iterdir())} if folder.is_dir() else {}
+
+
+def base_id(path_or_id: str) -> str | None:
+    """Return the name of the base model that an artifact was made for."""
+    return read_config(find(path_or_id))["base_model"].get("id")
 
 
 def find(path_or_id: str) -> Path:
@@ -218,20 +264,28 @@ def _load_adapter(base: Any, adapter: Path) -> nn.Module:
         raise ArtifactError(f"{adapter} cannot be loaded as a peft adapter: {error}") from error
 
 
-def _fill_routers(model: FirstModel, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    for i, router in enumerate(model.routers):
-        for name, parameter in (("weight", router.weight), ("bias", router.bias)):
-            found = tensors.pop(f"{i}.{name}", None)
-            if found is None or found.shape != parameter.shape:
-                shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
-                raise ArtifactError(
-                    f"{folder / ROUTERS_FILE}: {i}.{name} is {shape}; "
-                    f"expected {tuple(parameter.shape)}."
-                )
-            parameter.data.copy_(found)
-    if tensors:
+def _saved_dtype(adapter: Path) -> torch.dtype | None:
+    """Return the number format in which an adapter was saved, to save it so again."""
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        return None
+    return next((tensor.dtype for tensor in load_file(file).values()), None)
+
+
+def _check_routers(
+    tensors: dict[str, torch.Tensor], layers: int, hidden: int, folder: Path
+) -> None:
+    """Refuse router tensors that do not fit the model, before anything is changed in it."""
+    wanted = {f"{i}.weight": (hidden,) for i in range(layers)}
+    wanted |= {f"{i}.bias": () for i in range(layers)}
+    for name, shape in wanted.items():
+        found = tensors.get(name)
+        if found is None or tuple(found.shape) != shape:
+            what = "missing" if found is None else f"of shape {tuple(found.shape)}"
+            raise ArtifactError(f"{folder / ROUTERS_FILE}: {name} is {what}; expected {shape}.")
+    if more := sorted(set(tensors) - set(wanted)):
         raise ArtifactError(
-            f"{folder / ROUTERS_FILE} has tensors for layers the model lacks: {sorted(tensors)}."
+            f"{folder / ROUTERS_FILE} has tensors for layers the model lacks: {more}."
         )
 
 

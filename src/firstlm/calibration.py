@@ -9,17 +9,18 @@ are searched by bisection. With prefill="full" the logits do not depend on the o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from firstlm.config import CalibrateConfig
+from firstlm import artifact
+from firstlm.config import RATES, CalibrateConfig
 from firstlm.data import encode_prompt, load_examples, pad_left
 from firstlm.errors import ConfigError, DataError
 from firstlm.model import FirstModel
 from firstlm.policies import RouterPolicy
 
-RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40)
 TOLERANCE = 0.004  # of the measured rate, where the search ends early
 SEARCH_STEPS = 10
 
@@ -30,7 +31,6 @@ def calibrate(
     rates: Sequence[float] = RATES,
     prefill_modes: Sequence[str] = ("skip", "full"),
     batch_size: int = 16,
-    pad_token_id: int = 0,
     progress: bool = True,
 ) -> None:
     """Measure `model.thresholds` on validation prompts (lists of token ids).
@@ -41,14 +41,13 @@ def calibrate(
         rates: skip rates to serve; those in between are interpolated.
         prefill_modes: modes to serve.
         batch_size: prompts per forward pass.
-        pad_token_id: id to pad with.
         progress: show a progress bar.
     """
     if not prompts:
         raise DataError("Calibration needs prompts, but there are none.")
     for mode in prefill_modes:
         model.thresholds.table[mode] = find_offsets(
-            model, prompts, rates, mode, batch_size, pad_token_id, progress
+            model, prompts, rates, mode, batch_size, progress
         )
 
 
@@ -59,13 +58,12 @@ def find_offsets(
     rates: Sequence[float],
     prefill: str = "skip",
     batch_size: int = 16,
-    pad_token_id: int = 0,
     progress: bool = True,
 ) -> list[tuple[float, float, float]]:
     """Return (asked rate, logit offset, measured rate) for each rate, in rising order."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [
-        pad_left([prompts[i] for i in order[j : j + batch_size]], pad_token_id)
+        pad_left([prompts[i] for i in order[j : j + batch_size]], model.pad_id)
         for j in range(0, len(order), batch_size)
     ]
     known: dict[float, float] = {}
@@ -148,8 +146,30 @@ def _full_rates(model: FirstModel, batches: list, bar: tqdm):
     return lambda offset: float((logits[:, free] + offset < 0).sum() / logits.numel())
 
 
+@torch.no_grad()
+def serve_by_default(model: FirstModel, rate: float, prefill: str = "skip") -> None:
+    """Shift all biases so that the plain threshold, rho = 0.5, serves a calibrated rate.
+
+    Raises:
+        ConfigError: the rate was not met in calibration.
+    """
+    shift = model.thresholds.offset(rate, prefill)
+    for router in model.routers:
+        router.bias.add_(shift)
+    for mode, rows in model.thresholds.table.items():
+        model.thresholds.table[mode] = [(a, offset - shift, m) for a, offset, m in rows]
+
+
 def run(options: CalibrateConfig) -> int:
     """Calibrate an artifact on the user's prompts and save it (`firstlm calibrate`)."""
+    target = options.output or options.artifact
+    if options.output is None and not Path(options.artifact).is_dir():
+        raise ConfigError(
+            f"{options.artifact!r} is no local folder, so it cannot be calibrated in place: name "
+            "a folder for the calibrated artifact with --output."
+        )
+    artifact.check_target(target)
+    source = artifact.find(options.artifact)
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )
@@ -160,8 +180,8 @@ def run(options: CalibrateConfig) -> int:
         options.data, template=options.template, tokenizer=tokenizer, limit=options.limit
     )
     prompts = [encode_prompt(example, tokenizer) for example in examples]
-    calibrate(model, prompts, batch_size=options.batch_size, pad_token_id=tokenizer.pad_token_id)
-    model.save_pretrained(options.output or options.artifact)
+    calibrate(model, prompts, options.rates, batch_size=options.batch_size)
+    artifact.save(model, target, more_from=source)
     print(f"{'asked':>7} {'measured':>9} {'offset':>8}   prefill")
     for mode, rows in model.thresholds.table.items():
         for asked, offset, measured in rows:

@@ -11,13 +11,14 @@ import math
 from dataclasses import dataclass
 
 from firstlm.errors import ConfigError
-from firstlm.options import REQUIRED, option
+from firstlm.options import REQUIRED, check, option
 
 UNITS = ("block", "attention", "mlp")
 PREFILL_MODES = ("skip", "full")
 GATES = ("straight_through", "soft")
 STAGES = ("both", "routers", "lora")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40)  # that calibration serves unless told otherwise
 EVAL_POLICIES = ("base", "run_all", "router")
 
 
@@ -47,8 +48,10 @@ class RouterConfig:
 class ModelOptions:
     """Which base model to load, and how."""
 
-    model: str = option(
-        "smollm2", help="base model: a hub id, a folder, or 'smollm2' (SmolLM2-135M-Instruct)"
+    model: str | None = option(
+        None,
+        help="base model: a hub id, a folder, or 'smollm2' (SmolLM2-135M-Instruct), which is "
+        "taken where no artifact names another",
     )
     dtype: str = option("auto", choices=DTYPES, help="number format of the weights")
     device: str = option("auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
@@ -84,7 +87,7 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
     )
     stage: str = option("both", choices=STAGES, help="which phases to run")
     artifact: str | None = option(
-        None, help="continue from this artifact (for --stage lora: its routers are used)"
+        None, help="go on from this artifact's routers and LoRA (--stage lora needs its routers)"
     )
     skip_rate: float | None = option(
         0.25, help="share of layers to skip; alpha is driven to meet it (none: use --alpha as is)"
@@ -130,21 +133,28 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
     max_grad_norm: float = option(1.0, help="clip gradients to this norm")
     seed: int = option(0, help="seed of data order, initial weights and sampling")
     eval_steps: int = option(100, help="validate every N steps and keep the best LoRA")
-    save_steps: int = option(100, help="write a checkpoint to resume from every N steps")
+    save_steps: int = option(
+        100, help="write a checkpoint to resume from every N router steps (LoRA: every eval_steps)"
+    )
     logging_steps: int = option(10, help="log every N steps")
     resume: bool = option(True, help="continue from the last checkpoint in output, if there is one")
     tensorboard: bool = option(True, help="write TensorBoard logs to OUTPUT-run/logs")
 
     def __post_init__(self) -> None:
+        check(self)
         if self.skip_rate is not None:
             check_skip_rate(self.skip_rate)
         for rate in self.skip_rates or ():
             check_skip_rate(rate, "skip_rates")
         if self.skip_rates and self.skip_rate is None:
             raise ConfigError("skip_rates needs skip_rate, the rate that thresholds of 0.5 serve.")
-        for name in ("adapt_steps", "router_steps", "lora_steps"):
-            if getattr(self, name) < 0:
+        for name in ("adapt_steps", "router_steps", "lora_steps", "warm_start", "distill", "l2"):
+            if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout is {self.lora_dropout}; expected 0 up to below 1.")
+        optional = [n for n in ("limit", "validation_limit") if getattr(self, n) is not None]
+        _check_counts(self, *optional)
         positive = (
             "batch_size",
             "grad_accum",
@@ -173,6 +183,12 @@ class ArtifactOptions:
     )
     dtype: str = option("auto", choices=DTYPES, help="number format of the weights")
     device: str = option("auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(ArtifactOptions):
+    """How prompts are answered."""
+
     prefill: str = option(
         "skip", choices=PREFILL_MODES, help="let the prompt skip layers too, or run all of them"
     )
@@ -180,7 +196,7 @@ class ArtifactOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ArtifactOptions):
+class GenerateConfig(AnswerOptions):
     """Answer prompts with a routed model."""
 
     prompt: list[str] | None = option(None, help="one or more prompts; without any, stdin is read")
@@ -223,7 +239,7 @@ class InspectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiagnoseConfig(ArtifactOptions):
+class DiagnoseConfig(AnswerOptions):
     """Check that a routed model computes what it should, and that its routers decide something."""
 
     data: str | None = option(
@@ -260,16 +276,19 @@ class CalibrateConfig(ArtifactOptions):
     )
     limit: int | None = option(256, help="use the first N examples only")
     batch_size: int = option(16, help="prompts per forward pass")
+    rates: list[float] = option(list(RATES), help="skip rates to serve; those between are too")
     output: str | None = option(
         None, help="folder for the artifact with the new thresholds (none: in place)"
     )
 
     def __post_init__(self) -> None:
+        for rate in self.rates:
+            check_skip_rate(rate, "rates")
         _check_counts(self, "batch_size", *(("limit",) if self.limit is not None else ()))
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(ArtifactOptions):
+class EvalConfig(AnswerOptions):
     """Score answers of the base and the routed model on a task, at several skip rates."""
 
     data: str = option(

@@ -172,9 +172,11 @@ def _choose(
         raise ConfigError(f"skip_rate={skip_rate} is for policy='router'; {policy!r} has none.")
     if not isinstance(policy, str):
         return policy, nullcontext()
-    if policy not in EVAL_POLICIES:
+    known = {"base": (RunAll, model.disable_adapter), "run_all": (RunAll, nullcontext)}
+    if policy not in known:
         raise ConfigError(f"policy is {policy!r}; expected one of {', '.join(EVAL_POLICIES)}.")
-    return RunAll(), model.disable_adapter() if policy == "base" else nullcontext()
+    make, scope = known[policy]
+    return make(), scope()
 
 
 def _prompts(

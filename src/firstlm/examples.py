@@ -92,6 +92,11 @@ def find_template(template: str) -> str:
             f"unknown template {template!r}; expected {', '.join(TEMPLATES)}, "
             "or own text with {fields} of the row such as 'Question: {source} Answer:'."
         )
+    if leaks := sorted({"target", "completion", "answers", "references"} & set(names)):
+        raise ConfigError(
+            f"template {template!r} names {{{leaks[0]}}}, which would put the answer into the "
+            "prompt; a template is the prompt alone, and the answer is added to it."
+        )
     bad = [p[1] for p in parts if p[1] is not None and (not p[1].isidentifier() or p[2] or p[3])]
     if bad:
         raise ConfigError(f"template {template!r}: {{{bad[0]}}} is not the plain name of a field.")

@@ -20,16 +20,29 @@ from firstlm.policies import FixedMask
 
 SPACING = 0.25  # logit distance between layers that are next to each other in the order
 CANDIDATES = 8  # layers measured per round after the first
-MASKS_PER_PASS = 8  # candidate masks that share a forward pass
+FORWARD_ROWS = 8  # rows of a forward pass for each row of a training batch
 
 
 @torch.no_grad()
 def removal_order(
-    model: FirstModel, examples: Sequence[Encoded], pad_token_id: int, share: float
+    model: FirstModel, examples: Sequence[Encoded], share: float, batch_size: int = 16
 ) -> list[int]:
-    """Return layers in the order in which they can go, up to `share` of all layers."""
-    batch = Collator(pad_token_id)(examples)
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    """Return layers in the order in which they can go, up to `share` of all layers.
+
+    Args:
+        model: a routed model.
+        examples: on which cross-entropy is measured.
+        share: of all layers that may ever be skipped.
+        batch_size: examples that training runs at once; a pass here, which keeps nothing for a
+            backward pass, runs up to `FORWARD_ROWS` times as many.
+    """
+    rows = FORWARD_ROWS * batch_size
+    collate = Collator(model.pad_id)
+    batches = [
+        {name: tensor.to(model.device) for name, tensor in collate(examples[i : i + rows]).items()}
+        for i in range(0, len(examples), rows)
+    ]
+    together = max(1, rows // len(examples))  # masks that share a forward pass
     count = model.layer_count
     free = [i for i in range(count) if i not in model.routing.stack.locked]
     order: list[int] = []
@@ -41,22 +54,29 @@ def removal_order(
         masks = torch.ones(len(candidates), count, dtype=torch.bool)
         masks[:, order] = False
         masks[torch.arange(len(candidates)), torch.tensor(candidates)] = False
-        losses = torch.cat([_losses(model, batch, part) for part in masks.split(MASKS_PER_PASS)])
+        losses = torch.cat([_losses(model, batches, part) for part in masks.split(together)])
         known.update(zip(candidates, losses.tolist(), strict=True))
         order.append(min(candidates, key=known.__getitem__))
         del known[order[-1]]
     return order
 
 
-def _losses(model: FirstModel, batch: dict[str, torch.Tensor], masks: torch.Tensor) -> torch.Tensor:
-    """Return the answer cross-entropy [masks] of the batch under each mask."""
-    copies, size = len(masks), len(batch["input_ids"])
-    repeated = {name: tensor.repeat(copies, 1) for name, tensor in batch.items()}
-    state = model.new_state(
-        repeated["prompt_mask"], FixedMask(masks.repeat_interleave(size, dim=0))
-    )
-    sums, tokens = row_losses(*answer_logits(model, repeated, state))
-    return sums.view(copies, -1).sum(1) / tokens.view(copies, -1).sum(1)
+def _losses(
+    model: FirstModel, batches: Sequence[dict[str, torch.Tensor]], masks: torch.Tensor
+) -> torch.Tensor:
+    """Return the answer cross-entropy [masks] of the batches under each mask."""
+    copies = len(masks)
+    total, count = torch.zeros(copies), torch.zeros(copies)
+    for batch in batches:
+        size = len(batch["input_ids"])
+        repeated = {name: tensor.repeat(copies, 1) for name, tensor in batch.items()}
+        state = model.new_state(
+            repeated["prompt_mask"], FixedMask(masks.repeat_interleave(size, dim=0))
+        )
+        sums, tokens = row_losses(*answer_logits(model, repeated, state))
+        total += sums.view(copies, -1).sum(1).cpu()
+        count += tokens.view(copies, -1).sum(1).cpu()
+    return total / count
 
 
 @torch.no_grad()

@@ -111,6 +111,7 @@ class FirstModel(nn.Module):
         self.adapter_dtype: torch.dtype | None = None  # number format in which LoRA is saved
         self.training_record: dict[str, Any] = {}
         self.results: dict[str, Any] = {}
+        self.merged = False  # the base's weights hold a LoRA that an artifact would lack
         self.routing.attach()
 
     @classmethod
@@ -141,7 +142,11 @@ class FirstModel(nn.Module):
         return artifact.load(cls, path_or_id, base, dtype, device, tokenizer)
 
     def save_pretrained(self, path: str) -> None:
-        """Write routers, thresholds and adapter to a folder; an older one is replaced whole."""
+        """Write routers, thresholds and adapter to a folder; an older one is replaced whole.
+
+        Raises:
+            ArtifactError: the folder holds something else, cannot be written, or LoRA was merged.
+        """
         artifact.save(self, path)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
@@ -187,6 +192,11 @@ class FirstModel(nn.Module):
         return self.base.get_base_model() if self.has_adapter else self.base
 
     @property
+    def pad_id(self) -> int:
+        """Token id to pad batches with; it is masked out, so that any would do."""
+        return getattr(self.tokenizer, "pad_token_id", None) or 0
+
+    @property
     def has_adapter(self) -> bool:
         """Whether LoRA is on the base model."""
         return hasattr(self.base, "peft_config")
@@ -195,6 +205,7 @@ class FirstModel(nn.Module):
         """Merge LoRA into the base weights and drop the peft wrapper; routing goes on as before."""
         if self.has_adapter:
             self.base = self.base.merge_and_unload()
+            self.merged = True
         return self
 
     def policy_for(self, skip_rate: float | None = None, prefill: str = "skip") -> Policy:

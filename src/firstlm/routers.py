@@ -42,10 +42,16 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Read the input as (x - mean) / std from now on; both are [hidden]."""
+        """Read the input as (x - mean) / std from now on; the logits stay the same.
+
+        `mean` and `std` are [hidden].
+        """
+        self.fold()
         # A floor keeps features that hardly vary over prompts from being blown up into noise.
         self.center = mean.float()
         self.scale = 1.0 / std.float().clamp_min(0.1 * float(std.median()) + 1e-6)
+        self.bias.add_((self.weight * self.center).sum())
+        self.weight.div_(self.scale)
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -69,6 +75,11 @@ class Routers(nn.ModuleList):
         def __iter__(self) -> Iterator[Router]: ...
 
         def __getitem__(self, idx: int) -> Router: ...  # type: ignore[override]
+
+    @property
+    def untrained(self) -> bool:
+        """Whether no router has learnt to look at a prompt yet."""
+        return not any(bool(router.weight.any()) for router in self)
 
     def squared_norm(self) -> torch.Tensor:
         """Return the sum of squared router weights, the L2 term of the paper's loss."""

@@ -260,21 +260,34 @@ class FirstTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         folder = Path(resume_from_checkpoint)
-        self._load_weights(folder)
+        self.load_weights(folder)
         if self.driver is not None:
             self.driver.load_state_dict(json.loads((folder / DRIVER_FILE).read_text()))
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if best is not None:
-            self._load_weights(Path(best))
+            self.load_weights(Path(best))
 
-    def _load_weights(self, folder: Path) -> None:
+    def load_weights(self, folder: Path) -> None:
+        """Take what was trained from a checkpoint."""
         tensors = load_file(folder / WEIGHTS_FILE)
         parameters = dict(self.first.named_parameters())
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint of a folder; one that was cut off is passed over."""
+    numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*")]
+    for _, path in sorted(numbered, reverse=True):
+        try:  # Trainer writes this file last
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
 
 
 @contextmanager

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The phases of training (arXiv 2410.12513): routers, the base frozen; then LoRA with hard gates.
+
+Each phase is a function of a model, data and options. Which phases a run has, and in what order, is
+`train.py`'s business.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerState, TrainingArguments, set_seed
+
+from firstlm.calibration import find_offsets
+from firstlm.config import TrainConfig
+from firstlm.data import Collator, Encoded, encode, pad_left
+from firstlm.errors import DataError
+from firstlm.importance import SPACING, removal_order, start_from_order
+from firstlm.interrupts import Interrupts
+from firstlm.model import FirstModel
+from firstlm.policies import RunAll
+from firstlm.rates import RateDriver
+from firstlm.trainer import FirstTrainer, last_checkpoint, mixed_precision
+
+STATISTICS_PROMPTS = 64  # prompts on which router inputs are standardised
+OFFSET_PROMPTS = 32  # on which phase 2 finds its first offsets
+STEPS = {"adapt": "adapt_steps", "routers": "router_steps", "lora": "lora_steps"}
+
+
+def train_routers(
+    model: FirstModel,
+    train: Sequence[Any],
+    validation: Sequence[Any],
+    config: TrainConfig | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Phase 1: train the routers, everything else frozen.
+
+    Args:
+        model: a routed model; its routers are trained in place. Routers that were trained before
+            go on from where they are.
+        train: examples (`Example` or `Encoded`).
+        validation: examples.
+        config: `output` names where checkpoints and logs go; see `TrainConfig`.
+        resume: go on from the last checkpoint of an interrupted call with the same arguments.
+
+    Returns:
+        Cross-entropy before and after (hard gates), skip rate, alpha and the removal order.
+    """
+    config = config or TrainConfig()
+    train, validation = _encoded(model, train, config), _encoded(model, validation, config)
+    set_seed(config.seed)
+    model.requires_grad_(False)
+    model.routers.requires_grad_(True)
+    record: dict[str, Any] = {}
+    driver = RateDriver(config)
+    if config.warm_start and config.skip_rate and model.routers.untrained:
+        order = _removal_order(model, train, config)
+        start_from_order(model, order, config.skip_rate)
+        driver.start(SPACING * model.layer_count)
+        record["removal_order"] = order
+    _standardise(model, _sample(train, STATISTICS_PROMPTS, config))
+    record.update(_fit(model, train, validation, config, "routers", driver, resume))
+    model.routers.fold()
+    return record
+
+
+def train_lora(
+    model: FirstModel,
+    train: Sequence[Any],
+    validation: Sequence[Any],
+    config: TrainConfig | None = None,
+    routers: dict[str, Any] | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Phase 2: train LoRA on attention and FFN projections, routers frozen, the penalty kept.
+
+    With `skip_rate` 0 all layers run: plain LoRA, for comparison. The checkpoint with the lowest
+    validation cross-entropy is kept. Arguments as for `train_routers`, and `routers`, what that
+    returned, to go on with its alpha.
+    """
+    return _train_lora(model, train, validation, config or TrainConfig(), "lora", routers, resume)
+
+
+def adapt_lora(
+    model: FirstModel,
+    train: Sequence[Any],
+    validation: Sequence[Any],
+    config: TrainConfig | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Before phase 1: train LoRA for `adapt_steps` with all layers running.
+
+    Routers of a model that does not know the task yet learn from losses that say little; on one
+    that does, what a layer is worth shows. Arguments as for `train_routers`.
+    """
+    config = replace(config or TrainConfig(), skip_rate=0.0, skip_rates=None)
+    return _train_lora(model, train, validation, config, "adapt", None, resume)
+
+
+def _train_lora(
+    model: FirstModel,
+    train: Sequence[Any],
+    validation: Sequence[Any],
+    config: TrainConfig,
+    phase: str,
+    routers: dict[str, Any] | None,
+    resume: bool,
+) -> dict[str, Any]:
+    train, validation = _encoded(model, train, config), _encoded(model, validation, config)
+    set_seed(config.seed)
+    if not model.has_adapter:
+        add_lora(model, config)
+    model.requires_grad_(False)
+    for name, parameter in model.base.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+    driver = RateDriver(config) if config.skip_rate != 0 else None
+    if driver is not None:
+        driver.alpha = max((routers or {}).get("alpha") or config.alpha, 0.0)
+        if config.skip_rate is not None:
+            driver.hold(_offsets(model, train, config))
+    return _fit(model, train, validation, config, phase, driver, resume)
+
+
+def _encoded(model: FirstModel, examples: Sequence[Any], config: TrainConfig) -> list[Encoded]:
+    if not examples:
+        raise DataError("There are no examples to train on or to validate with.")
+    if isinstance(examples[0], Encoded):
+        return list(examples)
+    return [encode(example, model.tokenizer, config.max_length) for example in examples]
+
+
+def _sample(rows: list[Encoded], count: int, config: TrainConfig) -> list[Encoded]:
+    """Draw rows: the first ones of a file may be of one kind."""
+    return random.Random(config.seed).sample(rows, min(count, len(rows)))
+
+
+def _removal_order(model: FirstModel, train: list[Encoded], config: TrainConfig) -> list[int]:
+    highest = max([config.skip_rate or 0.0, *(config.skip_rates or ())])
+    picked = _sample(train, config.warm_start, config)
+    model.eval()
+    with mixed_precision(model):
+        return removal_order(model, picked, highest + 0.05, config.batch_size)
+
+
+@torch.no_grad()
+def _standardise(model: FirstModel, rows: list[Encoded]) -> None:
+    """Give every router an input of mean 0 and deviation 1 over prompts."""
+
+    class Recorder(RunAll):
+        def decide(self, layer, prompts):
+            seen[layer].append(prompts.mean)
+            return super().decide(layer, prompts)
+
+    seen: list[list[torch.Tensor]] = [[] for _ in range(model.layer_count)]
+    model.eval()
+    prompts = sorted((row.prompt_ids for row in rows), key=len)
+    for i in range(0, len(prompts), 16):
+        model.decide(*pad_left(prompts[i : i + 16], model.pad_id), Recorder())
+    for router, means in zip(model.routers, seen, strict=True):
+        states = torch.cat(means).to(router.weight.device)
+        if len(states) > 1:
+            router.standardise(states.mean(0), states.std(0))
+
+
+def add_lora(model: FirstModel, config: TrainConfig) -> None:
+    """Put fresh LoRA matrices on all linear layers but the vocabulary's."""
+    from peft import LoraConfig, get_peft_model
+
+    model.base = get_peft_model(
+        model.base,
+        LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def _offsets(model: FirstModel, train: list[Encoded], config: TrainConfig) -> dict[float, float]:
+    """Measure the logit offsets that meet a run's rates before phase 2 begins."""
+    prompts = [row.prompt_ids for row in _sample(train, OFFSET_PROMPTS, config)]
+    rates = sorted({config.skip_rate or 0.0, *(config.skip_rates or ())})
+    with mixed_precision(model):
+        rows = find_offsets(model, prompts, rates, config.prefill, config.batch_size)
+    measured = [row[2] for row in rows]
+    return {r: float(np.interp(r, measured, [row[1] for row in rows])) for r in rates}
+
+
+def _fit(
+    model: FirstModel,
+    train: list[Encoded],
+    validation: list[Encoded],
+    config: TrainConfig,
+    phase: str,
+    driver: RateDriver | None,
+    resume: bool,
+) -> dict[str, Any]:
+    """Run Trainer over what requires gradients; an interrupted run is resumed."""
+    steps = getattr(config, STEPS[phase])
+    work = work_folder(config)
+    folder, log = work / "checkpoints" / phase, work / f"log_{phase}.jsonl"
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+        log.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.gradient_checkpointing:
+        _checkpointing(model, "enable", {"use_reentrant": False})
+    interrupts = Interrupts()
+    with _logs_in(work / "logs" / phase):
+        trainer = FirstTrainer(
+            model,
+            driver,
+            gate=config.gate if phase == "routers" else "hard",
+            prefill=config.prefill,
+            l2=config.l2 if phase == "routers" else 0.0,
+            distill=config.distill if phase == "lora" else 0.0,
+            log_path=log,
+            args=_arguments(model, config, phase, steps, folder),
+            train_dataset=train,
+            eval_dataset=validation,
+            data_collator=Collator(model.pad_id),
+            callbacks=[interrupts],
+        )
+    before = trainer.evaluate()
+    try:
+        with interrupts.caught():
+            _train(trainer, steps, last_checkpoint(folder) if resume else None)
+    finally:
+        if config.gradient_checkpointing:
+            _checkpointing(model, "disable")
+    if interrupts.asked:
+        print(f"\nInterrupted at step {trainer.state.global_step} of {steps} ({phase}).")
+        raise KeyboardInterrupt
+    after = trainer.evaluate()
+    model.eval()
+    return {
+        "steps": trainer.state.global_step,
+        "ce_before": before["eval_loss"],
+        "ce_after": after["eval_loss"],
+        "skip_rate": after["eval_skip_rate"],
+        "alpha": driver.alpha if driver else None,
+        "offsets": driver.offsets if driver else {},
+    }
+
+
+def _train(trainer: FirstTrainer, steps: int, checkpoint: Path | None) -> None:
+    """Take the steps that are left; none where a checkpoint already has them all."""
+    if checkpoint is None:
+        if steps:
+            trainer.train()
+        return
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return
+    trainer.state = state
+    trainer.load_weights(Path(state.best_model_checkpoint or checkpoint))
+
+
+def _checkpointing(model: FirstModel, what: str, *args: Any) -> None:
+    """Switch gradient checkpointing, under its name in this transformers."""
+    old = f"gradient_checkpointing_{what}"
+    new = f"activation_checkpointing_{what}"
+    getattr(model.base, new if hasattr(model.base, new) else old)(*args)
+
+
+def _arguments(
+    model: FirstModel, config: TrainConfig, phase: str, steps: int, folder: Path
+) -> TrainingArguments:
+    lora = phase != "routers"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accum,
+        learning_rate=config.lora_lr if lora else config.router_lr,
+        lr_scheduler_type="cosine" if lora else "constant_with_warmup",
+        warmup_steps=config.warmup,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        eval_strategy="steps",
+        eval_steps=config.eval_steps,
+        save_strategy="steps",
+        save_steps=config.eval_steps if lora else config.save_steps,
+        save_total_limit=2,
+        load_best_model_at_end=lora,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        report_to=["tensorboard"] if config.tensorboard else [],
+        remove_unused_columns=False,
+        label_names=["labels"],
+        use_cpu=model.device.type == "cpu",
+        dataloader_pin_memory=model.device.type == "cuda",
+    )
+    if arguments.device.type == "cuda":  # DataParallel would split a batch from its decisions
+        torch.cuda.set_device(model.device)
+        arguments._n_gpu = 1
+    return arguments
+
+
+@contextmanager
+def _logs_in(folder: Path):
+    """Tell Trainer's TensorBoard writer its folder, which it takes from the environment."""
+    before = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TENSORBOARD_LOGGING_DIR"]
+        else:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = before
+
+
+def work_folder(config: TrainConfig) -> Path:
+    """Return the folder of a run's checkpoints and logs, beside the artifact."""
+    return Path(f"{config.output.rstrip('/')}-run")

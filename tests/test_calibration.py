@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`firstlm calibrate`: new thresholds, and nothing else of the artifact changed or lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import config, write_run
+
+from firstlm import FirstModel, cli
+from firstlm.train import run
+
+
+@pytest.fixture
+def artifact(tmp_path: Path, byte_tokenizer) -> tuple[Path, Path]:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    settings = config(
+        tmp_path, model=str(folder), data=str(data), warm_start=4, router_steps=10, lora_steps=2
+    )
+    assert run(settings) == 0
+    return Path(settings.output), data
+
+
+def test_in_place_only_the_thresholds_change(artifact: tuple[Path, Path]) -> None:
+    folder, data = artifact
+    weights = {f: load_file(f) for f in folder.rglob("*.safetensors")}
+    run_file = (folder / "run.yaml").read_bytes()
+    before = json.loads((folder / "first_config.json").read_text())
+    assert cli.main(["calibrate", str(folder), "--data", str(data), "--rates", "0.2", "0.5"]) == 0
+    after = json.loads((folder / "first_config.json").read_text())
+    assert [row[0] for row in after["thresholds"]["skip"]] == [0.2, 0.5]
+    assert before["thresholds"] != after["thresholds"]
+    assert {k: v for k, v in after.items() if k != "thresholds"} == {
+        k: v for k, v in before.items() if k != "thresholds"
+    }
+    for file, tensors in weights.items():
+        found = load_file(file)
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
+    assert (folder / "run.yaml").read_bytes() == run_file
+    assert FirstModel.from_pretrained(str(folder)).thresholds.offset(0.4, "skip") < 5
+
+
+def test_an_artifact_that_is_no_folder_needs_an_output(
+    artifact: tuple[Path, Path], capsys, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["calibrate", "smollm2-qa", "--data", str(artifact[1])]) == 2
+    assert "--output" in capsys.readouterr().err
+    assert not (tmp_path / "smollm2-qa").exists()

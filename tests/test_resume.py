@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interrupted runs go on where they were, and take nothing that is not theirs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import config, make_examples, make_model, write_run
+
+from firstlm import FirstModel
+from firstlm.errors import ArtifactError, ConfigError
+from firstlm.phases import train_lora, train_routers, work_folder
+from firstlm.train import run
+from firstlm.trainer import DRIVER_FILE, FirstTrainer, last_checkpoint
+
+
+def interrupted(step: int) -> Callable[..., Any]:
+    """Return a compute_loss that presses Ctrl-C amid the given step, its decisions taken."""
+    original = FirstTrainer.compute_loss
+
+    def compute_loss(self: FirstTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step == step - 1:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    return compute_loss
+
+
+@pytest.mark.parametrize("phase", ["routers", "lora"])
+def test_resume_continues_exactly(tmp_path: Path, phase: str, monkeypatch) -> None:
+    """Stopping after half the steps and running again ends in the weights of an unbroken run."""
+    train, validation = make_examples(64, 0), make_examples(16, 1)
+
+    def train_with(folder: str, break_at: int | None) -> dict[str, torch.Tensor]:
+        model = make_model()
+        settings = config(
+            tmp_path / folder,
+            router_steps=12,
+            lora_steps=12,
+            save_steps=6,
+            eval_steps=6,
+            skip_rates=[0.5],
+        )
+        fit = train_routers if phase == "routers" else train_lora
+        if break_at:
+            with monkeypatch.context() as patch:
+                patch.setattr(FirstTrainer, "compute_loss", interrupted(break_at))
+                with pytest.raises(KeyboardInterrupt):
+                    fit(model, train, validation, settings)
+            model = make_model()
+        fit(model, train, validation, settings, resume=True)
+        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    whole, resumed = train_with("whole", None), train_with("broken", 9)
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        torch.testing.assert_close(resumed[name], whole[name], msg=name)
+
+
+def test_an_interrupted_command_resumes(tmp_path: Path, byte_tokenizer) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    words = f"train --model {folder} --data {data} --output {tmp_path / 'out'} --batch-size 4"
+    words += " --router-steps 400 --lora-steps 2 --warm-start 0 --no-tensorboard --save-steps 100"
+    command = [sys.executable, "-m", "firstlm", *words.split()]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command,
+        env=env,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # A shell's background jobs ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    log = tmp_path / "out-run" / "log_routers.jsonl"
+    deadline = time.time() + 120
+    while not (log.exists() and log.read_text()) and time.time() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Run the same command again" in stdout
+    assert not (tmp_path / "out").exists()
+    saved = list((tmp_path / "out-run" / "checkpoints" / "routers").glob(f"*/{DRIVER_FILE}"))
+    assert saved
+    step = max(int(f.parent.name.split("-")[1]) for f in saved)
+    assert 0 < step < 400
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    model = FirstModel.from_pretrained(str(path))
+    return {n: p.detach() for n, p in model.named_parameters() if "lora_" in n or "routers." in n}
+
+
+@pytest.mark.parametrize("phase", ["adapt", "routers", "lora"])
+def test_a_run_that_goes_on_from_an_artifact_with_lora_can_resume_in_any_phase(
+    tmp_path: Path, byte_tokenizer, monkeypatch, phase: str
+) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    steps = {"adapt_steps": 3, "router_steps": 3, "lora_steps": 3, "eval_steps": 3}
+    settings = config(tmp_path, model=str(folder), data=str(data), **steps)
+    assert run(settings) == 0
+    first = settings.output
+    more = replace(settings, model=None, artifact=first, output=str(tmp_path / "whole"))
+    assert run(more) == 0
+    broken = replace(more, output=str(tmp_path / "broken"))
+    press, begun = interrupted(2), FirstTrainer.compute_loss
+
+    def in_phase(self, *args, **kwargs):
+        here = Path(str(self.args.output_dir)).name == phase
+        return (press if here else begun)(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FirstTrainer, "compute_loss", in_phase)
+        with pytest.raises(KeyboardInterrupt):
+            run(broken)
+    assert not Path(broken.output).exists()
+    assert run(broken) == 0
+    whole, resumed = weights(Path(more.output)), weights(Path(broken.output))
+    assert whole.keys() == resumed.keys()
+    assert any("lora_" in name for name in whole)
+    for name in whole:
+        torch.testing.assert_close(resumed[name], whole[name], msg=name)
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
+    settings = config(tmp_path, router_steps=6, save_steps=3)
+    train_routers(make_model(), make_examples(32, 0), make_examples(8, 1), settings)
+    folder = work_folder(settings) / "checkpoints" / "routers"
+    assert last_checkpoint(folder) == folder / "checkpoint-6"
+    (folder / "checkpoint-6" / "trainer_state.json").write_text("{")
+    assert last_checkpoint(folder) == folder / "checkpoint-3"
+    shutil.rmtree(folder / "checkpoint-3")
+    assert last_checkpoint(folder) is None
+
+
+def test_calls_from_python_start_afresh_unless_told_otherwise(tmp_path: Path) -> None:
+    train, validation = make_examples(32, 0), make_examples(8, 1)
+    settings = config(tmp_path, lora_steps=4, eval_steps=2)
+    found = []
+    for _ in range(2):
+        model = make_model()
+        assert train_lora(model, train, validation, settings)["ce_after"] > 0
+        found.append({n: p.detach() for n, p in model.named_parameters() if "lora_" in n})
+    other = make_model(seed=5)
+    train_lora(other, train, validation, settings)
+    for name, parameter in other.named_parameters():
+        if "lora_B" in name:
+            assert torch.equal(found[0][name], found[1][name])
+            assert not torch.equal(parameter, found[0][name])
+
+
+def test_a_run_that_started_without_resume_can_be_resumed(
+    tmp_path: Path, byte_tokenizer, monkeypatch, capsys
+) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    settings = config(tmp_path, model=str(folder), data=str(data), resume=False, router_steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(FirstTrainer, "compute_loss", interrupted(2))
+        with pytest.raises(KeyboardInterrupt):
+            run(replace(settings, adapt_steps=0))
+    assert "without --no-resume" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"other options \(lora_steps"):
+        run(replace(settings, adapt_steps=0, resume=True, lora_steps=2))
+    assert run(replace(settings, adapt_steps=0, resume=True)) == 0
+
+
+def test_folders_with_other_files_are_left_alone(tmp_path: Path, byte_tokenizer) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    settings = config(tmp_path, model=str(folder), data=str(data), router_steps=1, lora_steps=1)
+    letters = Path(settings.output)
+    letters.mkdir()
+    (letters / "letter.txt").write_text("dear")
+    with pytest.raises(ArtifactError, match="holds other files"):
+        run(settings)
+    with pytest.raises(ArtifactError, match="holds other files"):
+        make_model().save_pretrained(str(letters))
+    letters.rename(work_folder(settings))
+    for resume in (True, False):
+        with pytest.raises(ConfigError, match="holds other files"):
+            run(replace(settings, resume=resume))
+    assert (work_folder(settings) / "letter.txt").read_text() == "dear"
