@@ -28,6 +28,7 @@ FLOORS = {
     "routing": "mechanism",
     "pretrained": "artifact",
     "artifact": "artifact",
+    "thresholds": "artifact",
     "model": "artifact",
     "generate": "loop",
     "arms": "loop",

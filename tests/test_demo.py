@@ -10,8 +10,7 @@ import pytest
 import torch
 from conftest import make_byte_tokenizer, tiny_llama
 
-from firstlm import FirstModel, RunAll, cli, demo
-from firstlm.data import Encoded
+from firstlm import FirstModel, cli, demo
 from firstlm.errors import ArtifactError
 
 KEYS = [
@@ -78,26 +77,6 @@ def test_the_shipped_artifact_is_asked_for_by_name(monkeypatch, tmp_path):
     folder.mkdir(parents=True)
     (folder / "first_config.json").write_text("{}")
     assert demo.shipped_artifact() == Path(folder)
-
-
-def test_cross_entropy_is_that_of_the_answers():
-    model = FirstModel.from_base(tiny_llama())
-    generator = torch.Generator().manual_seed(0)
-    items = [
-        Encoded(*(torch.randint(3, 259, (n,), generator=generator).tolist() for n in sizes))
-        for sizes in ((5, 3), (2, 4), (7, 1))
-    ]
-    total, count = 0.0, 0
-    for item in items:
-        ids = torch.tensor([item.prompt_ids + item.answer_ids])
-        with torch.no_grad():
-            scores = model.base(ids).logits[0].log_softmax(-1)
-        for place, token in enumerate(item.answer_ids, start=len(item.prompt_ids)):
-            total, count = total - float(scores[place - 1, token]), count + 1
-    ce, keep = demo.cross_entropy(model, items, RunAll(), batch_size=2, pad_id=0)
-    assert ce == pytest.approx(total / count, rel=1e-4)
-    assert keep.shape == (3, 4)
-    assert keep.all()
 
 
 def test_numbers_are_in_bfloat16_only_where_that_is_faster(monkeypatch):

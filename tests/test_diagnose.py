@@ -16,6 +16,7 @@ from firstlm.config import RouterConfig
 from firstlm.data import Encoded, encode_prompt
 from firstlm.diagnose import PROMPTS, describe_routers, diagnose
 from firstlm.errors import ConfigError, DataError
+from firstlm.losses import mean_loss
 from firstlm.policies import FixedMask, RouterPolicy
 from firstlm.routing import Routing, RoutingState
 
@@ -143,7 +144,7 @@ def test_quality_is_compared_with_all_layers(model):
     assert found["ce_routed"] > 1.5 * found["ce_run_all"]
     assert level(report, "quality below a floor") == "WARN"
     with model.run_all():
-        same = probes.answer_loss(model, encoded, RouterPolicy(model.routers), "skip", 5)
+        same = mean_loss(model, encoded, RouterPolicy(model.routers), 5)[0]
     assert same == pytest.approx(found["ce_run_all"], rel=1e-5)
 
 
@@ -152,7 +153,7 @@ def trained_answer(model):
     answer = [70, 70, 80, 70, 90, 70, 70, 100, 2]  # what follows 70 takes more than a bigram
     encoded = [Encoded(ids, answer) for ids in prompts(model)]
     optimizer = torch.optim.Adam(model.base.parameters(), lr=0.02)
-    inputs = probes.Collator(0)(encoded)
+    inputs = kill_me(0)(encoded)
     model.routing.detach()
     for _ in range(100):
         loss = model.base(**{k: v for k, v in inputs.items() if k != "prompt_mask"}).loss

@@ -17,10 +17,10 @@ from firstlm.config import RouterConfig, TrainConfig
 from firstlm.data import Collator, Encoded, pad_left
 from firstlm.errors import ConfigError, DataError
 from firstlm.importance import FORWARD_ROWS, removal_order
-from firstlm.losses import answer_cross_entropy, answer_logits, non_skip_penalty
+from firstlm.losses import answer_cross_entropy, answer_logits, mean_loss, non_skip_penalty
 from firstlm.model import FirstModel
 from firstlm.phases import train_lora, train_routers, work_folder
-from firstlm.policies import RouterPolicy
+from firstlm.policies import RouterPolicy, RunAll
 from firstlm.train import run
 
 
@@ -80,6 +80,26 @@ def test_soft_gate_is_the_papers_equation() -> None:
             hidden = hidden + rho * phi
         expected = base.lm_head(inner.norm(hidden))
     torch.testing.assert_close(logits, expected)
+
+
+def test_mean_loss_is_that_of_the_answers():
+    model = make_model(layers=4)
+    generator = torch.Generator().manual_seed(0)
+    items = [
+        Encoded(*(torch.randint(3, 259, (n,), generator=generator).tolist() for n in sizes))
+        for sizes in ((5, 3), (2, 4), (7, 1))
+    ]
+    total, count = 0.0, 0
+    for item in items:
+        ids = torch.tensor([item.prompt_ids + item.answer_ids])
+        with torch.no_grad():
+            scores = model.base(ids).logits[0].log_softmax(-1)
+        for place, token in enumerate(item.answer_ids, start=len(item.prompt_ids)):
+            total, count = total - float(scores[place - 1, token]), count + 1
+    ce, keep = mean_loss(model, items, RunAll(), batch_size=2)
+    assert ce == pytest.approx(total / count, rel=1e-4)
+    assert keep.shape == (3, 4)
+    assert keep.all()
 
 
 def test_penalty_is_the_sum_over_layers() -> None:
@@ -323,6 +343,7 @@ def test_trained_routers_go_on_from_where_they_are(tmp_path: Path) -> None:
     with torch.no_grad():
         for i, router in enumerate(model.routers):
             router.weight.normal_(generator=torch.Generator().manual_seed(i))
+            router.bias.zero_()
     ids, mask = pad_left([e.prompt_ids for e in make_examples(64, 3)], 0)
     before = model.decide(ids, mask)
     examples = make_examples(64, 0)

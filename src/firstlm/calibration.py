@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from firstlm import artifact
 from firstlm.config import RATES, CalibrateConfig
-from firstlm.data import encode_prompt, load_examples, pad_left
+from firstlm.data import draw, encode_prompt, load_examples, pad_left
 from firstlm.errors import ConfigError, DataError
 from firstlm.model import FirstModel
 from firstlm.policies import RouterPolicy
@@ -176,9 +176,8 @@ def run(options: CalibrateConfig) -> int:
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ConfigError("The base model has no tokenizer.")
-    examples = load_examples(
-        options.data, template=options.template, tokenizer=tokenizer, limit=options.limit
-    )
+    examples = load_examples(options.data, template=options.template, tokenizer=tokenizer)
+    examples = draw(examples, options.limit)
     prompts = [encode_prompt(example, tokenizer) for example in examples]
     calibrate(model, prompts, options.rates, batch_size=options.batch_size)
     artifact.save(model, target, more_from=source)

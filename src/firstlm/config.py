@@ -74,7 +74,9 @@ class DataOptions:
     )
     max_length: int = option(1024, help="longest prompt plus answer, in tokens")
     limit: int | None = option(None, help="use the first N training examples only")
-    validation_limit: int | None = option(256, help="use the first N validation examples only")
+    validation_limit: int | None = option(
+        256, help="use N validation examples only, drawn at random"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +143,11 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
     tensorboard: bool = option(True, help="write TensorBoard logs to OUTPUT-run/logs")
 
     def __post_init__(self) -> None:
-        check(self)
         if self.skip_rate is not None:
             check_skip_rate(self.skip_rate)
         for rate in self.skip_rates or ():
             check_skip_rate(rate, "skip_rates")
+        check(self)
         if self.skip_rates and self.skip_rate is None:
             raise ConfigError("skip_rates needs skip_rate, the rate that thresholds of 0.5 serve.")
         for name in ("adapt_steps", "router_steps", "lora_steps", "warm_start", "distill", "l2"):
@@ -274,7 +276,7 @@ class CalibrateConfig(ArtifactOptions):
     template: str | None = option(
         None, help="prompt template for source/target rows: translation, summarization, qa, or own"
     )
-    limit: int | None = option(256, help="use the first N examples only")
+    limit: int | None = option(256, help="use N examples only, drawn at random")
     batch_size: int = option(16, help="prompts per forward pass")
     rates: list[float] = option(list(RATES), help="skip rates to serve; those between are too")
     output: str | None = option(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ __all__ = [
     "split_validation",
 ]
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 IGNORE = -100  # label of positions without loss
@@ -114,6 +116,13 @@ def encode_all(
             "dropped %d of %d examples: longer than %d tokens", dropped, len(examples), max_length
         )
     return kept, encoded
+
+
+def draw(rows: list[T], count: int | None, seed: int = 0) -> list[T]:
+    """Draw rows at random; the first ones of a file are often alike. None takes them all."""
+    if count is None or count >= len(rows):
+        return rows
+    return random.Random(seed).sample(rows, count)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

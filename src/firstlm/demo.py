@@ -23,11 +23,11 @@ from firstlm.compare import TIMED_TOKENS, decode, encode_prompts, hush, shorten,
 from firstlm.compare import strip as strip_of
 from firstlm.config import DemoConfig, GenerateConfig, RouterConfig, TrainConfig
 from firstlm.corpus import docstring_examples
-from firstlm.data import Collator, Encoded, Example, encode_all
+from firstlm.data import Encoded, Example, encode_all
 from firstlm.errors import ArtifactError
-from firstlm.losses import answer_logits, row_losses
+from firstlm.losses import mean_loss
 from firstlm.model import FirstModel
-from firstlm.policies import Policy, RunAll
+from firstlm.policies import RunAll
 from firstlm.pretrained import load_base
 from firstlm.results import provenance, to_json
 from firstlm.train import adapt_lora, load_options, train_lora, train_routers
@@ -144,11 +144,11 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
     _, encoded = encode_all(train, tokenizer, config.max_length, too_long="drop")
     held, held_encoded = encode_all(held, tokenizer, config.max_length, too_long="drop")
     held, held_encoded = held[:VALIDATION], held_encoded[:VALIDATION]
-    pad = model.pad_id
     print(
         f"{len(encoded)} docstrings to train on, {len(held)} held out, weights in {config.dtype}."
     )
-    ce_before, _ = cross_entropy(model, held_encoded, RunAll(), config.batch_size, pad)
+    with mixed_precision(model):
+        ce_before, _ = mean_loss(model, held_encoded, RunAll(), config.batch_size)
     logging.set_verbosity_warning()  # Trainer's progress bars hang on it
 
     print(f"\nFirst LoRA learns the task with all layers, {config.adapt_steps} steps.", flush=True)
@@ -162,7 +162,8 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
     with mixed_precision(model):
         calibrate(model, prompts, _rates(options.skip_rate), prefill_modes=("skip",))
     policy = model.policy_for(options.skip_rate)
-    ce_after, keep = cross_entropy(model, held_encoded, policy, config.batch_size, pad)
+    with mixed_precision(model):
+        ce_after, keep = mean_loss(model, held_encoded, policy, config.batch_size)
     model.training_record = {
         "adapt": adapt,
         "routers": routers,
@@ -190,24 +191,6 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
 def _rates(wanted: float) -> list[float]:
     """Return rates to calibrate around the wanted one, which then lies between measured ones."""
     return [min(share * wanted, 0.95) for share in (0.5, 1.0, 1.5)] if wanted else [0.1]
-
-
-@torch.no_grad()
-def cross_entropy(
-    model: FirstModel, items: Sequence[Encoded], policy: Policy, batch_size: int, pad_id: int
-) -> tuple[float, torch.Tensor]:
-    """Return cross-entropy per answer token under hard skips, and keep [items, layers]."""
-    model.eval()
-    total, count, keep = 0.0, 0, []
-    for start in range(0, len(items), batch_size):
-        inputs = Collator(pad_id)(items[start : start + batch_size])
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        state = model.new_state(inputs["prompt_mask"], policy)
-        with mixed_precision(model):
-            sums, tokens = row_losses(*answer_logits(model, inputs, state))
-        total, count = total + float(sums.sum()), count + int(tokens.sum())
-        keep.append(state.keep)
-    return total / count, torch.cat(keep)
 
 
 def _time(

@@ -23,6 +23,7 @@ from firstlm.config import DiagnoseConfig
 from firstlm.data import Encoded, encode_all, encode_prompt
 from firstlm.errors import ConfigError, DataError
 from firstlm.examples import load_examples
+from firstlm.losses import mean_loss
 from firstlm.model import FirstModel
 from firstlm.options import to_dict
 from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
@@ -195,8 +196,8 @@ def _quality(
 ) -> dict[str, Any] | None:
     if not encoded:
         return None
-    full = probes.answer_loss(model, encoded, RunAll(), mode, batch_size)
-    routed = probes.answer_loss(model, encoded, policy, mode, batch_size)
+    full = mean_loss(model, encoded, RunAll(), batch_size, mode)[0]
+    routed = mean_loss(model, encoded, policy, batch_size, mode)[0]
     return {
         "answers": len(encoded),
         "ce_run_all": full,

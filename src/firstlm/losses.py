@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from firstlm.data import IGNORE
+from firstlm.data import IGNORE, Collator, Encoded
 from firstlm.model import FirstModel
-from firstlm.policies import RunAll
+from firstlm.policies import Policy, RunAll
 from firstlm.routing import RoutingState
 
 
@@ -101,3 +102,25 @@ def answer_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
 def non_skip_penalty(rho: torch.Tensor) -> torch.Tensor:
     """Return sum_i rho_i, averaged over the batch; `rho` is [batch, layers]."""
     return rho.sum(1).mean()
+
+
+@torch.no_grad()
+def mean_loss(
+    first: FirstModel,
+    items: Sequence[Encoded],
+    policy: Policy,
+    batch_size: int,
+    prefill: str = "skip",
+) -> tuple[float, torch.Tensor]:
+    """Return cross-entropy per answer token under hard skips, in nats, and keep [items, layers]."""
+    first.eval()
+    collate = Collator(first.pad_id)
+    total, count, keep = 0.0, 0, []
+    for start in range(0, len(items), batch_size):
+        batch = collate(items[start : start + batch_size])
+        inputs = {name: tensor.to(first.device) for name, tensor in batch.items()}
+        state = first.new_state(inputs["prompt_mask"], policy, prefill=prefill)
+        sums, tokens = row_losses(*answer_logits(first, inputs, state))
+        total, count = total + float(sums.sum()), count + int(tokens.sum())
+        keep.append(state.keep)
+    return total / count, torch.cat(keep)

@@ -12,10 +12,9 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -27,8 +26,7 @@ from firstlm.layers import CACHE_ARGUMENTS
 from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
 from firstlm.routers import Routers
 from firstlm.routing import Routing, RoutingState
-
-NEAR_ENOUGH = 0.01  # a rate this little outside the calibrated ones gets the nearest of them
+from firstlm.thresholds import Thresholds
 
 # Models (by id) that run all layers in the current context; see FirstModel.run_all.
 _RUN_ALL: ContextVar[frozenset[int]] = ContextVar("firstlm_run_all", default=frozenset())
@@ -62,32 +60,6 @@ class GenerateOutput:
     def skip_rate(self) -> float:
         """Share of layers skipped, averaged over the prompts."""
         return 1.0 - float(self.keep.float().mean())
-
-
-@dataclass
-class Thresholds:
-    """Logit offsets that meet wanted skip rates, measured on validation prompts.
-
-    `table[prefill]` lists (asked rate, offset, measured rate), rates rising, offsets falling.
-    """
-
-    table: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
-
-    def offset(self, rate: float, prefill: str) -> float:
-        """Return the logit offset for a wanted skip rate, interpolated between measured ones."""
-        rows = self.table.get(prefill)
-        if not rows:
-            raise ConfigError(
-                f"This model has no thresholds for prefill={prefill!r}, so skip_rate={rate} cannot "
-                "be promised. Run `firstlm calibrate` (or firstlm.calibrate) on validation prompts."
-            )
-        rates = [row[2] for row in rows]
-        if not rates[0] - NEAR_ENOUGH <= rate <= rates[-1] + NEAR_ENOUGH:
-            raise ConfigError(
-                f"skip_rate={rate} is outside what was calibrated: {rates[0]:.2f} to "
-                f"{rates[-1]:.2f}. Ask for a rate in between, or calibrate for more."
-            )
-        return float(np.interp(rate, rates, [row[1] for row in rows]))
 
 
 class FirstModel(nn.Module):
@@ -332,13 +304,7 @@ class FirstModel(nn.Module):
             ConfigError: options that cannot work together.
         """
         start = time.perf_counter()
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-            if generate_kwargs.get(name) is not None:
-                raise ConfigError(
-                    f"{name} rolls the cache back, which is not supported with skips."
-                )
-        if generate_kwargs.get("use_cache") is False:
-            raise ConfigError("use_cache=False is not supported: decisions ride in the cache.")
+        _refuse_rollback(generate_kwargs)
         given = [generate_kwargs.pop(name, None) for name in CACHE_ARGUMENTS]
         cache = next((found for found in given if found is not None), None)
         for name in ("use_cache", "return_dict_in_generate"):
@@ -359,9 +325,7 @@ class FirstModel(nn.Module):
         elif policy is not None or skip_rate is not None:
             raise ConfigError("A continued cache keeps its mask; leave policy and skip_rate unset.")
         state = cache.state
-        state.prompt_length = input_ids.shape[1]
-        state.layer_calls = {"prefill": 0, "decode": 0}
-        state.first_token_at = None
+        state.begin(input_ids.shape[1])
         if isinstance(cache, StaticSkipCache):
             self._check_static(cache, self._longest(input_ids.shape[1], generate_kwargs))
             # Otherwise transformers would compile the whole model around one mask.
@@ -421,6 +385,15 @@ class FirstModel(nn.Module):
         if new is not None:
             return prompt_length + new
         return generate_kwargs.get("max_length") or config.max_length or prompt_length + 20
+
+
+def _refuse_rollback(generate_kwargs: dict[str, Any]) -> None:
+    """Refuse what transformers' `generate` can do but skipped layers cannot follow."""
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+        if generate_kwargs.get(name) is not None:
+            raise ConfigError(f"{name} rolls the cache back, which is not supported with skips.")
+    if generate_kwargs.get("use_cache") is False:
+        raise ConfigError("use_cache=False is not supported: decisions ride in the cache.")
 
 
 def pad_on_the_left(

@@ -8,7 +8,6 @@ Each phase is a function of a model, data and options. Which phases a run has, a
 from __future__ import annotations
 
 import os
-import random
 import shutil
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -21,8 +20,8 @@ import torch
 from transformers import TrainerState, TrainingArguments, set_seed
 
 from firstlm.calibration import find_offsets
-from firstlm.config import TrainConfig
-from firstlm.data import Collator, Encoded, encode, pad_left
+from firstlm.config import RATES, TrainConfig
+from firstlm.data import Collator, Encoded, draw, encode, pad_left
 from firstlm.errors import DataError
 from firstlm.importance import SPACING, removal_order, start_from_order
 from firstlm.interrupts import Interrupts
@@ -68,7 +67,7 @@ def train_routers(
         start_from_order(model, order, config.skip_rate)
         driver.start(SPACING * model.layer_count)
         record["removal_order"] = order
-    _standardise(model, _sample(train, STATISTICS_PROMPTS, config))
+    _standardise(model, draw(train, STATISTICS_PROMPTS, config.seed))
     record.update(_fit(model, train, validation, config, "routers", driver, resume))
     model.routers.fold()
     return record
@@ -140,14 +139,9 @@ def _encoded(model: FirstModel, examples: Sequence[Any], config: TrainConfig) ->
     return [encode(example, model.tokenizer, config.max_length) for example in examples]
 
 
-def _sample(rows: list[Encoded], count: int, config: TrainConfig) -> list[Encoded]:
-    """Draw rows: the first ones of a file may be of one kind."""
-    return random.Random(config.seed).sample(rows, min(count, len(rows)))
-
-
 def _removal_order(model: FirstModel, train: list[Encoded], config: TrainConfig) -> list[int]:
-    highest = max([config.skip_rate or 0.0, *(config.skip_rates or ())])
-    picked = _sample(train, config.warm_start, config)
+    highest = max([config.skip_rate or 0.0, *(config.skip_rates or ()), RATES[-1]])
+    picked = draw(train, config.warm_start, config.seed)
     model.eval()
     with mixed_precision(model):
         return removal_order(model, picked, highest + 0.05, config.batch_size)
@@ -191,7 +185,7 @@ def add_lora(model: FirstModel, config: TrainConfig) -> None:
 
 def _offsets(model: FirstModel, train: list[Encoded], config: TrainConfig) -> dict[float, float]:
     """Measure the logit offsets that meet a run's rates before phase 2 begins."""
-    prompts = [row.prompt_ids for row in _sample(train, OFFSET_PROMPTS, config)]
+    prompts = [row.prompt_ids for row in draw(train, OFFSET_PROMPTS, config.seed)]
     rates = sorted({config.skip_rate or 0.0, *(config.skip_rates or ())})
     with mixed_precision(model):
         rows = find_offsets(model, prompts, rates, config.prefill, config.batch_size)

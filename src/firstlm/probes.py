@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from firstlm.data import Collator, Encoded, pad_left
+from firstlm.data import pad_left
 from firstlm.generate import decode_step, prefill
-from firstlm.losses import answer_logits, row_losses
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
 
@@ -129,25 +128,6 @@ def router_outputs(
         logits.append(torch.stack([s.float().cpu() for s in state.scores if s is not None], 1))
         keep.append(state.keep)
     return torch.cat(logits), torch.cat(keep)
-
-
-@torch.no_grad()
-def answer_loss(
-    model: FirstModel, encoded: Sequence[Encoded], policy: Policy, mode: str, batch_size: int
-) -> float:
-    """Return the mean cross-entropy over all answer tokens under a policy, in nats."""
-    assert model.tokenizer is not None
-    collate = Collator(model.tokenizer.pad_token_id)
-    total, tokens = 0.0, 0
-    for first in range(0, len(encoded), batch_size):
-        inputs = {
-            name: tensor.to(model.device)
-            for name, tensor in collate(encoded[first : first + batch_size]).items()
-        }
-        state = model.new_state(inputs["prompt_mask"], policy, prefill=mode)
-        losses, counts = row_losses(*answer_logits(model, inputs, state))
-        total, tokens = total + float(losses.sum()), tokens + int(counts.sum())
-    return total / tokens
 
 
 @torch.no_grad()

@@ -86,12 +86,17 @@ class RoutingState:
         self.layer_calls = {"prefill": 0, "decode": 0}
         self.row_count = 0
         self.in_prefill = True
-        self.started = time.perf_counter()
         self.first_token_at: float | None = None
         self._keep: list[torch.Tensor | None] = [None] * self.layers
         self._row_keep: list[torch.Tensor | None] = [None] * self.layers
         self._rows: list[torch.Tensor | None] = [None] * self.layers
         self._totals: list[torch.Tensor | None] = [None] * self.layers
+
+    def begin(self, prompt_length: int) -> None:
+        """Count a further call that starts with `prompt_length` tokens; decisions stay."""
+        self.prompt_length = prompt_length
+        self.layer_calls = {"prefill": 0, "decode": 0}
+        self.first_token_at = None
 
     @property
     def keep(self) -> torch.Tensor:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from firstlm import artifact
 from firstlm.calibration import calibrate, serve_by_default
 from firstlm.config import RATES, RouterConfig, TrainConfig
-from firstlm.data import Encoded, encode_all, load_examples, split_validation
+from firstlm.data import Encoded, draw, encode_all, load_examples, split_validation
 from firstlm.errors import ConfigError
 from firstlm.model import FirstModel
 from firstlm.options import load_yaml, save_yaml, to_dict
@@ -139,10 +139,10 @@ def prepare(config: TrainConfig) -> tuple[FirstModel, list[Encoded], list[Encode
     options: dict[str, Any] = {"template": config.template, "tokenizer": tokenizer}
     train = load_examples(config.data, limit=config.limit, **options)
     if config.validation is not None:
-        validation = load_examples(config.validation, limit=config.validation_limit, **options)
+        validation = load_examples(config.validation, **options)
     else:
         train, validation = split_validation(train, VALIDATION_SHARE, config.seed)
-        validation = validation[: config.validation_limit]
+    validation = draw(validation, config.validation_limit, config.seed)
     text_config = base.config.get_text_config(decoder=True)
     context = getattr(text_config, "max_position_embeddings", None) or config.max_length
     longest = min(config.max_length, context)  # no row may be longer than the model can read
