@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from firstlm import FirstModel, cli, kv_probe, probes, verdicts
 from firstlm.cache import SkipCache
 from firstlm.config import RouterConfig
-from firstlm.data import Encoded, encode_prompt
+from firstlm.data import Collator, Encoded, encode_prompt
 from firstlm.diagnose import PROMPTS, describe_routers, diagnose
 from firstlm.errors import ConfigError, DataError
 from firstlm.losses import mean_loss
@@ -153,7 +153,7 @@ def trained_answer(model):
     answer = [70, 70, 80, 70, 90, 70, 70, 100, 2]  # what follows 70 takes more than a bigram
     encoded = [Encoded(ids, answer) for ids in prompts(model)]
     optimizer = torch.optim.Adam(model.base.parameters(), lr=0.02)
-    inputs = kill_me(0)(encoded)
+    inputs = Collator(0)(encoded)
     model.routing.detach()
     for _ in range(100):
         loss = model.base(**{k: v for k, v in inputs.items() if k != "prompt_mask"}).loss
