@@ -69,8 +69,8 @@ class DataOptions:
     )
     template: str | None = option(
         None,
-        help="prompt template for source/target rows: translation, summarization, qa, or own text "
-        "with {fields} of the row; without it the row's task field decides",
+        help="prompt template for source/target rows: translation, summarization, qa, instruct, or own "
+        "text with {fields} of the row; without it the row's task field decides",
     )
     max_length: int = option(1024, help="longest prompt plus answer, in tokens")
     limit: int | None = option(None, help="use the first N training examples only")
@@ -206,7 +206,7 @@ class GenerateConfig(AnswerOptions):
         None, help="prompts from a file: .jsonl rows, or text with one a line"
     )
     template: str | None = option(
-        None, help="prompt template for source rows: translation, summarization, qa, or own text"
+        None, help="prompt template for source rows: a name or own text, see `firstlm train --help`"
     )
     limit: int | None = option(None, help="use the first N prompts of the file only")
     skip_rate: float | None = option(
@@ -248,7 +248,7 @@ class DiagnoseConfig(AnswerOptions):
         None, help="validation data: .jsonl, .jsonl.gz, or a hub dataset id (id:split)"
     )
     template: str | None = option(
-        None, help="prompt template for source/target rows: translation, summarization, qa, or own"
+        None, help="prompt template for source rows: a name or own text, see `firstlm train --help`"
     )
     limit: int = option(64, help="use the first N examples only")
     batch_size: int = option(8, help="prompts per forward pass")
@@ -274,7 +274,7 @@ class CalibrateConfig(ArtifactOptions):
         REQUIRED, help="validation data: .jsonl, .jsonl.gz, or a hub dataset id (id:split)"
     )
     template: str | None = option(
-        None, help="prompt template for source/target rows: translation, summarization, qa, or own"
+        None, help="prompt template for source rows: a name or own text, see `firstlm train --help`"
     )
     limit: int | None = option(256, help="use N examples only, drawn at random")
     batch_size: int = option(16, help="prompts per forward pass")
@@ -297,7 +297,7 @@ class EvalConfig(AnswerOptions):
         REQUIRED, help="test data: .jsonl, .jsonl.gz, or a hub dataset id (id:split)"
     )
     template: str | None = option(
-        None, help="prompt template for source/target rows: translation, summarization, qa, or own"
+        None, help="prompt template for source rows: a name or own text, see `firstlm train --help`"
     )
     policies: list[str] = option(
         ["base", "run_all", "router"],

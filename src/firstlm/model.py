@@ -292,7 +292,7 @@ class FirstModel(nn.Module):
         Args:
             input_ids: [batch, tokens], padded on either side.
             attention_mask: [batch, tokens]; without it, pad tokens are taken for padding where the
-                tokenizer has a pad token that is not also EOS.
+                model's generation config has a pad token that is not also EOS.
             policy: what decides which layers run; default the routers.
             skip_rate: share of layers to skip, met on average; needs a calibrated model.
             prefill: "skip" (skipped layers do not see the prompt) or "full".

@@ -28,7 +28,6 @@ class RateDriver:
 
     Args:
         config: `skip_rate`, `skip_rates`, `alpha`, `alpha_lr` and `seed` are read.
-        drive: adapt alpha and offsets (False: alpha stays as given).
     """
 
     def __init__(self, config: TrainConfig) -> None:
