@@ -69,8 +69,8 @@ class DataOptions:
     )
     template: str | None = option(
         None,
-        help="prompt template for source/target rows: translation, summarization, qa, instruct, or own "
-        "text with {fields} of the row; without it the row's task field decides",
+        help="prompt template for source/target rows: translation, summarization, qa, instruct, or "
+        "own text with {fields} of the row; without it the row's task field decides",
     )
     max_length: int = option(1024, help="longest prompt plus answer, in tokens")
     limit: int | None = option(None, help="use the first N training examples only")
