@@ -27,12 +27,13 @@ FORWARD_ROWS = 8  # rows of a forward pass for each row of a training batch
 def removal_order(
     model: FirstModel, examples: Sequence[Encoded], share: float, batch_size: int = 16
 ) -> list[int]:
-    """Return layers in the order in which they can go, up to `share` of all layers.
+    """Return all layers in the order in which they can go.
 
     Args:
         model: a routed model.
         examples: on which cross-entropy is measured.
-        share: of all layers that may ever be skipped.
+        share: of all layers whose place is measured round by round; the others follow by what
+            their removal cost when it was last measured.
         batch_size: examples that training runs at once; a pass here, which keeps nothing for a
             backward pass, runs up to `FORWARD_ROWS` times as many.
     """
@@ -46,7 +47,7 @@ def removal_order(
     count = model.layer_count
     free = [i for i in range(count) if i not in model.routing.stack.locked]
     order: list[int] = []
-    rounds = min(round(share * count), len(free) - 1)
+    rounds = min(max(round(share * count), 1), len(free) - 1)
     known = dict.fromkeys(free, 0.0)  # loss without the layer, as last measured
     for _ in tqdm(range(rounds), desc="finding layers that matter least", leave=False):
         # A layer that cost much in an earlier round is not measured again while others are cheaper.
@@ -58,7 +59,7 @@ def removal_order(
         known.update(zip(candidates, losses.tolist(), strict=True))
         order.append(min(candidates, key=known.__getitem__))
         del known[order[-1]]
-    return order
+    return [*order, *sorted(known, key=known.__getitem__)]
 
 
 def _losses(

@@ -20,7 +20,7 @@ import torch
 from transformers import TrainerState, TrainingArguments, set_seed
 
 from firstlm.calibration import find_offsets
-from firstlm.config import RATES, TrainConfig
+from firstlm.config import TrainConfig
 from firstlm.data import Collator, Encoded, draw, encode, pad_left
 from firstlm.errors import DataError
 from firstlm.importance import SPACING, removal_order, start_from_order
@@ -140,7 +140,7 @@ def _encoded(model: FirstModel, examples: Sequence[Any], config: TrainConfig) ->
 
 
 def _removal_order(model: FirstModel, train: list[Encoded], config: TrainConfig) -> list[int]:
-    highest = max([config.skip_rate or 0.0, *(config.skip_rates or ()), RATES[-1]])
+    highest = max([config.skip_rate or 0.0, *(config.skip_rates or ())])
     picked = draw(train, config.warm_start, config.seed)
     model.eval()
     with mixed_precision(model):
