@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -215,7 +216,7 @@ def test_a_full_disk_leaves_the_old_artifact_whole(saved: Path) -> None:
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "artifact").write_text("precious")
-    with pytest.raises(ArtifactError, match="cannot be written"):
+    with pytest.raises(ArtifactError, match="is a file, so"):
         trained().save_pretrained(str(tmp_path / "artifact"))
     assert (tmp_path / "artifact").read_text() == "precious"
 
@@ -242,3 +243,20 @@ def test_merged_lora_is_not_lost_by_saving(tmp_path: Path) -> None:
 def test_a_base_with_an_adapter_is_refused(saved: Path) -> None:
     with pytest.raises(ArtifactError, match="adapter already"):
         load(saved, trained().detach())
+
+
+def test_a_missing_adapter_is_no_artifact_without_one(saved: Path) -> None:
+    (saved / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors is missing"):
+        load(saved)
+    shutil.rmtree(saved / "adapter")
+    with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors is missing"):
+        load(saved)
+
+
+def test_routers_that_are_no_numbers(saved: Path) -> None:
+    tensors = load_file(saved / "routers.safetensors")
+    tensors["1.bias"] = torch.tensor(float("nan"))
+    save_file(tensors, saved / "routers.safetensors")
+    with pytest.raises(ArtifactError, match=r"1\.bias holds values that are no numbers"):
+        load(saved)

@@ -129,6 +129,8 @@ def test_limit_leaves_later_rows_unread(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ("{broken", r"d\.jsonl:2: broken JSON"),
+        ('{"prompt": "x", "completion": ', r":2: broken JSON: .* at column 31"),
+        ('{"n": ' + "1" * 5000 + "}", r":2: a number that cannot be read"),
         ("[1, 2]", r"d\.jsonl:2: expected a JSON object, found list"),
         ({"text": "x", "n": 1}, r":2: no known columns; .*source \+ target; found n, text"),
         ({"prompt": "x"}, r":2: no known columns"),
@@ -343,3 +345,17 @@ def test_real_data(shared_data: Path, tokenizer: Any, name: str) -> None:
     for example, item in zip(*encode_all(examples, tokenizer, 100_000), strict=True):
         assert example.completion.strip() == example.row["target"].strip()
         assert tokenizer.decode(item.answer_ids, skip_special_tokens=True) == example.completion
+
+
+def test_rows_to_answer_need_no_answer(tmp_path: Path, byte_tokenizer: Any) -> None:
+    rows = [
+        {"prompt": "why"},
+        {"source": "why", "task": "qa"},
+        {"messages": [{"role": "user", "content": "why"}]},
+    ]
+    source = write(tmp_path / "d.jsonl", *rows)
+    found = load_examples(source, tokenizer=byte_tokenizer, answers=False)
+    assert [example.prompt for example in found][:2] == ["why", "why\nAnswer:"]
+    assert "why" in found[2].prompt
+    with pytest.raises(DataError, match=":1: no known columns"):
+        load_examples(source, tokenizer=byte_tokenizer)

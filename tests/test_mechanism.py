@@ -387,6 +387,20 @@ def _four_tokens(first: FirstModel, ids: torch.Tensor, mask: torch.Tensor, kind:
     )
 
 
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ("why", "input_ids is str; expected a tensor"),
+        ([[1, 2]], "input_ids is list; expected a tensor"),
+        (torch.tensor([1, 2]), r"the shape \(2,\)"),
+        (torch.zeros(1, 0, dtype=torch.long), "at least one token"),
+    ],
+)
+def test_what_is_no_batch_of_token_ids(prompts: Any, words: str) -> None:
+    with routed("llama") as first, pytest.raises(ConfigError, match=words):
+        first.generate(prompts)
+
+
 def test_options_that_cannot_work() -> None:
     ids, mask = batch((4,))
     with routed("llama") as first:

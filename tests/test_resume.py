@@ -191,3 +191,13 @@ def test_folders_with_other_files_are_left_alone(tmp_path: Path, byte_tokenizer)
         with pytest.raises(ConfigError, match="holds other files"):
             run(replace(settings, resume=resume))
     assert (work_folder(settings) / "letter.txt").read_text() == "dear"
+
+
+def test_data_that_changed_is_not_resumed(tmp_path: Path, byte_tokenizer) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    settings = config(tmp_path, model=str(folder), data=str(data), router_steps=1, lora_steps=1)
+    assert run(settings) == 0
+    assert run(replace(settings, output=settings.output + "/")) == 0  # the same folder
+    data.write_text(data.read_text().replace("say 3:", "say three:"))
+    with pytest.raises(ConfigError, match="data that has changed"):
+        run(settings)

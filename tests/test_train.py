@@ -15,7 +15,7 @@ from training import config, make_examples, make_model, write_run
 from firstlm.calibration import calibrate
 from firstlm.config import RouterConfig, TrainConfig
 from firstlm.data import Collator, Encoded, pad_left
-from firstlm.errors import ConfigError, DataError
+from firstlm.errors import ConfigError, DataError, FirstError
 from firstlm.importance import FORWARD_ROWS, removal_order
 from firstlm.losses import answer_cross_entropy, answer_logits, mean_loss, non_skip_penalty
 from firstlm.model import FirstModel
@@ -313,6 +313,7 @@ def test_rows_longer_than_the_context_are_refused(tmp_path: Path, byte_tokenizer
         ({"stage": "lroa"}, "stage.*expected"),
         ({"gate": "sotf"}, "gate.*expected"),
         ({"warm_start": -1}, "0 or more"),
+        ({"lora_lr": float("inf")}, "more than 0"),
         ({"lora_dropout": 2.0}, "below 1"),
         ({"validation_limit": 0}, "1 or more"),
     ],
@@ -398,3 +399,20 @@ def test_an_artifact_brings_its_base_model_and_its_unit(tmp_path: Path, byte_tok
     assert run(more) == 0
     with pytest.raises(ConfigError, match="give --unit mlp"):
         run(replace(more, unit="block", output=str(tmp_path / "other")))
+
+
+def test_a_lora_keeps_its_rank(tmp_path: Path, byte_tokenizer) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    steps = {"router_steps": 1, "lora_steps": 1, "adapt_steps": 0}
+    settings = config(tmp_path, model=str(folder), data=str(data), lora_rank=4, **steps)
+    assert run(settings) == 0
+    more = replace(settings, artifact=settings.output, output=str(tmp_path / "more"), lora_rank=8)
+    with pytest.raises(ConfigError, match="give --lora-rank 4"):
+        run(more)
+
+
+def test_a_run_that_diverges_stops(tmp_path: Path) -> None:
+    model = make_model()
+    examples = make_examples(32, 0)
+    with pytest.raises(FirstError, match=r"diverged: the loss is .* at step \d"):
+        train_lora(model, examples, examples[:8], config(tmp_path, lora_lr=1e30, max_grad_norm=1e9))

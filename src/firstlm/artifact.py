@@ -32,12 +32,15 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "first_config.json"
 ROUTERS_FILE = "routers.safetensors"
 ADAPTER_DIR = "adapter"
+ADAPTER_FILE = "adapter_model.safetensors"
 FINGERPRINT = re.compile(r"[0-9a-f]+(\.([0-9a-f]+|-)){2}")
 
 
 def check_target(path: str | Path) -> None:
     """Refuse a folder that saving would replace although it is no artifact."""
     folder = Path(path).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{path} is a file, so it cannot be written as a folder; name another.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
         raise ArtifactError(
             f"{path} holds other files, and saving an artifact replaces its folder whole. "
@@ -67,6 +70,7 @@ def save(model: FirstModel, path: str | Path, more_from: Path | None = None) -> 
         "base_model": {"id": model.base_id, "revision": None, "fingerprint": fingerprint(base)},
         "router_config": asdict(model.router_config),
         "layers": model.layer_count,
+        "adapter": model.has_adapter,
         "thresholds": model.thresholds.table,
         "training": model.training_record,
         "results": model.results,
@@ -182,6 +186,11 @@ def load(
         )
     _check_routers(tensors, config["layers"], base.config.get_text_config().hidden_size, folder)
     adapter = folder / ADAPTER_DIR
+    if config.get("adapter") and not (adapter / ADAPTER_FILE).is_file():
+        raise ArtifactError(
+            f"{folder} was saved with LoRA, but {ADAPTER_DIR}/{ADAPTER_FILE} is missing. "
+            "Copy or train the artifact again."
+        )
     if adapter.is_dir():
         base = _load_adapter(base, adapter)
     model = cls(base, router_config, tokenizer)
@@ -266,7 +275,7 @@ def _load_adapter(base: Any, adapter: Path) -> nn.Module:
 
 def _saved_dtype(adapter: Path) -> torch.dtype | None:
     """Return the number format in which an adapter was saved, to save it so again."""
-    file = adapter / "adapter_model.safetensors"
+    file = adapter / ADAPTER_FILE
     if not file.is_file():
         return None
     return next((tensor.dtype for tensor in load_file(file).values()), None)
@@ -283,6 +292,11 @@ def _check_routers(
         if found is None or tuple(found.shape) != shape:
             what = "missing" if found is None else f"of shape {tuple(found.shape)}"
             raise ArtifactError(f"{folder / ROUTERS_FILE}: {name} is {what}; expected {shape}.")
+        if not bool(found.isfinite().all()):
+            raise ArtifactError(
+                f"{folder / ROUTERS_FILE}: {name} holds values that are no numbers. Copy or train "
+                "the artifact again."
+            )
     if more := sorted(set(tensors) - set(wanted)):
         raise ArtifactError(
             f"{folder / ROUTERS_FILE} has tensors for layers the model lacks: {more}."

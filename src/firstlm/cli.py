@@ -11,6 +11,7 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
@@ -92,6 +93,9 @@ def _dispatch(words: list[str]) -> int:
         return OK
     from firstlm.errors import ConfigError
     from firstlm.options import closest, resolve
+
+    # What libraries call in each other under old names is not the user's to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
     name, *rest = words
     command = COMMANDS.get(name)

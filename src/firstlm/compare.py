@@ -140,7 +140,11 @@ def encode_prompts(
     sources: Sequence[Any] = texts or ()
     if texts is None:
         sources = load_examples(
-            str(options.file), template=options.template, tokenizer=tokenizer, limit=options.limit
+            str(options.file),
+            template=options.template,
+            tokenizer=tokenizer,
+            limit=options.limit,
+            answers=False,
         )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompts = []

@@ -166,8 +166,9 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
             "save_steps",
         )
         for name in (*positive, "logging_steps", "router_lr", "lora_lr"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected more than 0.")
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"{name} is {value}; expected more than 0.")
         if self.stage == "lora" and self.artifact is None and self.skip_rate not in (None, 0.0):
             raise ConfigError(
                 "stage=lora trains LoRA for routers that exist: name their artifact with "
@@ -224,7 +225,8 @@ class GenerateConfig(AnswerOptions):
         if self.prompt and self.file:
             raise ConfigError("both --prompt and --file are given; expected one of them.")
         _check_answers(self.max_new_tokens)
-        if self.temperature < 0:
+        _check_counts(self, *(("limit",) if self.limit is not None else ()))
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ConfigError(f"temperature is {self.temperature}; expected 0 or more.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; expected a share above 0 and up to 1.")

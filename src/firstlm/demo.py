@@ -163,6 +163,7 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
         calibrate(model, prompts, _rates(options.skip_rate), prefill_modes=("skip",))
     policy = model.policy_for(options.skip_rate)
     with mixed_precision(model):
+        ce_full, _ = mean_loss(model, held_encoded, RunAll(), config.batch_size)
         ce_after, keep = mean_loss(model, held_encoded, policy, config.batch_size)
     model.training_record = {
         "adapt": adapt,
@@ -174,6 +175,7 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
 
     print(f"\nCross-entropy on {len(held)} held-out docstrings, per answer token:")
     print(f"  before, all {model.layer_count} layers   {ce_before:.3f}")
+    print(f"  after, all {model.layer_count} layers    {ce_full:.3f}")
     print(f"  after, {float((~keep).float().mean()):.0%} skipped    {ce_after:.3f}")
     share = (~keep).float().mean(0)
     mostly = [i for i, skipped in enumerate(share.tolist()) if skipped > 0.5]

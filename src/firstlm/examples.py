@@ -53,6 +53,7 @@ def load_examples(
     tokenizer: Any = None,
     limit: int | None = None,
     split: str | None = None,
+    answers: bool = True,
 ) -> list[Example]:
     """Read examples from a .jsonl(.gz) file or a hub dataset (see `rows.read_rows`).
 
@@ -64,6 +65,7 @@ def load_examples(
         tokenizer: needed for `messages` rows only, for its chat template.
         limit: take the first N rows; later rows are not looked at.
         split: split of a hub dataset.
+        answers: rows must have an answer; False takes prompts without one, too.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; expected 1 or more examples.")
@@ -71,7 +73,7 @@ def load_examples(
     examples: list[Example] = []
     seen: set[str] = set()
     for row in itertools.islice(read_rows(source, split), limit):
-        examples.append(_example(row, text, tokenizer, seen))
+        examples.append(_example(row, text, tokenizer, seen, answers))
     if not examples:
         raise DataError(f"{source}: there are no rows in it; expected one JSON object a line.")
     return examples
@@ -103,18 +105,21 @@ def find_template(template: str) -> str:
     return text
 
 
-def _example(row: Row, template: str | None, tokenizer: Any, seen: set[str]) -> Example:
+def _example(
+    row: Row, template: str | None, tokenizer: Any, seen: set[str], answers: bool
+) -> Example:
     values, where = row.values, row.where
     references = _references(values, where)
     chat = False
     if template is not None:
-        prompt, completion = _fill(template, values, where, references)
+        prompt, completion = _fill(template, values, where, references, answers)
     elif "messages" in values:
-        prompt, completion = _from_messages(values["messages"], where, tokenizer)
+        prompt, completion = _from_messages(values["messages"], where, tokenizer, answers)
         chat = True
-    elif "prompt" in values and "completion" in values:
-        prompt, completion = _text(values, "prompt", where), _text(values, "completion", where)
-    elif "source" in values and ("target" in values or references):
+    elif "prompt" in values and ("completion" in values or not answers):
+        prompt = _text(values, "prompt", where)
+        completion = _text(values, "completion", where) if "completion" in values else ""
+    elif "source" in values and ("target" in values or references or not answers):
         task = values.get("task")
         if task not in TEMPLATES:
             found = f"its task field is {task!r}" if "task" in values else "it has no task field"
@@ -122,12 +127,12 @@ def _example(row: Row, template: str | None, tokenizer: Any, seen: set[str]) -> 
                 f"{where}: no prompt template for this row: {found}; "
                 f"name one with --template ({', '.join(TEMPLATES)}, or own text with {{fields}})."
             )
-        prompt, completion = _fill(TEMPLATES[task], values, where, references)
+        prompt, completion = _fill(TEMPLATES[task], values, where, references, answers)
     else:
         found = ", ".join(sorted(map(str, values))) or "none"
         raise DataError(f"{where}: no known columns; expected {CONVENTIONS}; found {found}.")
     for name, value in (("prompt", prompt), ("answer", completion)):
-        if not value.strip():
+        if not value.strip() and (answers or name == "prompt"):
             raise DataError(f"{where}: the {name} is empty; fill it or take the row out.")
         if any("\ud800" <= letter <= "\udfff" for letter in value):
             raise DataError(f"{where}: the {name} holds half a surrogate pair, which is no text.")
@@ -168,7 +173,11 @@ def _references(values: dict[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _fill(
-    template: str, values: dict[str, Any], where: str, references: tuple[str, ...]
+    template: str,
+    values: dict[str, Any],
+    where: str,
+    references: tuple[str, ...],
+    answers: bool = True,
 ) -> tuple[str, str]:
     """Return (prompt, completion); the blank between them belongs to the completion.
 
@@ -188,19 +197,23 @@ def _fill(
     prompt = template.format_map(fields).rstrip(" ")
     answer = next((n for n in ("target", "completion") if n in values), None)
     if answer is None and not references:
-        raise DataError(f"{where}: no answer; expected a field target, completion or answers.")
+        if answers:
+            raise DataError(f"{where}: no answer; expected a field target, completion or answers.")
+        return prompt, ""
     target = references[0] if answer is None else _text(values, answer, where)
     blank = "" if not target.strip() or prompt.endswith(("\n", "\t")) else " "
     return prompt, blank + target.strip()
 
 
-def _from_messages(messages: Any, where: str, tokenizer: Any) -> tuple[str, str]:
+def _from_messages(messages: Any, where: str, tokenizer: Any, answers: bool) -> tuple[str, str]:
     if tokenizer is None:
         raise ConfigError(f"{where}: messages rows need a tokenizer with a chat template.")
     well_formed = isinstance(messages, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in messages
     )
+    if well_formed and not answers and messages and messages[-1]["role"] != "assistant":
+        return render_chat(messages, tokenizer, where), ""
     if not well_formed or len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError(
             f"{where}: expected messages as a list of objects with role and content (text), "

@@ -304,6 +304,7 @@ class FirstModel(nn.Module):
             ConfigError: options that cannot work together.
         """
         start = time.perf_counter()
+        _check_prompts(input_ids)
         _refuse_rollback(generate_kwargs)
         given = [generate_kwargs.pop(name, None) for name in CACHE_ARGUMENTS]
         cache = next((found for found in given if found is not None), None)
@@ -385,6 +386,20 @@ class FirstModel(nn.Module):
         if new is not None:
             return prompt_length + new
         return generate_kwargs.get("max_length") or config.max_length or prompt_length + 20
+
+
+def _check_prompts(input_ids: Any) -> None:
+    """Refuse what is no batch of token ids."""
+    if not isinstance(input_ids, torch.Tensor):
+        raise ConfigError(
+            f"input_ids is {type(input_ids).__name__}; expected a tensor [batch, tokens] of token "
+            'ids, such as tokenizer(text, return_tensors="pt")["input_ids"].'
+        )
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ConfigError(
+            f"input_ids has the shape {tuple(input_ids.shape)}; expected [batch, tokens] with at "
+            "least one prompt of at least one token."
+        )
 
 
 def _refuse_rollback(generate_kwargs: dict[str, Any]) -> None:

@@ -77,7 +77,7 @@ def _read_file(path: Path) -> Iterator[Row]:
 def _parse(line: bytes, number: int, where: str) -> dict[str, Any]:
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        row = json.loads(text)
+        row = json.loads(text.rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 text ({error.reason}).") from error
     except json.JSONDecodeError as error:
@@ -87,6 +87,8 @@ def _parse(line: bytes, number: int, where: str) -> dict[str, Any]:
         ) from error
     except RecursionError as error:
         raise DataError(f"{where}: JSON nested too deeply.") from error
+    except ValueError as error:  # Python refuses integers of thousands of digits
+        raise DataError(f"{where}: a number that cannot be read: {error}.") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}.")
     return row

@@ -32,8 +32,9 @@ VALIDATION_SHARE = 0.1
 CALIBRATION_PROMPTS = 128
 RUN_FILE = "run.yaml"
 RECORD_FILE = "record.json"
+HASH_FILE = "data_sha256.json"
 # Options that may differ between a run and its resumption: they change no result.
-FREE = ("resume", "tensorboard", "logging_steps", "device")
+FREE = ("resume", "output", "tensorboard", "logging_steps", "device")
 
 
 def run(config: TrainConfig) -> int:
@@ -42,10 +43,11 @@ def run(config: TrainConfig) -> int:
         raise ConfigError("Nothing to train on: name a file or a hub dataset with --data.")
     artifact.check_target(config.output)
     model, train, validation = prepare(config)
-    _claim(config)
+    hashes = _data_hash(config)
+    _claim(config, hashes)
     record: dict[str, Any] = {
         "run": to_dict(config),
-        "provenance": provenance(seed=config.seed, data=_data_hash(config)),
+        "provenance": provenance(seed=config.seed, data=hashes),
     }
     arguments = (model, train, validation, config)
     try:
@@ -129,6 +131,12 @@ def prepare(config: TrainConfig) -> tuple[FirstModel, list[Encoded], list[Encode
                 f"{config.artifact} routes the unit {model.router_config.unit!r}, but "
                 f"{config.unit!r} was asked for; give --unit {model.router_config.unit}."
             )
+        rank = model.base.peft_config["default"].r if model.has_adapter else config.lora_rank
+        if rank != config.lora_rank:
+            raise ConfigError(
+                f"{config.artifact} has a LoRA of rank {rank}, but {config.lora_rank} was asked "
+                f"for; give --lora-rank {rank}."
+            )
     else:
         fields = RouterConfig.__dataclass_fields__
         model = FirstModel.from_base(
@@ -160,10 +168,10 @@ def load_options(config: TrainConfig) -> dict[str, Any]:
     return options
 
 
-def _claim(config: TrainConfig) -> None:
-    """Write the run's options into its work folder; a folder of something else is refused."""
+def _claim(config: TrainConfig, hashes: dict[str, str]) -> None:
+    """Write a run's options and data hashes into its work folder; one of another run is refused."""
     work = work_folder(config)
-    file = work / RUN_FILE
+    file, data_file = work / RUN_FILE, work / HASH_FILE
     if work.is_dir() and any(work.iterdir()) and not file.is_file():
         raise ConfigError(
             f"{work}, where logs and checkpoints go, holds other files. Name another --output."
@@ -178,8 +186,14 @@ def _claim(config: TrainConfig) -> None:
                 f"{work} holds a run with other options ({', '.join(changed)}; see {file}). Name "
                 "another --output, repeat the options to resume it, or start over with --no-resume."
             )
+        if data_file.is_file() and json.loads(data_file.read_text(encoding="utf-8")) != hashes:
+            raise ConfigError(
+                f"{work} holds a run on data that has changed since. Name another --output, put "
+                "the data back to resume it, or start over with --no-resume."
+            )
     work.mkdir(parents=True, exist_ok=True)
     save_yaml(config, file)
+    write_json(data_file, hashes)
 
 
 def _data_hash(config: TrainConfig) -> dict[str, str]:

@@ -8,6 +8,7 @@ writes itself, so they are small and resume exactly.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from firstlm.data import IGNORE
+from firstlm.errors import FirstError
 from firstlm.losses import (
     answer_cross_entropy,
     answer_pass,
@@ -141,6 +143,12 @@ class FirstTrainer(Trainer):
             if self.l2:
                 loss = loss + self.l2 * self.first.routers.squared_norm()
             self.driver.update(rate, float(skip.mean()))
+        if not math.isfinite(float(loss.detach())):
+            raise FirstError(
+                f"Training diverged: the loss is {float(loss.detach())} at step "
+                f"{self.state.global_step + 1}. Lower the learning rate, and start over from the "
+                "last checkpoint or with --no-resume."
+            )
         self._note(rate, float(ce.detach()), skip, rho, distance)
         if not loss.requires_grad:  # every row of the batch skips every layer that has LoRA
             loss = loss + 0.0 * sum(p.sum() for p in self.first.parameters() if p.requires_grad)
