@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,14 @@ from firstlm.errors import ArtifactError, ConfigError
 from firstlm.phases import train_lora, train_routers, work_folder
 from firstlm.train import run
 from firstlm.trainer import DRIVER_FILE, FirstTrainer, last_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C be heard; jobs that a shell runs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupted(step: int) -> Callable[..., Any]:
