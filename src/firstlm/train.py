@@ -26,7 +26,7 @@ from firstlm.options import load_yaml, save_yaml, to_dict
 from firstlm.phases import adapt_lora, add_lora, train_lora, train_routers, work_folder
 from firstlm.pretrained import SMOLLM2, load_base, resolve_device
 from firstlm.results import atomic_dir, provenance, sha256_of, write_json
-from firstlm.trainer import WEIGHTS_FILE
+from firstlm.trainer import WEIGHTS_FILE, take_weights
 
 VALIDATION_SHARE = 0.1
 CALIBRATION_PROMPTS = 128
@@ -90,10 +90,7 @@ def _once(
         tensors = load_file(done / WEIGHTS_FILE)
         if not model.has_adapter and any("lora_" in name for name in tensors):
             add_lora(model, config)
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                parameters[name].copy_(tensor)
+        take_weights(model, tensors)
         return json.loads((done / RECORD_FILE).read_text(encoding="utf-8"))
     record = train()
     with atomic_dir(done) as folder:

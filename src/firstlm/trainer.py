@@ -279,11 +279,15 @@ class FirstTrainer(Trainer):
 
     def load_weights(self, folder: Path) -> None:
         """Take what was trained from a checkpoint."""
-        tensors = load_file(folder / WEIGHTS_FILE)
-        parameters = dict(self.first.named_parameters())
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                parameters[name].copy_(tensor)
+        take_weights(self.first, load_file(folder / WEIGHTS_FILE))
+
+
+@torch.no_grad()
+def take_weights(first: FirstModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Put saved tensors into the model's parameters of the same names."""
+    parameters = dict(first.named_parameters())
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
