@@ -192,7 +192,7 @@ def test_skips_that_cost_as_much_as_running_are_seen(monkeypatch):
 
     def wasteful(self, layer, state, hidden, original, args, kwargs):
         if not state.in_prefill and isinstance(state.policy, RouterPolicy):
-            for _ in range(1 + (not state.row_keep(layer).any())):
+            for _ in range(1 + (not any(state.row_keep(layer)))):
                 model.routing.stack.modules[1].mlp(hidden)
                 model.routing.stack.modules[1].mlp(hidden)
         return real(self, layer, state, hidden, original, args, kwargs)

@@ -96,10 +96,11 @@ class RouterPolicy:
         offset: added to every logit. 0 is the paper's threshold rho = 0.5.
     """
 
-    def __init__(self, routers: nn.ModuleList, offset: float | torch.Tensor = 0.0) -> None:
+    def __init__(self, routers: nn.ModuleList, offset: float = 0.0) -> None:
         self.routers = routers
         self.offset = offset
 
     def decide(self, layer: int, prompts: Prompts) -> torch.Tensor:
         """Return the router's logits plus the offset."""
-        return self.routers[layer](prompts.mean) + self.offset
+        logits = self.routers[layer](prompts.mean)
+        return logits + self.offset if self.offset else logits

@@ -37,8 +37,10 @@ class Router(nn.Module):
         mean = mean.to(self.weight.device, torch.float32)
         if self.center is not None and self.scale is not None:
             mean = (mean - self.center) * self.scale
-        # A product and a sum, not a matmul: autocast would take that to bfloat16.
-        return (mean * self.weight.float()).sum(-1) + self.bias.float()
+        weight, bias = self.weight.float(), self.bias.float()
+        if torch.is_autocast_enabled(mean.device.type):  # it would take a matmul to bfloat16
+            return (mean * weight).sum(-1) + bias
+        return torch.addmv(bias, mean, weight)
 
     @torch.no_grad()
     def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:

@@ -32,19 +32,9 @@ _ACTIVE: ContextVar[RoutingState | None] = ContextVar("firstlm_active", default=
 class PromptStates:
     """Pooled view of the prompts in a batch at one layer; what policies look at."""
 
-    def __init__(self, total: torch.Tensor, lengths: torch.Tensor) -> None:
-        self._total = total
-        self._lengths = lengths
-
-    @property
-    def count(self) -> int:
-        """Number of prompts."""
-        return self._lengths.shape[0]
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """Mean over the prompt's own tokens [prompts, hidden], float32."""
-        return self._total / self._lengths.to(self._total.device)
+    def __init__(self, mean: torch.Tensor) -> None:
+        self.mean = mean  # over each prompt's own tokens [prompts, hidden], float32
+        self.count = len(mean)
 
 
 class RoutingState:
@@ -87,10 +77,11 @@ class RoutingState:
         self.row_count = 0
         self.in_prefill = True
         self.first_token_at: float | None = None
-        self._keep: list[torch.Tensor | None] = [None] * self.layers
-        self._row_keep: list[torch.Tensor | None] = [None] * self.layers
+        # Plain bools: a tensor operation on a handful of rows costs more than it computes.
+        self._keep: list[list[bool] | None] = [None] * self.layers
+        self._row_keep: list[list[bool] | None] = [None] * self.layers
         self._rows: list[torch.Tensor | None] = [None] * self.layers
-        self._totals: list[torch.Tensor | None] = [None] * self.layers
+        self._means: list[torch.Tensor | None] = [None] * self.layers
 
     def begin(self, prompt_length: int) -> None:
         """Count a further call that starts with `prompt_length` tokens; decisions stay."""
@@ -103,7 +94,7 @@ class RoutingState:
         """[prompts, layers] bool, True = the layer runs. Complete after prefill."""
         if not self.complete:
             raise ConfigError("The prompt has not passed all layers yet, so there is no mask.")
-        return torch.stack([k for k in self._keep if k is not None], dim=1)
+        return torch.tensor(self._keep).T
 
     @property
     def complete(self) -> bool:
@@ -125,8 +116,8 @@ class RoutingState:
         """Indices of the rows that run the layer; None where all do."""
         return self._rows[layer]
 
-    def row_keep(self, layer: int) -> torch.Tensor:
-        """[rows] bool: which rows run the layer."""
+    def row_keep(self, layer: int) -> list[bool]:
+        """Which rows run the layer."""
         keep = self._row_keep[layer]
         assert keep is not None, "read before the layer was decided"
         return keep
@@ -143,21 +134,25 @@ class RoutingState:
         if self.row_count == 0:
             self.row_count = hidden.shape[0]
         last = first + hidden.shape[1]
-        part = hidden[:: self.row_count // prompts]
+        part = hidden if self.row_count == prompts else hidden[:: self.row_count // prompts]
         if self._padded:
             mask = self.prompt_mask[:, first:last].to(hidden.device)
             part = torch.where(mask.unsqueeze(-1), part, 0)
-        total = part.sum(1, dtype=torch.float32)
-        before = self._totals[layer]
-        self._totals[layer] = total if before is None else before + total
+            mean = part.sum(1, dtype=torch.float32) / self._lengths.to(hidden.device)
+        else:
+            mean = part.mean(1, dtype=torch.float32)
+            if part.shape[1] != length:
+                mean = mean * (part.shape[1] / length)
+        before = self._means[layer]
+        self._means[layer] = mean if before is None else before + mean
         return last >= length
 
     def decide(self, layer: int, device: torch.device) -> None:
         """Ask the policy about a layer and fix the answer for every row."""
-        total = self._totals[layer]
-        assert total is not None, "decide before observe"
-        self._totals[layer] = None
-        answer = self.policy.decide(layer, PromptStates(total, self._lengths))
+        mean = self._means[layer]
+        assert mean is not None, "decide before observe"
+        self._means[layer] = None
+        answer = self.policy.decide(layer, PromptStates(mean))
         if self.decided(layer):  # a checkpointed layer replayed in backward: the answer stands
             score = self.scores[layer]
             if score is not None and answer.requires_grad and not score.requires_grad:
@@ -166,31 +161,30 @@ class RoutingState:
                     'gradient_checkpointing_kwargs={"use_reentrant": False}.'
                 )
             return
+        keep = answer.tolist()
         if answer.dtype != torch.bool:
             self.scores[layer] = answer
-            answer = answer >= 0
-        keep = answer.detach().cpu()
+            keep = [score >= 0 for score in keep]
         if layer in self.locked:
-            keep = torch.ones_like(keep)
+            keep = [True] * len(keep)
         self._keep[layer] = keep
-        if self.row_count != len(keep):  # beams
-            keep = keep.repeat_interleave(self.row_count // len(keep))
-        self._set_rows(layer, keep, device)
+        beams = self.row_count // len(keep)
+        self._set_rows(layer, [k for k in keep for _ in range(beams)], device)
 
-    def _set_rows(self, layer: int, row_keep: torch.Tensor, device: torch.device) -> None:
+    def _set_rows(self, layer: int, row_keep: list[bool], device: torch.device) -> None:
         self._row_keep[layer] = row_keep
-        whole = bool(row_keep.all())
-        self._rows[layer] = None if whole else row_keep.nonzero().flatten().to(device)
+        picked = [row for row, keep in enumerate(row_keep) if keep]
+        whole = len(picked) == len(row_keep)
+        self._rows[layer] = None if whole else torch.tensor(picked, dtype=torch.long, device=device)
 
     def select_rows(self, index: torch.Tensor) -> None:
         """Make row j of the batch what row index[j] was (beam search)."""
-        index = index.cpu()
+        order = index.tolist()
         for layer, keep in enumerate(self._row_keep):
             if keep is not None:
                 rows = self._rows[layer]
-                self._set_rows(
-                    layer, keep[index], rows.device if rows is not None else index.device
-                )
+                device = rows.device if rows is not None else index.device
+                self._set_rows(layer, [keep[row] for row in order], device)
         self.row_count = len(index)
 
     def count_call(self) -> None:
@@ -289,7 +283,7 @@ class Routing:
         decide_now: bool,
     ) -> None:
         """Count a layer's tokens in the cache and, with prefill="full", take the decision."""
-        stored = self.unit == "mlp" or not state.decided(layer) or bool(state.row_keep(layer).any())
+        stored = self.unit == "mlp" or not state.decided(layer) or any(state.row_keep(layer))
         cache.advance(layer, tokens, stored)
         if decide_now and not state.decided(layer):
             state.decide(layer, device)
@@ -368,16 +362,20 @@ def _blend(
     if state.prefill == "full":
         free = state.prompt_mask.to(out.device).unsqueeze(-1)
     if score is None or state.gate == "hard":
-        choice = state.row_keep(layer).to(out.device).view(-1, 1, 1)
+        choice = _choice(state, layer, out)
         return torch.where(choice if free is None else choice | free, out, bypass)
     rho = torch.sigmoid(score).to(out.device, out.dtype).view(-1, 1, 1)
     if state.gate == "soft":
         mixed = bypass + rho * (out - bypass)
     else:
-        choice = state.row_keep(layer).to(out.device).view(-1, 1, 1)
+        choice = _choice(state, layer, out)
         mixed = torch.where(choice, out, bypass)
         mixed = mixed + (rho - rho.detach()) * (out - bypass).detach()
     return mixed if free is None else torch.where(free, out, mixed)
+
+
+def _choice(state: RoutingState, layer: int, out: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(state.row_keep(layer), device=out.device).view(-1, 1, 1)
 
 
 def _take_rows(value: Any, rows: torch.Tensor, count: int, name: str = "") -> Any:
