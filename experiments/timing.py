@@ -19,12 +19,12 @@ import time
 import torch
 
 from firstlm.config import RouterConfig
+from firstlm.decisions import RoutingState
 from firstlm.generate import decode_step, prefill
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask, RouterPolicy
 from firstlm.pretrained import load_base
 from firstlm.results import provenance, write_json
-from firstlm.routing import RoutingState
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

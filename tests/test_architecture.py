@@ -24,6 +24,8 @@ FLOORS = {
     "layers": "mechanism",
     "routers": "mechanism",
     "policies": "mechanism",
+    "decisions": "mechanism",
+    "inputs": "mechanism",
     "cache": "mechanism",
     "routing": "mechanism",
     "pretrained": "artifact",

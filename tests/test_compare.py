@@ -267,7 +267,7 @@ def test_chat_rows_are_asked_with_the_template(artifact, model, firstlm, tmp_pat
         (["--prompt", "x", "--skip-rate", "0.99"], "between 0 and 0.9"),
         (["--prompt", "x", "--skip-rate", "0.25", "--prefill", "full"], "no thresholds"),
         (["--prompt", ""], "empty"),
-        (["--prompt", "a" * 600], "more than the model's 512"),
+        (["--prompt", "a" * 600], "exceed the model's context of 512"),
         (["--prompt", "x", "--template", "qa"], "--template is for"),
         (["--prompt", "x", "--compare", "--num-beams", "2"], "leave --num-beams out"),
         (["--file", "nowhere.txt"], "nowhere.txt: there is no such file"),

@@ -14,11 +14,12 @@ from firstlm import FirstModel, cli, kv_probe, probes, verdicts
 from firstlm.cache import SkipCache
 from firstlm.config import RouterConfig
 from firstlm.data import Collator, Encoded, encode_prompt
+from firstlm.decisions import RoutingState
 from firstlm.diagnose import PROMPTS, describe_routers, diagnose
 from firstlm.errors import ConfigError, DataError
 from firstlm.losses import mean_loss
 from firstlm.policies import FixedMask, RouterPolicy
-from firstlm.routing import Routing, RoutingState
+from firstlm.routing import Routing
 
 TEXTS = [PROMPTS[i][:40] for i in range(5)]
 

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from firstlm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from firstlm.routing import RoutingState
+    from firstlm.decisions import RoutingState
 
 
 class SkipCache(Cache):

@@ -173,9 +173,7 @@ def run(options: CalibrateConfig) -> int:
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise ConfigError("The base model has no tokenizer.")
+    tokenizer = model.need_tokenizer()
     examples = load_examples(options.data, template=options.template, tokenizer=tokenizer)
     examples = draw(examples, options.limit)
     prompts = [encode_prompt(example, tokenizer) for example in examples]

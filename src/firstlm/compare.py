@@ -13,7 +13,7 @@ import torch
 
 from firstlm.arms import Arms, Run, answer, follow, median
 from firstlm.config import GenerateConfig
-from firstlm.data import encode_prompt, load_examples
+from firstlm.data import check_room, encode_prompt, load_examples
 from firstlm.errors import ConfigError, DataError
 from firstlm.model import FirstModel
 
@@ -134,9 +134,7 @@ def encode_prompts(
     texts: list[str] | None, options: GenerateConfig, model: FirstModel
 ) -> list[Prompt]:
     """Return prompts with their ids; those that leave no room for an answer are refused."""
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise ConfigError("The base model has no tokenizer, so text can't become a prompt.")
+    tokenizer = model.need_tokenizer()
     sources: Sequence[Any] = texts or ()
     if texts is None:
         sources = load_examples(
@@ -146,7 +144,6 @@ def encode_prompts(
             limit=options.limit,
             answers=False,
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompts = []
     for number, source in enumerate(sources, start=1):
         text = source if isinstance(source, str) else source.prompt
@@ -154,11 +151,7 @@ def encode_prompts(
         where = getattr(source, "where", "") or f"prompt {number}"
         if not ids:
             raise DataError(f"{where}: no token in it.")
-        if longest is not None and len(ids) + options.max_new_tokens > longest:
-            raise DataError(
-                f"{where}: {len(ids)} tokens and an answer of up to {options.max_new_tokens} are "
-                f"more than the model's {longest}; shorten it or lower --max-new-tokens."
-            )
+        check_room(ids, options.max_new_tokens, model.context_length, where)
         prompts.append(Prompt(text, ids))
     return prompts
 

@@ -119,6 +119,19 @@ def encode_all(
     return kept, encoded
 
 
+def check_room(ids: Sequence[int], new_tokens: int, context: int | None, where: str) -> None:
+    """Refuse a prompt that leaves no room for an answer in the model's context (None: no bound).
+
+    Raises:
+        DataError: prompt and answer together are longer than the context.
+    """
+    if context is not None and len(ids) + new_tokens > context:
+        raise DataError(
+            f"{where}: a prompt of {len(ids)} tokens and an answer of up to {new_tokens} exceed "
+            f"the model's context of {context}; shorten it, or ask for fewer new tokens."
+        )
+
+
 def draw(rows: list[T], count: int | None, seed: int = 0) -> list[T]:
     """Draw rows at random; the first ones of a file are often alike. None takes them all."""
     if count is None or count >= len(rows):

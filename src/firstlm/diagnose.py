@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from firstlm import kv_probe, probes, verdicts
 from firstlm.config import DiagnoseConfig
-from firstlm.data import Encoded, encode_all, encode_prompt
+from firstlm.data import Encoded, check_room, encode_all, encode_prompt
 from firstlm.errors import ConfigError, DataError
 from firstlm.examples import load_examples
 from firstlm.losses import mean_loss
@@ -74,15 +74,11 @@ def diagnose(
         raise ConfigError("skip_rate=0 runs all layers, so there are no routers to diagnose.")
     if len(prompts) < 2 or min(map(len, prompts)) < 1:
         raise DataError("Diagnosing takes two prompts or more, each with a token or more.")
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, prompts)) + max(steps, probes.TIMED_STEPS + probes.WARMUP_STEPS)
-    if room is not None and longest > room:
-        raise DataError(
-            f"The longest prompt and its decode steps take {longest} tokens, more than the model's "
-            f"context of {room}; lower --max-length or --max-new-tokens."
-        )
+    longest = max(prompts, key=len)
+    new_tokens = max(steps, probes.TIMED_STEPS + probes.WARMUP_STEPS)
+    check_room(longest, new_tokens, model.context_length, "The longest prompt")
     model.eval()
-    pad = model.tokenizer.pad_token_id if model.tokenizer is not None else 0
+    pad = model.pad_id
     everything = probes.batches(prompts, batch_size, pad)
     mixed = probes.batches(_spread(prompts, batch_size), batch_size, pad)[0]
     numbers: dict[str, Any] = {}
@@ -243,19 +239,18 @@ def run(options: DiagnoseConfig) -> int:
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )
-    if model.tokenizer is None:
-        raise ConfigError("The base model has no tokenizer.")
+    tokenizer = model.need_tokenizer()
     encoded: list[Encoded] = []
     if options.data is None:
-        prompts = [encode_prompt(text, model.tokenizer) for text in PROMPTS]
+        prompts = [encode_prompt(text, tokenizer) for text in PROMPTS]
     else:
         examples = load_examples(
             options.data,
             template=options.template,
-            tokenizer=model.tokenizer,
+            tokenizer=tokenizer,
             limit=options.limit,
         )
-        encoded = encode_all(examples, model.tokenizer, options.max_length)[1]
+        encoded = encode_all(examples, tokenizer, options.max_length)[1]
         prompts = [item.prompt_ids for item in encoded]
     report = diagnose(
         model,

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from firstlm.config import EVAL_POLICIES, EvalConfig
-from firstlm.data import TEMPLATES, encode_prompt, pad_left
+from firstlm.data import TEMPLATES, check_room, encode_prompt, pad_left
 from firstlm.errors import ConfigError, DataError
 from firstlm.examples import Example, load_examples
 from firstlm.metrics import Estimate, retention, score_qa
@@ -73,21 +73,11 @@ def evaluate_qa(
     chosen, scope = _choose(model, policy, skip_rate, prefill)
     prompts = _prompts(model, examples, max_new_tokens)
     model.eval()
-    answers = [""] * len(prompts)
-    keep = torch.ones(len(prompts), model.layer_count, dtype=torch.bool)
-    calls, steps = {"prefill": 0, "decode": 0}, 0
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     start = time.perf_counter()
-    with scope, tqdm(total=len(order), desc=name, unit="prompt", disable=not progress) as bar:
-        for first in range(0, len(order), batch_size):
-            picked = order[first : first + batch_size]
-            batch = [prompts[i] for i in picked]
-            output, texts = _answer(model, batch, chosen, prefill, max_new_tokens)
-            for row, i in enumerate(picked):
-                answers[i], keep[i] = texts[row], output.keep[row]
-            calls = {phase: calls[phase] + output.layer_calls[phase] for phase in calls}
-            steps += output.sequences.shape[1] - max(map(len, batch)) - 1
-            bar.update(len(picked))
+    with scope, tqdm(total=len(prompts), desc=name, unit="prompt", disable=not progress) as bar:
+        answers, keep, calls, steps = _answer_all(
+            model, prompts, chosen, prefill, max_new_tokens, batch_size, bar
+        )
     seconds = time.perf_counter() - start
     scores = score_qa(answers, [example.references for example in examples])
     result = {
@@ -133,6 +123,32 @@ class _EndOfLine(StoppingCriteria):
         return torch.tensor(["\n" in text.lstrip() for text in texts], device=input_ids.device)
 
 
+def _answer_all(
+    model: FirstModel,
+    prompts: Sequence[Sequence[int]],
+    policy: Policy,
+    prefill: str,
+    max_new_tokens: int,
+    batch_size: int,
+    bar: tqdm,
+) -> tuple[list[str], torch.Tensor, dict[str, int], int]:
+    """Answer all prompts, long ones first; return answers, keep, layer calls and decode steps."""
+    answers = [""] * len(prompts)
+    keep = torch.ones(len(prompts), model.layer_count, dtype=torch.bool)
+    calls, steps = {"prefill": 0, "decode": 0}, 0
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for first in range(0, len(order), batch_size):
+        picked = order[first : first + batch_size]
+        batch = [prompts[i] for i in picked]
+        output, texts = _answer(model, batch, policy, prefill, max_new_tokens)
+        for row, i in enumerate(picked):
+            answers[i], keep[i] = texts[row], output.keep[row]
+        calls = {phase: calls[phase] + output.layer_calls[phase] for phase in calls}
+        steps += output.sequences.shape[1] - max(map(len, batch)) - 1
+        bar.update(len(picked))
+    return answers, keep, calls, steps
+
+
 def _answer(
     model: FirstModel,
     prompts: Sequence[Sequence[int]],
@@ -142,7 +158,7 @@ def _answer(
 ) -> tuple[GenerateOutput, list[str]]:
     """Generate for one batch; returns the output and each row's answer."""
     tokenizer: Any = model.tokenizer
-    ids, mask = pad_left(prompts, tokenizer.pad_token_id)
+    ids, mask = pad_left(prompts, model.pad_id)
     output = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -154,7 +170,7 @@ def _answer(
         temperature=None,
         top_p=None,
         top_k=None,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=model.pad_id,
         stopping_criteria=StoppingCriteriaList([_EndOfLine(tokenizer, ids.shape[1])]),
     )
     new = output.sequences[:, ids.shape[1] :].tolist()
@@ -182,16 +198,11 @@ def _choose(
 def _prompts(
     model: FirstModel, examples: Sequence[Example], max_new_tokens: int
 ) -> list[list[int]]:
-    if model.tokenizer is None:
-        raise ConfigError("The model has no tokenizer; load it with one to score text.")
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    prompts = [encode_prompt(example, model.tokenizer) for example in examples]
+    tokenizer = model.need_tokenizer()
+    prompts = [encode_prompt(example, tokenizer) for example in examples]
     for example, ids in zip(examples, prompts, strict=True):
-        if room is not None and len(ids) + max_new_tokens > room:
-            raise DataError(
-                f"{example.where or 'example'} (id {example.id}): a prompt of {len(ids)} tokens "
-                f"and an answer of {max_new_tokens} exceed the model's context of {room}."
-            )
+        where = f"{example.where or 'example'} (id {example.id})"
+        check_room(ids, max_new_tokens, model.context_length, where)
     return prompts
 
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from firstlm.cache import SkipCache, StaticSkipCache, make_cache
+from firstlm.decisions import RoutingState
 from firstlm.errors import ConfigError
-from firstlm.model import FirstModel, pad_on_the_left
+from firstlm.inputs import infer_mask, pad_on_the_left
+from firstlm.model import FirstModel
 from firstlm.policies import Policy
-from firstlm.routing import RoutingState
 
 
 @dataclass
@@ -87,7 +88,7 @@ def prefill(
     """
     input_ids = input_ids.to(model.device)
     if attention_mask is None:
-        attention_mask = model._infer_mask(input_ids)
+        attention_mask = infer_mask(model.base.generation_config, input_ids)
     input_ids, attention_mask = pad_on_the_left(input_ids, attention_mask.to(model.device))
     state = model.new_state(attention_mask, policy, skip_rate, prefill)
     longest = input_ids.shape[1] + max_new_tokens
@@ -95,7 +96,7 @@ def prefill(
     base = model.plain_base
     takes = inspect.signature(base.forward).parameters
     if isinstance(kv, StaticSkipCache):
-        model._check_static(kv, longest)
+        model.check_static(kv, longest)
         if "position_ids" not in takes:  # BLOOM's alibi, for one, is as long as the mask
             raise ConfigError(
                 f"{type(base).__name__} reads positions off its attention mask, which does not fit "

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from firstlm.data import IGNORE, Collator, Encoded
+from firstlm.decisions import RoutingState
 from firstlm.model import FirstModel
 from firstlm.policies import Policy
-from firstlm.routing import RoutingState
 
 
 def answer_logits(

@@ -21,11 +21,19 @@ from torch import nn
 from firstlm import artifact
 from firstlm.cache import SkipCache, StaticSkipCache, make_cache
 from firstlm.config import PREFILL_MODES, RouterConfig, check_skip_rate
+from firstlm.decisions import RoutingState
 from firstlm.errors import ConfigError
+from firstlm.inputs import (
+    check_prompts,
+    infer_mask,
+    longest_row,
+    pad_on_the_left,
+    refuse_rollback,
+)
 from firstlm.layers import CACHE_ARGUMENTS
 from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
 from firstlm.routers import Routers
-from firstlm.routing import Routing, RoutingState
+from firstlm.routing import Routing
 from firstlm.thresholds import Thresholds
 
 # Models (by id) that run all layers in the current context; see FirstModel.run_all.
@@ -169,6 +177,22 @@ class FirstModel(nn.Module):
         return getattr(self.tokenizer, "pad_token_id", None) or 0
 
     @property
+    def context_length(self) -> int | None:
+        """Most tokens that the base model takes, or None where its config sets no bound."""
+        config = self.base.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None)
+
+    def need_tokenizer(self) -> Any:
+        """Return the tokenizer.
+
+        Raises:
+            ConfigError: the model was loaded without one.
+        """
+        if self.tokenizer is None:
+            raise ConfigError("The model has no tokenizer, so text can't become a prompt.")
+        return self.tokenizer
+
+    @property
     def has_adapter(self) -> bool:
         """Whether LoRA is on the base model."""
         return hasattr(self.base, "peft_config")
@@ -304,8 +328,8 @@ class FirstModel(nn.Module):
             ConfigError: options that cannot work together.
         """
         start = time.perf_counter()
-        _check_prompts(input_ids)
-        _refuse_rollback(generate_kwargs)
+        check_prompts(input_ids)
+        refuse_rollback(generate_kwargs)
         given = [generate_kwargs.pop(name, None) for name in CACHE_ARGUMENTS]
         cache = next((found for found in given if found is not None), None)
         for name in ("use_cache", "return_dict_in_generate"):
@@ -313,11 +337,11 @@ class FirstModel(nn.Module):
         asked = getattr(generate_kwargs.get("generation_config"), "cache_implementation", None)
         kind = generate_kwargs.pop("cache_implementation", None) or asked or "dynamic"
         if attention_mask is None:
-            attention_mask = self._infer_mask(input_ids)
+            attention_mask = infer_mask(self.base.generation_config, input_ids)
+        longest = longest_row(self.base.generation_config, input_ids.shape[1], generate_kwargs)
         if cache is None:
             input_ids, attention_mask = pad_on_the_left(input_ids, attention_mask)
             state = self.new_state(attention_mask, policy, skip_rate, prefill)
-            longest = self._longest(input_ids.shape[1], generate_kwargs) if kind == "static" else 0
             cache = make_cache(self.base.config, state, kind, longest)
         elif not isinstance(cache, SkipCache):
             raise ConfigError(
@@ -328,7 +352,7 @@ class FirstModel(nn.Module):
         state = cache.state
         state.begin(input_ids.shape[1])
         if isinstance(cache, StaticSkipCache):
-            self._check_static(cache, self._longest(input_ids.shape[1], generate_kwargs))
+            self.check_static(cache, longest)
             # Otherwise transformers would compile the whole model around one mask.
             generate_kwargs.setdefault("disable_compile", True)
         if self.routing.stack.locked:
@@ -359,7 +383,8 @@ class FirstModel(nn.Module):
             hf=hf,
         )
 
-    def _check_static(self, cache: StaticSkipCache, longest: int) -> None:
+    def check_static(self, cache: StaticSkipCache, longest: int) -> None:
+        """Refuse a static cache that is too small, or that the model can't work with."""
         if longest > cache.room:
             raise ConfigError(
                 f"The static cache has room for {cache.room} tokens, but {longest} may come; "
@@ -371,50 +396,3 @@ class FirstModel(nn.Module):
                 f"{type(base).__name__} is not made for static caches (GPT-Neo, for one, answers "
                 "wrongly with them); use cache_implementation='dynamic'."
             )
-
-    def _infer_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
-        config = self.base.generation_config
-        pad, eos = config.pad_token_id, config.eos_token_id
-        eos_ids = eos if isinstance(eos, list) else [eos]
-        if pad is None or pad in eos_ids:
-            return torch.ones_like(input_ids)
-        return input_ids.ne(pad).long()
-
-    def _longest(self, prompt_length: int, generate_kwargs: dict[str, Any]) -> int:
-        config = generate_kwargs.get("generation_config") or self.base.generation_config
-        new = generate_kwargs.get("max_new_tokens") or config.max_new_tokens
-        if new is not None:
-            return prompt_length + new
-        return generate_kwargs.get("max_length") or config.max_length or prompt_length + 20
-
-
-def _check_prompts(input_ids: Any) -> None:
-    """Refuse what is no batch of token ids."""
-    if not isinstance(input_ids, torch.Tensor):
-        raise ConfigError(
-            f"input_ids is {type(input_ids).__name__}; expected a tensor [batch, tokens] of token "
-            'ids, such as tokenizer(text, return_tensors="pt")["input_ids"].'
-        )
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ConfigError(
-            f"input_ids has the shape {tuple(input_ids.shape)}; expected [batch, tokens] with at "
-            "least one prompt of at least one token."
-        )
-
-
-def _refuse_rollback(generate_kwargs: dict[str, Any]) -> None:
-    """Refuse what transformers' `generate` can do but skipped layers cannot follow."""
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-        if generate_kwargs.get(name) is not None:
-            raise ConfigError(f"{name} rolls the cache back, which is not supported with skips.")
-    if generate_kwargs.get("use_cache") is False:
-        raise ConfigError("use_cache=False is not supported: decisions ride in the cache.")
-
-
-def pad_on_the_left(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move padding to the left, where generation needs it; both are [batch, tokens]."""
-    # A stable sort by the mask moves padding to the front and keeps the order of real tokens.
-    order = attention_mask.long().argsort(dim=1, stable=True)
-    return input_ids.gather(1, order), attention_mask.gather(1, order)

@@ -148,9 +148,9 @@ def prepare(config: TrainConfig) -> tuple[FirstModel, list[Encoded], list[Encode
     else:
         train, validation = split_validation(train, VALIDATION_SHARE, config.seed)
     validation = draw(validation, config.validation_limit, config.seed)
-    text_config = base.config.get_text_config(decoder=True)
-    context = getattr(text_config, "max_position_embeddings", None) or config.max_length
-    longest = min(config.max_length, context)  # no row may be longer than the model can read
+    longest = min(
+        config.max_length, model.context_length or config.max_length
+    )  # no row may be longer than the model can read
     encoded = [encode_all(part, tokenizer, longest)[1] for part in (train, validation)]
     return model, encoded[0], encoded[1]
 

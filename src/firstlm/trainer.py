@@ -23,6 +23,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from firstlm.data import IGNORE
+from firstlm.decisions import RoutingState
 from firstlm.errors import FirstError
 from firstlm.losses import (
     answer_cross_entropy,
@@ -33,7 +34,6 @@ from firstlm.losses import (
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RouterPolicy, RunAll
 from firstlm.rates import RateDriver
-from firstlm.routing import RoutingState
 
 WEIGHTS_FILE = "trainable.safetensors"
 DRIVER_FILE = "driver.json"

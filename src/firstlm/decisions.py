@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decisions of one batch: which layers each of its prompts runs, and how that came about."""
+
+from __future__ import annotations
+
+import torch
+
+from firstlm.errors import ConfigError
+from firstlm.policies import Policy
+
+
+class PromptStates:
+    """Pooled view of the prompts in a batch at one layer; what policies look at."""
+
+    def __init__(self, mean: torch.Tensor) -> None:
+        self.mean = mean  # over each prompt's own tokens [prompts, hidden], float32
+        self.count = len(mean)
+
+
+class RoutingState:
+    """The decisions of one batch, and how they came about.
+
+    Args:
+        policy: decides for each layer when the prompt first reaches it.
+        prompt_mask: [prompts, tokens] bool, True on the prompt's own tokens: no padding, no answer.
+        layers: number of layers.
+        prefill: "skip" (a skipped layer does not run the prompt either) or "full".
+        gate: "hard" (skip for real), or "straight_through" / "soft" to train routers.
+        locked: layers that always run.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        prompt_mask: torch.Tensor,
+        layers: int,
+        prefill: str = "skip",
+        gate: str = "hard",
+        locked: frozenset[int] = frozenset(),
+    ) -> None:
+        self.policy = policy
+        self.prompt_mask = prompt_mask.bool()
+        self.prompt_length = prompt_mask.shape[1]
+        self.layers = layers
+        self.prefill = prefill
+        self.gate = gate
+        self.locked = locked
+        self.traced = False
+        self._padded = not bool(self.prompt_mask.all())
+        self._lengths = self.prompt_mask.sum(1, keepdim=True).clamp_min(1)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all decisions."""
+        self.scores: list[torch.Tensor | None] = [None] * self.layers
+        self.layer_calls = {"prefill": 0, "decode": 0}
+        self.row_count = 0
+        self.in_prefill = True
+        self.first_token_at: float | None = None
+        # Plain bools: a tensor operation on a handful of rows costs more than it computes.
+        self._keep: list[list[bool] | None] = [None] * self.layers
+        self._row_keep: list[list[bool] | None] = [None] * self.layers
+        self._rows: list[torch.Tensor | None] = [None] * self.layers
+        self._means: list[torch.Tensor | None] = [None] * self.layers
+
+    def begin(self, prompt_length: int) -> None:
+        """Count a further call that starts with `prompt_length` tokens; decisions stay."""
+        self.prompt_length = prompt_length
+        self.layer_calls = {"prefill": 0, "decode": 0}
+        self.first_token_at = None
+
+    @property
+    def keep(self) -> torch.Tensor:
+        """[prompts, layers] bool, True = the layer runs. Complete after prefill."""
+        if not self.complete:
+            raise ConfigError("The prompt has not passed all layers yet, so there is no mask.")
+        return torch.tensor(self._keep).T
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer has been decided."""
+        return all(keep is not None for keep in self._keep)
+
+    @property
+    def rho(self) -> torch.Tensor | None:
+        """[prompts, layers] router outputs with gradient, or None where no router decided."""
+        if any(score is None for score in self.scores):
+            return None
+        return torch.sigmoid(torch.stack([s.float() for s in self.scores if s is not None], dim=1))
+
+    def decided(self, layer: int) -> bool:
+        """Whether the layer's decision has been taken."""
+        return self._keep[layer] is not None
+
+    def rows(self, layer: int) -> torch.Tensor | None:
+        """Indices of the rows that run the layer; None where all do."""
+        return self._rows[layer]
+
+    def row_keep(self, layer: int) -> list[bool]:
+        """Which rows run the layer."""
+        keep = self._row_keep[layer]
+        assert keep is not None, "read before the layer was decided"
+        return keep
+
+    def observe(self, layer: int, hidden: torch.Tensor, first: int) -> bool:
+        """Pool a (chunk of a) prompt that enters a layer; True once the prompt is whole.
+
+        Args:
+            layer: index of the layer.
+            hidden: [rows, tokens, hidden], starting at token `first` of the padded prompt.
+            first: tokens of the prompt that passed this layer before.
+        """
+        prompts, length = self.prompt_mask.shape
+        if self.row_count == 0:
+            self.row_count = hidden.shape[0]
+        last = first + hidden.shape[1]
+        part = hidden if self.row_count == prompts else hidden[:: self.row_count // prompts]
+        if self._padded:
+            mask = self.prompt_mask[:, first:last].to(hidden.device)
+            part = torch.where(mask.unsqueeze(-1), part, 0)
+            mean = part.sum(1, dtype=torch.float32) / self._lengths.to(hidden.device)
+        else:
+            mean = part.mean(1, dtype=torch.float32)
+            if part.shape[1] != length:
+                mean = mean * (part.shape[1] / length)
+        before = self._means[layer]
+        self._means[layer] = mean if before is None else before + mean
+        return last >= length
+
+    def decide(self, layer: int, device: torch.device) -> None:
+        """Ask the policy about a layer and fix the answer for every row."""
+        mean = self._means[layer]
+        assert mean is not None, "decide before observe"
+        self._means[layer] = None
+        answer = self.policy.decide(layer, PromptStates(mean))
+        if self.decided(layer):  # a checkpointed layer replayed in backward: the answer stands
+            score = self.scores[layer]
+            if score is not None and answer.requires_grad and not score.requires_grad:
+                raise ConfigError(
+                    "Reentrant gradient checkpointing gives routers no gradient; enable it with "
+                    'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                )
+            return
+        keep = answer.tolist()
+        if answer.dtype != torch.bool:
+            self.scores[layer] = answer
+            keep = [score >= 0 for score in keep]
+        if layer in self.locked:
+            keep = [True] * len(keep)
+        self._keep[layer] = keep
+        beams = self.row_count // len(keep)
+        self._set_rows(layer, [k for k in keep for _ in range(beams)], device)
+
+    def _set_rows(self, layer: int, row_keep: list[bool], device: torch.device) -> None:
+        self._row_keep[layer] = row_keep
+        picked = [row for row, keep in enumerate(row_keep) if keep]
+        whole = len(picked) == len(row_keep)
+        self._rows[layer] = None if whole else torch.tensor(picked, dtype=torch.long, device=device)
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        """Make row j of the batch what row index[j] was (beam search)."""
+        order = index.tolist()
+        for layer, keep in enumerate(self._row_keep):
+            if keep is not None:
+                rows = self._rows[layer]
+                device = rows.device if rows is not None else index.device
+                self._set_rows(layer, [keep[row] for row in order], device)
+        self.row_count = len(index)
+
+    def count_call(self) -> None:
+        """Count one unit that really runs."""
+        self.layer_calls["prefill" if self.in_prefill else "decode"] += 1

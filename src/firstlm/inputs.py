@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes into generation: a batch of token ids, its mask, and options that skips allow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from firstlm.errors import ConfigError
+
+
+def check_prompts(input_ids: Any) -> None:
+    """Refuse what is no batch of token ids."""
+    if not isinstance(input_ids, torch.Tensor):
+        raise ConfigError(
+            f"input_ids is {type(input_ids).__name__}; expected a tensor [batch, tokens] of token "
+            'ids, such as tokenizer(text, return_tensors="pt")["input_ids"].'
+        )
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ConfigError(
+            f"input_ids has the shape {tuple(input_ids.shape)}; expected [batch, tokens] with at "
+            "least one prompt of at least one token."
+        )
+
+
+def refuse_rollback(generate_kwargs: dict[str, Any]) -> None:
+    """Refuse what transformers' `generate` can do but skipped layers cannot follow."""
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+        if generate_kwargs.get(name) is not None:
+            raise ConfigError(f"{name} rolls the cache back, which is not supported with skips.")
+    if generate_kwargs.get("use_cache") is False:
+        raise ConfigError("use_cache=False is not supported: decisions ride in the cache.")
+
+
+def pad_on_the_left(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move padding to the left, where generation needs it; both are [batch, tokens]."""
+    # A stable sort by the mask moves padding to the front and keeps the order of real tokens.
+    order = attention_mask.long().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def infer_mask(generation_config: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """Take pad tokens for padding, where the model has a pad token that is not also EOS."""
+    pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
+    eos_ids = eos if isinstance(eos, list) else [eos]
+    if pad is None or pad in eos_ids:
+        return torch.ones_like(input_ids)
+    return input_ids.ne(pad).long()
+
+
+def longest_row(generation_config: Any, prompt_length: int, generate_kwargs: dict[str, Any]) -> int:
+    """Return how many tokens a row may have in the end, as transformers' `generate` counts."""
+    config = generate_kwargs.get("generation_config") or generation_config
+    new = generate_kwargs.get("max_new_tokens") or config.max_new_tokens
+    if new is not None:
+        return prompt_length + new
+    return generate_kwargs.get("max_length") or config.max_length or prompt_length + 20
