@@ -23,7 +23,7 @@ for seed in "${@:-0}"; do
     # shellcheck disable=SC2086
     firstlm eval "$runs/$name" --data "$data/test.jsonl.gz" --limit 500 \
       --dtype float32 --max-new-tokens 24 --policies $scored \
-      --skip-rates ${rates[$kind]} --output "results/$name.json"
+      --skip-rates ${rates[$kind]} --output "results/$name.json" --record
   done
 done
 python experiments/table.py --write

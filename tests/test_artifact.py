@@ -21,6 +21,8 @@ from firstlm.errors import ArtifactError
 
 NEW = 4
 
+RESULTS = {"qa": {"data": "d", "count": 1, "runs": {"base": {"skip_rate": 0.0, "F1": 5.0}}}}
+
 
 def trained(unit: str = "block", adapter: bool = True, seed: int = 1) -> FirstModel:
     """Return a FirstModel whose routers, thresholds and LoRA all differ from fresh ones."""
@@ -40,7 +42,7 @@ def trained(unit: str = "block", adapter: bool = True, seed: int = 1) -> FirstMo
         router.bias.data.normal_()
     first.thresholds.table = {"skip": [(0.1, 0.5, 0.11), (0.5, -2.0, 0.52)]}
     first.training_record = {"seed": 7}
-    first.results = {"f1": 0.5}
+    first.results = RESULTS
     return first
 
 
@@ -81,7 +83,7 @@ def test_everything_comes_back(unit: str, adapter: bool, tmp_path: Path) -> None
     assert again.router_config == first.router_config
     assert again.thresholds == first.thresholds
     assert again.training_record == {"seed": 7}
-    assert again.results == {"f1": 0.5}
+    assert again.results == RESULTS
     assert again.has_adapter == adapter
     assert not again.training
     for ours, theirs in zip(again.routers, first.routers, strict=True):

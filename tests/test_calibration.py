@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`firstlm calibrate`: new thresholds, and nothing else of the artifact changed or lost."""
+"""What is measured into an artifact, thresholds and scores: nothing else of it changed or lost."""
 
 from __future__ import annotations
 
@@ -45,6 +45,41 @@ def test_in_place_only_the_thresholds_change(artifact: tuple[Path, Path]) -> Non
             assert torch.equal(found[name], tensor)
     assert (folder / "run.yaml").read_bytes() == run_file
     assert FirstModel.from_pretrained(str(folder)).thresholds.offset(0.4, "skip") < 5
+
+
+def test_scores_are_recorded_until_other_thresholds_make_them_stale(
+    artifact: tuple[Path, Path], tmp_path: Path, capsys
+) -> None:
+    folder, data = artifact
+    tensors = {f: f.read_bytes() for f in folder.rglob("*.safetensors")}
+    words = ["eval", str(folder), "--data", str(data), "--limit", "4", "--max-new-tokens", "2"]
+    assert cli.main([*words, "--skip-rates", "0.25", "--record"]) == 0
+    recorded = json.loads((folder / "first_config.json").read_text())["results"]["qa"]
+    assert recorded["data"] == "data.jsonl"
+    assert recorded["count"] == 4
+    assert set(recorded["runs"]) == {"base", "run_all", "router@0.25"}
+    for run_name, scores in recorded["runs"].items():
+        assert set(scores) == {"skip_rate", "EM", "F1"}
+        assert (scores["skip_rate"] == 0) == (run_name != "router@0.25")
+    skipped = recorded["runs"]["router@0.25"]["skip_rate"]
+    assert f"| router@0.25 | {skipped:.1%} |" in (folder / "README.md").read_text()
+    assert {f: f.read_bytes() for f in tensors} == tensors
+    assert (folder / "run.yaml").is_file()
+    capsys.readouterr()
+    assert cli.main(["inspect", str(folder)]) == 0
+    assert "router@0.25" in capsys.readouterr().out
+    assert FirstModel.from_pretrained(str(folder)).results["qa"] == recorded
+    assert cli.main(["calibrate", str(folder), "--data", str(data), "--rates", "0.2"]) == 0
+    assert json.loads((folder / "first_config.json").read_text())["results"] == {}
+    assert "router@" not in (folder / "README.md").read_text()
+
+
+def test_scores_are_not_recorded_into_what_is_no_folder(
+    artifact: tuple[Path, Path], capsys, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["eval", "smollm2-qa", "--data", str(artifact[1]), "--record"]) == 2
+    assert "no local folder" in capsys.readouterr().err
 
 
 def test_an_artifact_that_is_no_folder_needs_an_output(

@@ -234,6 +234,22 @@ def test_hub_ids_need_the_extra() -> None:
             load_examples(name)
 
 
+def test_hub_ids_are_read_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library takes a local folder of the same name for the hub's; the way is the same."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    rows = [{"prompt": f"say {i}:", "completion": f" {i}"} for i in range(5)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "owner" / "name" / "train.jsonl").write_text(text)
+    examples = load_examples("owner/name/default:train[1:4]")
+    assert [e.prompt for e in examples] == ["say 1:", "say 2:", "say 3:"]
+    assert examples[0].where == "owner/name/default[train[1:4]] row 1"
+    with pytest.raises(DataError, match=r"split 'test'.*could not be loaded"):
+        load_examples("owner/name/default:test")
+
+
 # --- tokens --------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 CONFIG_FILE = "first_config.json"
 ROUTERS_FILE = "routers.safetensors"
+CARD_FILE = "README.md"
 ADAPTER_DIR = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"
 FINGERPRINT = re.compile(r"[0-9a-f]+(\.([0-9a-f]+|-)){2}")
@@ -109,7 +110,28 @@ def _write(
             str(folder / ADAPTER_DIR), state_dict=lora, save_embedding_layers=False
         )
         (folder / ADAPTER_DIR / "README.md").unlink(missing_ok=True)  # peft's unfilled model card
-    (folder / "README.md").write_text(model_card(config), encoding="utf-8")
+    (folder / CARD_FILE).write_text(model_card(config), encoding="utf-8")
+
+
+def record(folder: Path, task: str, results: dict[str, Any]) -> None:
+    """Write what was measured on a task into an artifact: its config and its model card.
+
+    Args:
+        folder: the artifact.
+        task: name of the task; what was measured on it before is replaced.
+        results: `data`, `count` and `runs`, each with `skip_rate` and its scores.
+    """
+    config = read_config(folder)
+    config["results"] = {**(config.get("results") or {}), task: results}
+    try:
+        with atomic_dir(folder) as new:
+            shutil.copytree(folder, new, dirs_exist_ok=True)
+            write_json(new / CONFIG_FILE, config)
+            (new / CARD_FILE).write_text(model_card(config), encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder} cannot be written ({error}); what was there before is whole."
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -338,10 +360,17 @@ def model_card(config: dict[str, Any]) -> str:
         "```",
         "",
     ]
+    for task, found in config["results"].items():
+        lines += [f"Measured on {found['data']} ({task}, {found['count']} items):", ""]
+        scores = [s for s in next(iter(found["runs"].values())) if s != "skip_rate"]
+        lines += [f"| run | layers skipped | {' | '.join(scores)} |"]
+        lines += ["|---|---|" + "---|" * len(scores)]
+        for name, run in found["runs"].items():
+            values = " | ".join(f"{run[score]:.1f}" for score in scores)
+            lines.append(f"| {name} | {run['skip_rate']:.1%} | {values} |")
+        lines.append("")
     for mode, rows in config["thresholds"].items():
         lines += [f"Calibrated skip rates (prefill={mode}):", "", "| asked | measured | offset |"]
         lines += ["|---|---|---|"]
         lines += [f"| {a:.2f} | {m:.3f} | {o:.3f} |" for a, o, m in rows] + [""]
-    for name, value in config["results"].items():
-        lines.append(f"- {name}: {value}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)

@@ -177,6 +177,7 @@ def run(options: CalibrateConfig) -> int:
     examples = load_examples(options.data, template=options.template, tokenizer=tokenizer)
     examples = draw(examples, options.limit)
     prompts = [encode_prompt(example, tokenizer) for example in examples]
+    model.results = {}  # measured with other thresholds
     calibrate(model, prompts, options.rates, batch_size=options.batch_size)
     artifact.save(model, target, more_from=source)
     print(f"{'asked':>7} {'measured':>9} {'offset':>8}   prefill")

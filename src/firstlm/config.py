@@ -311,6 +311,7 @@ class EvalConfig(AnswerOptions):
     batch_size: int = option(16, help="prompts per batch")
     max_new_tokens: int = option(32, help="longest answer, in tokens")
     output: str | None = option(None, help="write the results to this JSON file")
+    record: bool = option(False, help="write the scores into the artifact and its model card too")
 
     def __post_init__(self) -> None:
         for rate in self.skip_rates:

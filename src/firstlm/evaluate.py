@@ -21,6 +21,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from firstlm import artifact
 from firstlm.config import EVAL_POLICIES, EvalConfig
 from firstlm.data import TEMPLATES, check_room, encode_prompt, pad_left
 from firstlm.errors import ConfigError, DataError
@@ -32,7 +33,7 @@ from firstlm.policies import Policy, RunAll
 from firstlm.results import provenance, sha256_of, to_json, write_json
 
 # Options that change no number of a run that is done, or that are compared by content instead.
-FREE_OPTIONS = ("artifact", "data", "output", "policies", "skip_rates", "device")
+FREE_OPTIONS = ("artifact", "data", "output", "record", "policies", "skip_rates", "device")
 
 
 def evaluate_qa(
@@ -226,6 +227,11 @@ def _name(policy: str | Policy, skip_rate: float | None) -> str:
 def run(options: EvalConfig) -> int:
     """Score an artifact on a question answering set (`firstlm eval`)."""
     _check_template(options.template)
+    if options.record and not Path(options.artifact).is_dir():
+        raise ConfigError(
+            f"{options.artifact!r} is no local folder, so scores cannot be written into it; leave "
+            "--record out, or copy the artifact to a folder of your own."
+        )
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )
@@ -263,7 +269,27 @@ def run(options: EvalConfig) -> int:
             report["provenance"] = provenance(seed=options.seed, **report["inputs"])
             write_json(options.output, report)
     print(table(report))
+    if options.record:
+        artifact.record(Path(options.artifact), "qa", summary(report))
     return 0
+
+
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    """Return what an artifact keeps of a report: where it was measured, and each run's scores."""
+    source = report["inputs"]["data"]
+    return {
+        "data": Path(source).name if Path(source).is_file() else source,
+        "data_sha256": report["inputs"]["data_sha256"],
+        "count": next(iter(report["runs"].values()))["count"],
+        "runs": {
+            name: {
+                "skip_rate": run["skip_rate"]["mean"],
+                "EM": run["em"]["value"],
+                "F1": run["f1"]["value"],
+            }
+            for name, run in report["runs"].items()
+        },
+    }
 
 
 def table(report: dict[str, Any]) -> str:

@@ -73,7 +73,7 @@ def run(config: TrainConfig) -> int:
         raise
     if config.skip_rate != 0:
         _calibrate(model, [row.prompt_ids for row in validation[:CALIBRATION_PROMPTS]], config)
-    model.training_record = record
+    model.training_record, model.results = record, {}
     model.save_pretrained(config.output)
     save_yaml(config, Path(config.output) / RUN_FILE)
     print(f"Saved the artifact to {config.output}; logs are in {work_folder(config)}.")
