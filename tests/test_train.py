@@ -19,9 +19,10 @@ from firstlm.errors import ConfigError, DataError, FirstError
 from firstlm.importance import FORWARD_ROWS, removal_order
 from firstlm.losses import answer_cross_entropy, answer_logits, mean_loss, non_skip_penalty
 from firstlm.model import FirstModel
-from firstlm.phases import train_lora, train_routers, work_folder
+from firstlm.phases import adapt_lora, train_lora, train_routers, work_folder
 from firstlm.policies import RouterPolicy, RunAll
 from firstlm.train import run
+from firstlm.trainer import FirstTrainer
 
 
 @pytest.mark.parametrize("prefill", ["skip", "full"])
@@ -416,3 +417,25 @@ def test_a_run_that_diverges_stops(tmp_path: Path) -> None:
     examples = make_examples(32, 0)
     with pytest.raises(FirstError, match=r"diverged: the loss is .* at step \d"):
         train_lora(model, examples, examples[:8], config(tmp_path, lora_lr=1e30, max_grad_norm=1e9))
+
+
+def test_no_phase_begins_with_the_rows_that_another_has_just_learnt(tmp_path: Path, monkeypatch):
+    seen: dict[str, list] = {"adapt": [], "routers": [], "lora": []}
+    step = FirstTrainer.training_step
+
+    def noted(self, model, inputs, *args):
+        seen[Path(self.args.output_dir).name].append(inputs["input_ids"].tolist())
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(FirstTrainer, "training_step", noted)
+    model, examples = make_model(), make_examples(256, 0)
+    settings = config(tmp_path, adapt_steps=2, router_steps=2, lora_steps=2)
+    adapt_lora(model, examples, examples[:4], settings)
+    train_routers(model, examples, examples[:4], settings)
+    train_lora(model, examples, examples[:4], settings)
+    assert [len(batches) for batches in seen.values()] == [2, 2, 2]
+    rows = {
+        name: {tuple(row) for batch in batches for row in batch} for name, batches in seen.items()
+    }
+    for one, other in (("adapt", "routers"), ("adapt", "lora"), ("routers", "lora")):
+        assert len(rows[one] & rows[other]) < 16, (one, other)  # of 32, of 256 drawn at random

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Save and load FiRST artifacts: a folder that the hub and peft understand.
 
-`first_config.json` (format, base model, unit, thresholds, provenance), `routers.safetensors`,
-`adapter/` (a plain peft adapter), `README.md` (model card).
+`first_config.json` (format, base model, unit, thresholds, scores, provenance),
+`routers.safetensors`, `adapter/` (a plain peft adapter), `README.md` (model card).
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -290,9 +293,18 @@ def _load_adapter(base: Any, adapter: Path) -> nn.Module:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(base, str(adapter))
+        with without_peft_warning():
+            return PeftModel.from_pretrained(base, str(adapter))
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{adapter} cannot be loaded as a peft adapter: {error}") from error
+
+
+@contextmanager
+def without_peft_warning() -> Iterator[None]:
+    """Hide that peft asks for a property that transformers 5.24 renamed: users can't mend it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 def _saved_dtype(adapter: Path) -> torch.dtype | None:

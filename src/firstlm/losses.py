@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from firstlm.data import IGNORE, Collator, Encoded
 from firstlm.decisions import RoutingState
 from firstlm.model import FirstModel
-from firstlm.policies import Policy
+from firstlm.policies import Policy, RunAll
 
 
 def answer_logits(
@@ -56,6 +56,13 @@ def answer_pass(
         **kwargs,
     )
     return output, labels
+
+
+@torch.no_grad()
+def full_depth_states(first: FirstModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the last hidden states [batch, tokens, hidden] of a batch with every layer running."""
+    state = first.new_state(inputs["prompt_mask"], RunAll())
+    return answer_pass(first, inputs, state, output_hidden_states=True)[0].hidden_states[-1]
 
 
 def state_distance(states: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers import TrainerState, TrainingArguments, set_seed
 
+from firstlm.artifact import without_peft_warning
 from firstlm.calibration import find_offsets
 from firstlm.config import TrainConfig
 from firstlm.data import Collator, Encoded, draw, encode, pad_left
@@ -171,16 +172,15 @@ def add_lora(model: FirstModel, config: TrainConfig) -> None:
     """Put fresh LoRA matrices on all linear layers but the vocabulary's."""
     from peft import LoraConfig, get_peft_model
 
-    model.base = get_peft_model(
-        model.base,
-        LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
     )
+    with without_peft_warning():
+        model.base = get_peft_model(model.base, lora)
 
 
 def _offsets(model: FirstModel, train: list[Encoded], config: TrainConfig) -> dict[float, float]:
@@ -286,6 +286,8 @@ def _arguments(
         warmup_steps=config.warmup,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
+        # Rows in an order of the phase's own: the next phase shall not begin with rows just learnt.
+        data_seed=len(STEPS) * config.seed + list(STEPS).index(phase),
         eval_strategy="steps",
         eval_steps=config.eval_steps,
         save_strategy="steps",

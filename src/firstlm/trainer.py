@@ -28,6 +28,7 @@ from firstlm.errors import FirstError
 from firstlm.losses import (
     answer_cross_entropy,
     answer_pass,
+    full_depth_states,
     non_skip_penalty,
     state_distance,
 )
@@ -65,8 +66,7 @@ class FirstTrainer(Trainer):
         gate: gate mode of the forward pass.
         prefill: "skip" or "full".
         l2: weight of the squared router weights.
-        distill: weight of the distance to the full depth's last hidden states, which is trained on
-            every batch as well; 0 leaves both out.
+        distill: weight of the distance to the full depth's last hidden states; 0 leaves it out.
         log_path: JSON lines with every logged step, per-layer skip rates included.
         kwargs: as for transformers' Trainer; datasets are lists of `Encoded`.
     """
@@ -99,32 +99,26 @@ class FirstTrainer(Trainer):
     def _run(
         self,
         inputs: dict[str, torch.Tensor],
-        policy: Policy,
+        rate: float | None,
         gate: str,
         scope: ExitStack,
-        **more: Any,
-    ) -> tuple[torch.Tensor, Any, RoutingState]:
-        """Return a batch's answer cross-entropy, the model's output, and its decisions."""
-        state = self.first.new_state(inputs["prompt_mask"], policy, prefill=self.prefill, gate=gate)
+        distill: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, RoutingState]:
+        """Return a batch's answer cross-entropy, its distance to full depth, and its decisions."""
+        state = self.first.new_state(
+            inputs["prompt_mask"], self._policy(rate), prefill=self.prefill, gate=gate
+        )
         # Checkpointed layers are replayed in backward, so the scope must outlast the forward.
         scope.enter_context(self.first.routing.tracing(state))
         scope.enter_context(mixed_precision(self.first))
-        output, labels = answer_pass(self.first, inputs, state, self.model_wrapped, **more)
-        return answer_cross_entropy(output.logits, labels), output, state
-
-    def _train_full_depth(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Add the gradient of a batch with all layers; return its last hidden states, detached.
-
-        The sandwich rule and in-place distillation of slimmable networks (arXiv 1903.05134): the
-        full depth learns from the answers, and what is skipped learns from the full depth.
-        """
-        with ExitStack() as scope:
-            # A gradient of its own, so that one pass at a time is in memory; DDP sums up later.
-            scope.enter_context(self.accelerator.no_sync(self.model_wrapped))
-            ce, output, _ = self._run(inputs, RunAll(), "hard", scope, output_hidden_states=True)
-            self.accelerator.backward(ce / self.current_gradient_accumulation_steps)
-        self._add("ce_full_depth", float(ce.detach()))
-        return output.hidden_states[-1].detach()
+        output, labels = answer_pass(
+            self.first, inputs, state, self.model_wrapped, output_hidden_states=bool(distill)
+        )
+        distance = None
+        if distill:
+            wanted = full_depth_states(self.first, inputs)
+            distance = state_distance(output.hidden_states[-1], wanted, inputs["attention_mask"])
+        return answer_cross_entropy(output.logits, labels), distance, state
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Do one forward and backward pass within the scope of its decisions."""
@@ -140,14 +134,8 @@ class FirstTrainer(Trainer):
         """
         rate = self.driver.sample() if self.driver else None
         distill = self.distill if self.driver is not None else 0.0
-        wanted = self._train_full_depth(inputs) if distill else None
-        loss, output, state = self._run(
-            inputs, self._policy(rate), self.gate, self._scope, output_hidden_states=bool(distill)
-        )
-        ce, distance = float(loss.detach()), None
-        if wanted is not None:
-            distance = state_distance(output.hidden_states[-1], wanted, inputs["attention_mask"])
-            loss = loss + distill * distance
+        ce, distance, state = self._run(inputs, rate, self.gate, self._scope, distill)
+        loss = ce if distance is None else ce + distill * distance
         skip = 1 - state.keep.float().mean(0)
         rho = state.rho
         if self.driver is not None and rho is not None:
@@ -161,7 +149,7 @@ class FirstTrainer(Trainer):
                 f"{self.state.global_step + 1}. Lower the learning rate, and start over from the "
                 "last checkpoint or with --no-resume."
             )
-        self._note(rate, ce, skip, rho, distance)
+        self._note(rate, float(ce.detach()), skip, rho, distance)
         if not loss.requires_grad:  # every row of the batch skips every layer that has LoRA
             loss = loss + 0.0 * sum(p.sum() for p in self.first.parameters() if p.requires_grad)
         return loss
@@ -182,14 +170,11 @@ class FirstTrainer(Trainer):
         if distance is not None and primary:
             values["distance"] = float(distance.detach())
         for key, value in values.items():
-            self._add(key, value)
+            self._sums[key] = self._sums.get(key, 0.0) + value
+            self._sums[f"#{key}"] = self._sums.get(f"#{key}", 0.0) + 1
         if primary:
             self._skipped += skip
             self._batches += 1
-
-    def _add(self, key: str, value: float) -> None:
-        self._sums[key] = self._sums.get(key, 0.0) + value
-        self._sums[f"#{key}"] = self._sums.get(f"#{key}", 0.0) + 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add cross-entropy, skip rate, mean rho and alpha to what Trainer logs."""
@@ -231,7 +216,7 @@ class FirstTrainer(Trainer):
             for inputs in dataloader:
                 inputs = self._prepare_inputs(inputs)
                 with ExitStack() as scope:
-                    ce, _, state = self._run(inputs, self._policy(rate), "hard", scope)
+                    ce, _, state = self._run(inputs, rate, "hard", scope)
                 weight = int((inputs["labels"] != IGNORE).sum())
                 total, tokens = total + float(ce) * weight, tokens + weight
                 skips, count = (
@@ -265,7 +250,7 @@ class FirstTrainer(Trainer):
         data: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(item.prompt_ids) + len(item.answer_ids) for item in data]
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochSampler(batch, lengths, self.args.seed)
+        return EpochSampler(batch, lengths, self.args.data_seed or 0)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
