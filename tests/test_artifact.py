@@ -21,7 +21,8 @@ from firstlm.errors import ArtifactError
 
 NEW = 4
 
-RESULTS = {"qa": {"data": "d", "count": 1, "runs": {"base": {"skip_rate": 0.0, "F1": 5.0}}}}
+SCORES = {"base": {"skip_rate": 0.0, "F1": 5.0}}
+RESULTS = {"qa": {"data": "d", "count": 1, "prefill": "skip", "weights": "float32", "runs": SCORES}}
 
 
 def trained(unit: str = "block", adapter: bool = True, seed: int = 1) -> FirstModel:
@@ -150,6 +151,7 @@ def test_corrupt_weights(saved: Path, file: str, damage: str) -> None:
 
 
 def test_damaged_configs(saved: Path) -> None:
+    intact = (saved / "first_config.json").read_text()
     change_config(saved, format_version=99)
     with pytest.raises(ArtifactError, match=r"has format 99; .* Upgrade"):
         load(saved)
@@ -161,6 +163,9 @@ def test_damaged_configs(saved: Path) -> None:
         load(saved)
     change_config(saved, thresholds={}, base_model={"id": "x"})
     with pytest.raises(ArtifactError, match="lacks id or fingerprint"):
+        load(saved)
+    change_config(saved, base_model=json.loads(intact)["base_model"], results={"qa": 0.5})
+    with pytest.raises(ArtifactError, match=r"results of 'qa'.*--record"):
         load(saved)
     for text in ("{", "[]", "{}"):
         (saved / "first_config.json").write_text(text)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,13 @@ def test_in_place_only_the_thresholds_change(artifact: tuple[Path, Path]) -> Non
     folder, data = artifact
     weights = {f: load_file(f) for f in folder.rglob("*.safetensors")}
     run_file = (folder / "run.yaml").read_bytes()
+    (folder / ".git").mkdir()  # of an artifact that was cloned
+    (folder / ".git" / "HEAD").write_text("ref")
+    shutil.copytree(folder.parent / "base", folder.parent / "copy")
     before = json.loads((folder / "first_config.json").read_text())
-    assert cli.main(["calibrate", str(folder), "--data", str(data), "--rates", "0.2", "0.5"]) == 0
+    words = ["calibrate", str(folder), "--data", str(data), "--rates", "0.2", "0.5"]
+    assert cli.main([*words, "--model", str(folder.parent / "copy")]) == 0
+    assert (folder / ".git" / "HEAD").read_text() == "ref"
     after = json.loads((folder / "first_config.json").read_text())
     assert [row[0] for row in after["thresholds"]["skip"]] == [0.2, 0.5]
     assert before["thresholds"] != after["thresholds"]
@@ -57,6 +63,7 @@ def test_scores_are_recorded_until_other_thresholds_make_them_stale(
     recorded = json.loads((folder / "first_config.json").read_text())["results"]["qa"]
     assert recorded["data"] == "data.jsonl"
     assert recorded["count"] == 4
+    assert (recorded["prefill"], recorded["weights"]) == ("skip", "float32")
     assert set(recorded["runs"]) == {"base", "run_all", "router@0.25"}
     for run_name, scores in recorded["runs"].items():
         assert set(scores) == {"skip_rate", "EM", "F1"}

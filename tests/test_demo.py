@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_byte_tokenizer, tiny_llama
 
 from firstlm import FirstModel, cli, demo
-from firstlm.errors import ArtifactError
 
 KEYS = [
     "steps", "ce_before", "ce_after", "skip_rate", "layer_calls", "tpot_base_ms", "tpot_routed_ms",
@@ -67,16 +65,6 @@ def test_both_halves_run_and_the_last_line_is_json(folders, tmp_path, capsys, mo
     trained = FirstModel.from_pretrained(str(output))
     assert trained.has_adapter
     assert trained.policy_for(0.25) is not None
-
-
-def test_the_shipped_artifact_is_asked_for_by_name(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo.resources, "files", lambda package: tmp_path)
-    with pytest.raises(ArtifactError, match="--artifact"):
-        demo.shipped_artifact()
-    folder = tmp_path / "artifacts" / demo.SHIPPED
-    folder.mkdir(parents=True)
-    (folder / "first_config.json").write_text("{}")
-    assert demo.shipped_artifact() == Path(folder)
 
 
 def test_numbers_are_in_bfloat16_only_where_that_is_faster(monkeypatch):

@@ -23,7 +23,7 @@ from families import (
     mixed,
 )
 from torch import nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from firstlm import FirstModel, FixedMask, RouterConfig
@@ -409,6 +409,10 @@ def test_options_that_cannot_work() -> None:
             first.generate(static.sequences, cache=static.cache, max_new_tokens=9)
         for more, words in (
             ({"assistant_model": first.base}, "rolls the cache back"),
+            (
+                {"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)},
+                "rolls the cache",
+            ),
             ({"use_cache": False}, "ride in the cache"),
             ({"past_key_values": object()}, r"\.cache of an earlier output"),
             ({"prefill": "half"}, "expected 'skip' or 'full'"),
@@ -481,6 +485,17 @@ def test_attaching_twice_is_harmless() -> None:
         first.detach()
         first.detach()
         assert all("forward" not in vars(m) for m in first.base.modules())
+
+
+def test_a_model_is_routed_once_at_a_time() -> None:
+    with routed("llama") as first:
+        ids, mask = batch()
+        with pytest.raises(ConfigError, match=r"another FirstModel.*detach"):
+            FirstModel.from_base(first.base)
+        once = first.generate(ids, mask, policy=FixedMask(mixed(4)), max_new_tokens=3)
+        assert once.layer_calls == {"prefill": 3, "decode": 6}
+        base = first.detach()
+        FirstModel.from_base(base).detach()
 
 
 def test_without_firstlms_generate_the_base_is_as_before() -> None:

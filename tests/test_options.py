@@ -40,13 +40,21 @@ class Sample(Parent):
     With a second paragraph.
     """
 
-    place: str = option(REQUIRED, positional=True, help="where")
+    place: str = option(REQUIRED, positional=True, path=True, help="where")
     count: int = option(3, help="how many")
     kind: str = option("red", choices=("red", "green"), help="which colour")
     loud: bool = option(True, help="be loud")
     rates: list[float] | None = option(None, help="several shares")
     kinds: list[str] = option(["red"], choices=("red", "green"), help="several colours")
     sizes: tuple[int, ...] = option((1, 2), help="several counts")
+
+
+def test_paths_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "run.yaml"
+    file.write_text("place: ~/here\nnote: ~/text\n")
+    assert load_yaml(Sample, file) == Sample(place=str(tmp_path / "here"), note="~/text")
+    assert resolve(Sample, ["~/here"], "t").place == str(tmp_path / "here")
 
 
 COMMAND_OPTIONS = [

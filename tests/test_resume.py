@@ -46,6 +46,23 @@ def interrupted(step: int) -> Callable[..., Any]:
     return compute_loss
 
 
+def test_a_phase_called_from_python_leaves_a_command_lines_run_alone(
+    tmp_path: Path, byte_tokenizer
+) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    settings = config(
+        tmp_path, model=str(folder), data=str(data), router_steps=2, lora_steps=2, warm_start=4
+    )
+    assert run(settings) == 0
+    work = work_folder(settings)
+    before = {f: f.read_bytes() for f in work.rglob("*") if f.is_file()}
+    examples = make_examples(8, 0)
+    for train in (train_routers, train_lora):
+        with pytest.raises(ConfigError, match="firstlm train"):
+            train(make_model(), examples, examples, settings)
+    assert {f: f.read_bytes() for f in work.rglob("*") if f.is_file()} == before
+
+
 @pytest.mark.parametrize("phase", ["routers", "lora"])
 def test_resume_continues_exactly(tmp_path: Path, phase: str, monkeypatch) -> None:
     """Stopping after half the steps and running again ends in the weights of an unbroken run."""

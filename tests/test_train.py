@@ -317,6 +317,8 @@ def test_rows_longer_than_the_context_are_refused(tmp_path: Path, byte_tokenizer
         ({"lora_lr": float("inf")}, "more than 0"),
         ({"lora_dropout": 2.0}, "below 1"),
         ({"validation_limit": 0}, "1 or more"),
+        ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES=1"),
+        ({"dtype": "float16"}, "bfloat16 or float32"),
     ],
 )
 def test_impossible_options_are_refused(changes: dict, match: str) -> None:
@@ -369,6 +371,13 @@ def test_ranking_layers_keeps_to_the_batch_size(tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr(FirstModel, "forward", noted)
     assert removal_order(model, examples, 0.5, batch_size=1) == wanted
     assert max(sizes) <= FORWARD_ROWS
+
+
+def test_ranking_layers_runs_prompts_as_training_does() -> None:
+    model, examples = make_model(), make_examples(12, 0)
+    orders = [removal_order(model, examples, 0.9, 16, prefill) for prefill in ("skip", "full")]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
 
 
 def test_any_rate_that_was_trained_is_served(tmp_path: Path, byte_tokenizer) -> None:

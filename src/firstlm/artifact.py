@@ -37,6 +37,7 @@ ROUTERS_FILE = "routers.safetensors"
 CARD_FILE = "README.md"
 ADAPTER_DIR = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"
+RESULT_KEYS = {"data", "count", "prefill", "weights", "runs"}
 FINGERPRINT = re.compile(r"[0-9a-f]+(\.([0-9a-f]+|-)){2}")
 
 
@@ -67,11 +68,13 @@ def save(model: FirstModel, path: str | Path, more_from: Path | None = None) -> 
             "before merge_and_unload, or save the merged weights with model.detach()."
             "save_pretrained and load them as the base model."
         )
+    _check_results(model.results)
     base = model.plain_base
+    revision = getattr(base.config, "_commit_hash", None)  # where it came from the hub
     config = {
         "format_version": FORMAT_VERSION,
         "firstlm_version": firstlm.__version__,
-        "base_model": {"id": model.base_id, "revision": None, "fingerprint": fingerprint(base)},
+        "base_model": {"id": model.base_id, "revision": revision, "fingerprint": fingerprint(base)},
         "router_config": asdict(model.router_config),
         "layers": model.layer_count,
         "adapter": model.has_adapter,
@@ -86,9 +89,11 @@ def save(model: FirstModel, path: str | Path, more_from: Path | None = None) -> 
     try:
         with atomic_dir(path) as folder:
             _write(model, config, tensors, folder)
-            for file in more_from.iterdir() if more_from else ():
-                if file.is_file() and not (folder / file.name).exists():
-                    shutil.copy2(file, folder / file.name)
+            for item in more_from.iterdir() if more_from else ():
+                if (folder / item.name).exists():
+                    continue
+                copy = shutil.copytree if item.is_dir() else shutil.copy2
+                copy(item, folder / item.name)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
             f"{path} cannot be written ({error}); what was there before is whole. "
@@ -122,7 +127,7 @@ def record(folder: Path, task: str, results: dict[str, Any]) -> None:
     Args:
         folder: the artifact.
         task: name of the task; what was measured on it before is replaced.
-        results: `data`, `count` and `runs`, each with `skip_rate` and its scores.
+        results: `RESULT_KEYS`; `runs` has a `skip_rate` and scores for each run's name.
     """
     config = read_config(folder)
     config["results"] = {**(config.get("results") or {}), task: results}
@@ -242,6 +247,7 @@ def _parse(
             raise ValueError("base_model lacks id or fingerprint")
         if not FINGERPRINT.fullmatch(config["base_model"]["fingerprint"]):
             raise ValueError("the base model's fingerprint is malformed")
+        _check_results(config.get("results") or {})
         if not isinstance(config["layers"], int):
             raise ValueError("layers is no number")
         return router_config, {
@@ -252,6 +258,16 @@ def _parse(
         raise ArtifactError(
             f"{folder / CONFIG_FILE} is damaged ({error}). Copy or train the artifact again."
         ) from error
+
+
+def _check_results(results: dict[str, Any]) -> None:
+    """Raise ArtifactError unless results are as `record` writes them."""
+    for task, found in results.items():
+        if not (isinstance(found, dict) and set(found) >= RESULT_KEYS and found["runs"]):
+            raise ArtifactError(
+                f"The results of {task!r} are {found!r}; expected an object with "
+                f"{', '.join(sorted(RESULT_KEYS))}, as `firstlm eval --record` writes it."
+            )
 
 
 def shipped() -> dict[str, Path]:
@@ -353,7 +369,7 @@ def push(model: FirstModel, repo_id: str, **kwargs: Any) -> str:
 
 def model_card(config: dict[str, Any]) -> str:
     """Return the README of an artifact, with its measured table."""
-    base = config["base_model"]["id"]
+    base = hub_id(config["base_model"]["id"])
     unit = config["router_config"]["unit"]
     lines = [
         "---",
@@ -372,8 +388,9 @@ def model_card(config: dict[str, Any]) -> str:
         "```",
         "",
     ]
-    for task, found in config["results"].items():
-        lines += [f"Measured on {found['data']} ({task}, {found['count']} items):", ""]
+    for task, found in (config.get("results") or {}).items():
+        how = f"{found['count']} items, prefill={found['prefill']}, {found['weights']} weights"
+        lines += [f"Measured on {found['data']} ({task}, {how}):", ""]
         scores = [s for s in next(iter(found["runs"].values())) if s != "skip_rate"]
         lines += [f"| run | layers skipped | {' | '.join(scores)} |"]
         lines += ["|---|---|" + "---|" * len(scores)]

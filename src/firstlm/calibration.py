@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from firstlm import artifact
 from firstlm.config import RATES, CalibrateConfig
-from firstlm.data import draw, encode_prompt, load_examples, pad_left
+from firstlm.data import check_room, draw, encode_prompt, load_examples, pad_left
 from firstlm.errors import ConfigError, DataError
 from firstlm.model import FirstModel
 from firstlm.policies import RouterPolicy
@@ -177,7 +177,10 @@ def run(options: CalibrateConfig) -> int:
     examples = load_examples(options.data, template=options.template, tokenizer=tokenizer)
     examples = draw(examples, options.limit)
     prompts = [encode_prompt(example, tokenizer) for example in examples]
+    for example, ids in zip(examples, prompts, strict=True):
+        check_room(ids, 1, model.context_length, example.where)
     model.results = {}  # measured with other thresholds
+    model.base_id = artifact.base_id(options.artifact)  # whatever copy of it is used here
     calibrate(model, prompts, options.rates, batch_size=options.batch_size)
     artifact.save(model, target, more_from=source)
     print(f"{'asked':>7} {'measured':>9} {'offset':>8}   prefill")

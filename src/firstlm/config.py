@@ -8,6 +8,7 @@ are derived from them (see `options.py`). Knows nothing about models.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from firstlm.errors import ConfigError
@@ -50,6 +51,7 @@ class ModelOptions:
 
     model: str | None = option(
         None,
+        path=True,
         help="base model: a hub id, a folder, or 'smollm2' (SmolLM2-135M-Instruct), which is "
         "taken where no artifact names another",
     )
@@ -62,10 +64,10 @@ class DataOptions:
     """Where examples come from, and how they become prompts."""
 
     data: str | None = option(
-        None, help="training data: .jsonl, .jsonl.gz, or a hub dataset id (id:split)"
+        None, path=True, help="training data: .jsonl, .jsonl.gz, or a hub dataset id (id:split)"
     )
     validation: str | None = option(
-        None, help="validation data; without it a part of the training data is held out"
+        None, path=True, help="validation data; without it a part of the training data is held out"
     )
     template: str | None = option(
         None,
@@ -85,11 +87,14 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
 
     output: str = option(
         "first-model",
+        path=True,
         help="folder for the artifact; logs and checkpoints go beside it, to OUTPUT-run",
     )
     stage: str = option("both", choices=STAGES, help="which phases to run")
     artifact: str | None = option(
-        None, help="go on from this artifact's routers and LoRA (--stage lora needs its routers)"
+        None,
+        path=True,
+        help="go on from this artifact's routers and LoRA (--stage lora needs its routers)",
     )
     skip_rate: float | None = option(
         0.25, help="share of layers to skip; alpha is driven to meet it (none: use --alpha as is)"
@@ -153,6 +158,16 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         for name in ("adapt_steps", "router_steps", "lora_steps", "warm_start", "distill", "l2"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more.")
+        if re.fullmatch(r"cuda:0*[1-9]\d*", self.device):
+            raise ConfigError(
+                f"device is {self.device!r}, but training takes the first GPU it sees: set "
+                f"CUDA_VISIBLE_DEVICES={self.device[5:]} and leave device at cuda."
+            )
+        if self.dtype == "float16":
+            raise ConfigError(
+                "dtype is 'float16', whose gradients would vanish without a loss scale; expected "
+                "bfloat16 or float32 for training."
+            )
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout is {self.lora_dropout}; expected 0 up to below 1.")
         optional = [n for n in ("limit", "validation_limit") if getattr(self, n) is not None]
@@ -180,9 +195,13 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
 class ArtifactOptions:
     """Which artifact, and how to load it with its base model."""
 
-    artifact: str = option(REQUIRED, positional=True, help="folder or hub id of a FiRST artifact")
+    artifact: str = option(
+        REQUIRED, path=True, positional=True, help="folder or hub id of a FiRST artifact"
+    )
     model: str | None = option(
-        None, help="base model to use instead of the one named in the artifact: an id or a folder"
+        None,
+        path=True,
+        help="base model to use instead of the one named in the artifact: an id or a folder",
     )
     dtype: str = option("auto", choices=DTYPES, help="number format of the weights")
     device: str = option("auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
@@ -204,7 +223,7 @@ class GenerateConfig(AnswerOptions):
 
     prompt: list[str] | None = option(None, help="one or more prompts; without any, stdin is read")
     file: str | None = option(
-        None, help="prompts from a file: .jsonl rows, or text with one a line"
+        None, path=True, help="prompts from a file: .jsonl rows, or text with one a line"
     )
     template: str | None = option(
         None, help="prompt template for source rows: a name or own text, see `firstlm train --help`"
@@ -238,7 +257,7 @@ class GenerateConfig(AnswerOptions):
 class InspectConfig:
     """Show what is in an artifact, without loading the model."""
 
-    artifact: str = option(REQUIRED, positional=True, help="folder of a FiRST artifact")
+    artifact: str = option(REQUIRED, path=True, positional=True, help="folder of a FiRST artifact")
     json: bool = option(False, help="print one JSON object instead of a table")
 
 
@@ -247,7 +266,7 @@ class DiagnoseConfig(AnswerOptions):
     """Check that a routed model computes what it should, and that its routers decide something."""
 
     data: str | None = option(
-        None, help="validation data: .jsonl, .jsonl.gz, or a hub dataset id (id:split)"
+        None, path=True, help="validation data: .jsonl, .jsonl.gz, or a hub dataset id (id:split)"
     )
     template: str | None = option(
         None, help="prompt template for source rows: a name or own text, see `firstlm train --help`"
@@ -259,7 +278,7 @@ class DiagnoseConfig(AnswerOptions):
     skip_rate: float | None = option(
         None, help="share of layers to skip, from the artifact's thresholds (none: 0.5 as trained)"
     )
-    output: str | None = option(None, help="also write the report to this JSON file")
+    output: str | None = option(None, path=True, help="also write the report to this JSON file")
 
     def __post_init__(self) -> None:
         if self.skip_rate is not None:
@@ -273,7 +292,9 @@ class CalibrateConfig(ArtifactOptions):
     """Measure the thresholds with which an artifact meets asked skip rates on your own prompts."""
 
     data: str = option(
-        REQUIRED, help="validation data: .jsonl, .jsonl.gz, or a hub dataset id (id:split)"
+        REQUIRED,
+        path=True,
+        help="validation data: .jsonl, .jsonl.gz, or a hub dataset id (id:split)",
     )
     template: str | None = option(
         None, help="prompt template for source rows: a name or own text, see `firstlm train --help`"
@@ -282,7 +303,7 @@ class CalibrateConfig(ArtifactOptions):
     batch_size: int = option(16, help="prompts per forward pass")
     rates: list[float] = option(list(RATES), help="skip rates to serve; those between are too")
     output: str | None = option(
-        None, help="folder for the artifact with the new thresholds (none: in place)"
+        None, path=True, help="folder for the artifact with the new thresholds (none: in place)"
     )
 
     def __post_init__(self) -> None:
@@ -296,7 +317,7 @@ class EvalConfig(AnswerOptions):
     """Score answers of the base and the routed model on a task, at several skip rates."""
 
     data: str = option(
-        REQUIRED, help="test data: .jsonl, .jsonl.gz, or a hub dataset id (id:split)"
+        REQUIRED, path=True, help="test data: .jsonl, .jsonl.gz, or a hub dataset id (id:split)"
     )
     template: str | None = option(
         None, help="prompt template for source rows: a name or own text, see `firstlm train --help`"
@@ -310,7 +331,7 @@ class EvalConfig(AnswerOptions):
     limit: int | None = option(None, help="use the first N examples only")
     batch_size: int = option(16, help="prompts per batch")
     max_new_tokens: int = option(32, help="longest answer, in tokens")
-    output: str | None = option(None, help="write the results to this JSON file")
+    output: str | None = option(None, path=True, help="write the results to this JSON file")
     record: bool = option(False, help="write the scores into the artifact and its model card too")
 
     def __post_init__(self) -> None:
@@ -324,9 +345,13 @@ class EvalConfig(AnswerOptions):
 class DemoConfig:
     """Generate with the shipped artifact, then train a short run for real and show what changed."""
 
-    artifact: str | None = option(None, help="artifact to show (none: the one that is shipped)")
-    model: str = option("smollm2", help="base model of the short run: an id, a folder or 'smollm2'")
-    output: str = option("runs/demo", help="folder for the short run")
+    artifact: str | None = option(
+        None, path=True, help="artifact to show (none: the one that is shipped)"
+    )
+    model: str = option(
+        "smollm2", path=True, help="base model of the short run: an id, a folder or 'smollm2'"
+    )
+    output: str = option("runs/demo", path=True, help="folder for the short run")
     skip_rate: float = option(0.25, help="share of layers to skip")
     adapt_steps: int = option(24, help="LoRA steps with all layers, before phase 1")
     router_steps: int = option(16, help="optimizer steps of phase 1")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ import torch
 from transformers.utils import logging
 
 from firstlm.arms import Arms, Run, median
-from firstlm.artifact import find, read_config
+from firstlm.artifact import check_target, find, read_config
 from firstlm.calibration import calibrate
 from firstlm.compare import TIMED_TOKENS, decode, encode_prompts, hush, shorten, show_comparison
 from firstlm.compare import strip as strip_of
 from firstlm.config import DemoConfig, GenerateConfig, RouterConfig, TrainConfig
 from firstlm.corpus import docstring_examples
 from firstlm.data import Encoded, Example, encode_all
-from firstlm.errors import ArtifactError
 from firstlm.losses import mean_loss
 from firstlm.model import FirstModel
 from firstlm.policies import RunAll
@@ -67,7 +65,8 @@ def run(options: DemoConfig) -> int:
     """Show the shipped artifact, train a short run, print what changed (`firstlm demo`)."""
     start = time.perf_counter()
     hush()
-    folder = Path(options.artifact) if options.artifact else shipped_artifact()
+    check_target(options.output)
+    folder = find(options.artifact or SHIPPED)
     config = training_options(options)
     print(f"\n== 1. Base and routed answers with the artifact {folder.name} ==\n", flush=True)
     show_artifact(folder, options, config)
@@ -77,18 +76,6 @@ def run(options: DemoConfig) -> int:
     print(f"\nThat took {minutes:.1f} minutes. The trained artifact is in {options.output}.\n")
     print(to_json(record), flush=True)
     return 0
-
-
-def shipped_artifact() -> Path:
-    """Return the folder of the artifact that comes with the package."""
-    found = resources.files("firstlm") / "artifacts" / SHIPPED
-    folder = Path(str(found))
-    if not (folder / "first_config.json").is_file():
-        raise ArtifactError(
-            f"the shipped artifact is not in this installation ({folder} is missing); reinstall "
-            "firstlm, or name an artifact with --artifact."
-        )
-    return folder
 
 
 def training_options(options: DemoConfig) -> TrainConfig:

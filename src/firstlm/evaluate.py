@@ -281,6 +281,8 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         "data": Path(source).name if Path(source).is_file() else source,
         "data_sha256": report["inputs"]["data_sha256"],
         "count": next(iter(report["runs"].values()))["count"],
+        "weights": report["inputs"]["weights"].removeprefix("torch."),
+        **{name: report["options"][name] for name in ("prefill", "max_new_tokens")},
         "runs": {
             name: {
                 "skip_rate": run["skip_rate"]["mean"],

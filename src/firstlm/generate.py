@@ -19,7 +19,7 @@ import torch
 from firstlm.cache import SkipCache, StaticSkipCache, make_cache
 from firstlm.decisions import RoutingState
 from firstlm.errors import ConfigError
-from firstlm.inputs import infer_mask, pad_on_the_left
+from firstlm.inputs import infer_mask, pad_on_the_left, position_ids
 from firstlm.model import FirstModel
 from firstlm.policies import Policy
 
@@ -110,8 +110,7 @@ def prefill(
         extra["logits_to_keep"] = torch.tensor([-1], device=input_ids.device) if locked else 1
     positions = None
     if "position_ids" in takes:
-        positions = (attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 0)
-        extra["position_ids"] = positions
+        extra["position_ids"] = positions = position_ids(attention_mask)
     output = model.base(
         input_ids=input_ids,
         attention_mask=attention_mask,

@@ -25,7 +25,11 @@ FORWARD_ROWS = 8  # rows of a forward pass for each row of a training batch
 
 @torch.no_grad()
 def removal_order(
-    model: FirstModel, examples: Sequence[Encoded], share: float, batch_size: int = 16
+    model: FirstModel,
+    examples: Sequence[Encoded],
+    share: float,
+    batch_size: int = 16,
+    prefill: str = "skip",
 ) -> list[int]:
     """Return all layers in the order in which they can go.
 
@@ -36,6 +40,7 @@ def removal_order(
             their removal cost when it was last measured.
         batch_size: examples that training runs at once; a pass here, which keeps nothing for a
             backward pass, runs up to `FORWARD_ROWS` times as many.
+        prefill: "skip" or "full".
     """
     rows = FORWARD_ROWS * batch_size
     collate = Collator(model.pad_id)
@@ -55,7 +60,9 @@ def removal_order(
         masks = torch.ones(len(candidates), count, dtype=torch.bool)
         masks[:, order] = False
         masks[torch.arange(len(candidates)), torch.tensor(candidates)] = False
-        losses = torch.cat([_losses(model, batches, part) for part in masks.split(together)])
+        losses = torch.cat(
+            [_losses(model, batches, part, prefill) for part in masks.split(together)]
+        )
         known.update(zip(candidates, losses.tolist(), strict=True))
         order.append(min(candidates, key=known.__getitem__))
         del known[order[-1]]
@@ -63,7 +70,10 @@ def removal_order(
 
 
 def _losses(
-    model: FirstModel, batches: Sequence[dict[str, torch.Tensor]], masks: torch.Tensor
+    model: FirstModel,
+    batches: Sequence[dict[str, torch.Tensor]],
+    masks: torch.Tensor,
+    prefill: str,
 ) -> torch.Tensor:
     """Return the answer cross-entropy [masks] of the batches under each mask."""
     copies = len(masks)
@@ -71,9 +81,8 @@ def _losses(
     for batch in batches:
         size = len(batch["input_ids"])
         repeated = {name: tensor.repeat(copies, 1) for name, tensor in batch.items()}
-        state = model.new_state(
-            repeated["prompt_mask"], FixedMask(masks.repeat_interleave(size, dim=0))
-        )
+        policy = FixedMask(masks.repeat_interleave(size, dim=0))
+        state = model.new_state(repeated["prompt_mask"], policy, prefill=prefill)
         sums, tokens = row_losses(*answer_logits(model, repeated, state))
         total += sums.view(copies, -1).sum(1).cpu()
         count += tokens.view(copies, -1).sum(1).cpu()

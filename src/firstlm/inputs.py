@@ -26,8 +26,9 @@ def check_prompts(input_ids: Any) -> None:
 
 def refuse_rollback(generate_kwargs: dict[str, Any]) -> None:
     """Refuse what transformers' `generate` can do but skipped layers cannot follow."""
+    config = generate_kwargs.get("generation_config")
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-        if generate_kwargs.get(name) is not None:
+        if generate_kwargs.get(name, getattr(config, name, None)) is not None:
             raise ConfigError(f"{name} rolls the cache back, which is not supported with skips.")
     if generate_kwargs.get("use_cache") is False:
         raise ConfigError("use_cache=False is not supported: decisions ride in the cache.")
@@ -40,6 +41,12 @@ def pad_on_the_left(
     # A stable sort by the mask moves padding to the front and keeps the order of real tokens.
     order = attention_mask.long().argsort(dim=1, stable=True)
     return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Count each row's own tokens from 0 [batch, tokens], as transformers' `generate` does."""
+    positions = attention_mask.long().cumsum(1) - 1
+    return positions.masked_fill(attention_mask == 0, 0)
 
 
 def infer_mask(generation_config: Any, input_ids: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses of the paper (arXiv 2410.12513, section 3.2), and the forward pass they need."""
+"""The losses of the paper (arXiv 2410.12513, section 3.2), distillation, and their forward pass."""
 
 from __future__ import annotations
 

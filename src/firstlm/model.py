@@ -28,6 +28,7 @@ from firstlm.inputs import (
     infer_mask,
     longest_row,
     pad_on_the_left,
+    position_ids,
     refuse_rollback,
 )
 from firstlm.layers import CACHE_ARGUMENTS
@@ -271,14 +272,13 @@ class FirstModel(nn.Module):
         return output, state
 
     def _positions(self, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Count each row's own tokens from 0, as transformers' `generate` does for padded rows."""
+        """Return the positions of padded rows, where the model takes any."""
         base = self.plain_base
         if "position_ids" not in inspect.signature(base.forward).parameters:
             return {}
         if bool(attention_mask.all()):
             return {}
-        positions = attention_mask.long().cumsum(1) - 1
-        return {"position_ids": positions.masked_fill(attention_mask == 0, 0)}
+        return {"position_ids": position_ids(attention_mask)}
 
     @torch.no_grad()
     def decide(
@@ -340,7 +340,9 @@ class FirstModel(nn.Module):
             attention_mask = infer_mask(self.base.generation_config, input_ids)
         longest = longest_row(self.base.generation_config, input_ids.shape[1], generate_kwargs)
         if cache is None:
-            input_ids, attention_mask = pad_on_the_left(input_ids, attention_mask)
+            input_ids, attention_mask = pad_on_the_left(
+                input_ids.to(self.device), attention_mask.to(self.device)
+            )
             state = self.new_state(attention_mask, policy, skip_rate, prefill)
             cache = make_cache(self.base.config, state, kind, longest)
         elif not isinstance(cache, SkipCache):

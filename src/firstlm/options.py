@@ -31,10 +31,18 @@ _NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 
 def option(
-    default: Any, *, help: str, choices: Sequence[Any] | None = None, positional: bool = False
+    default: Any,
+    *,
+    help: str,
+    choices: Sequence[Any] | None = None,
+    positional: bool = False,
+    path: bool = False,
 ) -> Any:
-    """Declare a dataclass field with what its users need to know; `REQUIRED` has no default."""
-    info = {"help": help, "choices": choices, "positional": positional}
+    """Declare a dataclass field with what its users need to know; `REQUIRED` has no default.
+
+    A `path` may begin with ~, which no shell expands in YAML or after --flag=.
+    """
+    info = {"help": help, "choices": choices, "positional": positional, "path": path}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=info)
     return dataclasses.field(default=default, metadata=info)
@@ -52,7 +60,7 @@ def resolve(cls: type[T], argv: Sequence[str], prog: str, description: str | Non
     for name, value in flags.items():
         field = _fields(cls)[name]
         shown = name.upper() if field.metadata.get("positional") else _flag(name)
-        values[name] = _convert(_hints(cls)[name], value, shown, field.metadata.get("choices"))
+        values[name] = _value(cls, name, value, shown)
     for name, field in _fields(cls).items():
         no_default = field.default is REQUIRED and field.default_factory is REQUIRED
         if no_default and name not in values:
@@ -155,15 +163,21 @@ def _add(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
 
 def _check(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return `values` converted to the types of the fields of `cls`."""
-    fields, hints = _fields(cls), _hints(cls)
+    fields = _fields(cls)
     for name in values:
         if name not in fields:
             hint = closest(str(name), fields) or f"; expected one of {', '.join(fields)}"
             raise ConfigError(f"unknown option {name!r}{where}{hint}.")
-    return {
-        name: _convert(hints[name], value, name + where, fields[name].metadata.get("choices"))
-        for name, value in values.items()
-    }
+    return {name: _value(cls, name, value, name + where) for name, value in values.items()}
+
+
+def _value(cls: type, name: str, value: Any, shown: str) -> Any:
+    """Return the value of a field as its type says; `shown` names it in errors."""
+    metadata = _fields(cls)[name].metadata
+    found = _convert(_hints(cls)[name], value, shown, metadata.get("choices"))
+    if metadata.get("path") and isinstance(found, str) and found.startswith("~"):
+        return str(Path(found).expanduser())
+    return found
 
 
 def _read_yaml(cls: type, path: str | Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from firstlm.artifact import without_peft_warning
 from firstlm.calibration import find_offsets
 from firstlm.config import TrainConfig
 from firstlm.data import Collator, Encoded, draw, encode, pad_left
-from firstlm.errors import DataError
+from firstlm.errors import ConfigError, DataError
 from firstlm.importance import SPACING, removal_order, start_from_order
 from firstlm.interrupts import Interrupts
 from firstlm.model import FirstModel
@@ -31,6 +31,7 @@ from firstlm.policies import RunAll
 from firstlm.rates import RateDriver
 from firstlm.trainer import FirstTrainer, last_checkpoint, mixed_precision
 
+RUN_FILE = "run.yaml"  # in a work folder that `firstlm train` has claimed
 STATISTICS_PROMPTS = 64  # prompts on which router inputs are standardised
 OFFSET_PROMPTS = 32  # on which phase 2 finds its first offsets
 STEPS = {"adapt": "adapt_steps", "routers": "router_steps", "lora": "lora_steps"}
@@ -145,7 +146,7 @@ def _removal_order(model: FirstModel, train: list[Encoded], config: TrainConfig)
     picked = draw(train, config.warm_start, config.seed)
     model.eval()
     with mixed_precision(model):
-        return removal_order(model, picked, highest + 0.05, config.batch_size)
+        return removal_order(model, picked, highest + 0.05, config.batch_size, config.prefill)
 
 
 @torch.no_grad()
@@ -206,6 +207,11 @@ def _fit(
     steps = getattr(config, STEPS[phase])
     work = work_folder(config)
     folder, log = work / "checkpoints" / phase, work / f"log_{phase}.jsonl"
+    if not resume and (work / RUN_FILE).exists():
+        raise ConfigError(
+            f"{work} holds the checkpoints of a run of `firstlm train`. Name another output, or "
+            "remove it."
+        )
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
         log.unlink(missing_ok=True)

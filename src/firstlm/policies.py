@@ -8,7 +8,7 @@ and names none.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -30,7 +30,6 @@ class Prompts(Protocol):
         ...
 
 
-@runtime_checkable
 class Policy(Protocol):
     """Decides, once per prompt and layer, whether the layer runs."""
 

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from firstlm.data import pad_left
 from firstlm.generate import decode_step, prefill
+from firstlm.inputs import position_ids
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
 
@@ -102,7 +103,7 @@ def _cached_difference(model: FirstModel, batch: Batch, policy: Policy, steps: i
         more: dict[str, Any] = {}
         if "logits_to_keep" in takes:  # the same matmul, so that equal means equal bits
             more["logits_to_keep"] = 1
-        positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+        positions = position_ids(mask)
         worst = 0.0
         more[model.routing.stack.cache_argument] = DynamicCache(config=model.config)
         for step, found in enumerate(ours):

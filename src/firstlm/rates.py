@@ -2,10 +2,10 @@
 """Drive training towards wanted skip rates.
 
 In phase 1 `alpha`, the weight of the non-skip penalty, follows the gap between wanted and measured
-rate: a part in proportion to the gap, and a part that sums it up (dual ascent). Where several rates
-are trained, each other rate has a logit offset of its own, driven by its own gap, so that the
-routers learn an order of the layers instead of one cut. In phase 2 routers are frozen, and every
-rate is met by its offset.
+rate: a part in proportion to the gap, and a part that sums it up (PI control; the sum alone is dual
+ascent). Where several rates are trained, each other rate has a logit offset of its own, driven by
+its own gap, so that the routers learn an order of the layers instead of one cut. In phase 2 routers
+are frozen, and every rate is met by its offset.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RateDriver:
     def __init__(self, config: TrainConfig) -> None:
         self.primary = config.skip_rate
         self.others = [r for r in config.skip_rates or () if r != self.primary]
-        self.alpha = self.base = config.alpha
+        self.alpha = self.integral = config.alpha
         self.step = config.alpha_lr
         self.offsets: dict[float, float] = dict.fromkeys(self.others, 0.0)
         self.holds = False
@@ -73,15 +73,15 @@ class RateDriver:
         before = self.running
         self.running = measured if before is None else MOMENTUM * before + (1 - MOMENTUM) * measured
         gap = rate - self.running
-        self.base += self.step * gap
-        self.alpha = self.base + PROPORTION * self.step * gap
+        self.integral += self.step * gap
+        self.alpha = self.integral + PROPORTION * self.step * gap
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as JSON."""
         version, internal, gauss = self._random.getstate()
         return {
             "alpha": self.alpha,
-            "base": self.base,
+            "integral": self.integral,
             "running": self.running,
             "offsets": list(self.offsets.items()),
             "random": [version, list(internal), gauss],
@@ -89,7 +89,8 @@ class RateDriver:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        self.alpha, self.base, self.running = state["alpha"], state["base"], state["running"]
+        self.alpha, self.integral = state["alpha"], state["integral"]
+        self.running = state["running"]
         self.offsets = {float(rate): float(offset) for rate, offset in state["offsets"]}
         version, internal, gauss = state["random"]
         self._random.setstate((version, tuple(internal), gauss))

@@ -27,7 +27,7 @@ RECORDED_PACKAGES = ("firstlm", "torch", "transformers", "peft", "accelerate", "
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8 so that `path` holds the old content or the new, never a part."""
-    path = Path(path).resolve()  # a link stays a link
+    path = Path(path).expanduser().resolve()  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
@@ -60,7 +60,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
 
     When anything fails, the disk being full included, the old folder stays as it was.
     """
-    path = Path(path).resolve()  # a link stays a link
+    path = Path(path).expanduser().resolve()  # a link stays a link
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; expected a folder, or nothing yet.")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -50,6 +50,12 @@ class Routing:
 
     def _override(self, module: nn.Module, forward: Any) -> None:
         before = module.__dict__.get("forward")
+        if isinstance(getattr(getattr(before, "func", None), "__self__", None), Routing):
+            self.detach()
+            raise ConfigError(
+                "This base model's layers are routed by another FirstModel. Call its detach() "
+                "first, or load the base model again."
+            )
         self._undo.append((module, before))
         module.forward = partial(forward, module.forward)
 

@@ -23,14 +23,20 @@ from firstlm.data import Encoded, draw, encode_all, load_examples, split_validat
 from firstlm.errors import ConfigError
 from firstlm.model import FirstModel
 from firstlm.options import load_yaml, save_yaml, to_dict
-from firstlm.phases import adapt_lora, add_lora, train_lora, train_routers, work_folder
+from firstlm.phases import (
+    RUN_FILE,
+    adapt_lora,
+    add_lora,
+    train_lora,
+    train_routers,
+    work_folder,
+)
 from firstlm.pretrained import SMOLLM2, load_base, resolve_device
 from firstlm.results import atomic_dir, provenance, sha256_of, write_json
 from firstlm.trainer import WEIGHTS_FILE, take_weights
 
 VALIDATION_SHARE = 0.1
 CALIBRATION_PROMPTS = 128
-RUN_FILE = "run.yaml"
 RECORD_FILE = "record.json"
 HASH_FILE = "data_sha256.json"
 # Options that may differ between a run and its resumption: they change no result.
@@ -53,18 +59,18 @@ def run(config: TrainConfig) -> int:
     try:
         if config.stage == "both" and config.adapt_steps:
             record["adapt"] = _once(
-                model, config, "adapt", lambda: adapt_lora(*arguments, resume=config.resume)
+                model, config, "adapt", lambda: adapt_lora(*arguments, resume=True)
             )
         if config.stage in ("both", "routers"):
             record["routers"] = _once(
-                model, config, "routers", lambda: train_routers(*arguments, resume=config.resume)
+                model, config, "routers", lambda: train_routers(*arguments, resume=True)
             )
         if config.stage in ("both", "lora"):
             record["lora"] = _once(
                 model,
                 config,
                 "lora",
-                lambda: train_lora(*arguments, record.get("routers"), resume=config.resume),
+                lambda: train_lora(*arguments, record.get("routers"), resume=True),
             )
             _round_adapter(model)
     except KeyboardInterrupt:
@@ -72,7 +78,7 @@ def run(config: TrainConfig) -> int:
         print(f"Run {again} again to go on; checkpoints are in {work_folder(config)}.")
         raise
     if config.skip_rate != 0:
-        _calibrate(model, [row.prompt_ids for row in validation[:CALIBRATION_PROMPTS]], config)
+        _calibrate(model, draw(validation, CALIBRATION_PROMPTS, config.seed), config)
     model.training_record, model.results = record, {}
     model.save_pretrained(config.output)
     save_yaml(config, Path(config.output) / RUN_FILE)
@@ -102,9 +108,10 @@ def _once(
     return record
 
 
-def _calibrate(model: FirstModel, prompts: list[list[int]], config: TrainConfig) -> None:
+def _calibrate(model: FirstModel, rows: list[Encoded], config: TrainConfig) -> None:
     """Measure thresholds, and let the plain ones serve the rate that was trained for."""
     trained = [rate for rate in (config.skip_rate, *(config.skip_rates or ())) if rate is not None]
+    prompts = [row.prompt_ids for row in rows]
     calibrate(model, prompts, sorted({*RATES, *trained}), batch_size=config.batch_size)
     if config.skip_rate is None:
         return
