@@ -12,8 +12,8 @@ from training import config, make_examples, make_model
 from firstlm.data import Collator
 from firstlm.losses import full_depth_states, state_distance
 from firstlm.model import FirstModel
+from firstlm.phases import train_lora
 from firstlm.policies import RunAll
-from firstlm.train import train_lora
 
 
 def test_distance_is_relative_to_the_wanted_states_and_leaves_padding_out() -> None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from firstlm.config import RouterConfig, TrainConfig
     from firstlm.errors import FirstError
     from firstlm.model import FirstModel
+    from firstlm.phases import train_lora, train_routers
     from firstlm.policies import FixedMask, RouterPolicy, RunAll
-    from firstlm.train import train_lora, train_routers
 
     __version__: str
 
@@ -42,8 +42,8 @@ _HOMES = {
     "RunAll": "policies",
     "TrainConfig": "config",
     "calibrate": "calibration",
-    "train_lora": "train",
-    "train_routers": "train",
+    "train_lora": "phases",
+    "train_routers": "phases",
 }
 
 

@@ -377,7 +377,7 @@ def model_card(config: dict[str, Any]) -> str:
         *([f"base_model: {base}"] if base else []),
         "tags: [layer-skipping, first, peft]",
         "---",
-        f"# FiRST routers and LoRA for {base}",
+        f"# FiRST routers{' and LoRA' if config['adapter'] else ''} for {base}",
         "",
         f"One router per layer ({config['layers']} layers, unit `{unit}`) reads the prompt and",
         "decides which layers it runs (arXiv 2410.12513). Use it with firstlm:",

@@ -83,7 +83,7 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RouterConfig, ModelOptions, DataOptions):
-    """One training run: phase 1 trains routers, phase 2 LoRA; then thresholds are calibrated."""
+    """One training run: LoRA adapts, routers train, LoRA recovers, thresholds are calibrated."""
 
     output: str = option(
         "first-model",

@@ -17,7 +17,6 @@ from transformers.utils import logging
 
 from firstlm.arms import Arms, Run, median
 from firstlm.artifact import check_target, find, read_config
-from firstlm.calibration import calibrate
 from firstlm.compare import TIMED_TOKENS, decode, encode_prompts, hush, shorten, show_comparison
 from firstlm.compare import strip as strip_of
 from firstlm.config import DemoConfig, GenerateConfig, RouterConfig, TrainConfig
@@ -25,11 +24,11 @@ from firstlm.corpus import docstring_examples
 from firstlm.data import Encoded, Example, encode_all
 from firstlm.losses import mean_loss
 from firstlm.model import FirstModel
+from firstlm.phases import adapt_lora, train_lora, train_routers
 from firstlm.policies import RunAll
 from firstlm.pretrained import load_base
 from firstlm.results import provenance, to_json
-from firstlm.train import adapt_lora, load_options, train_lora, train_routers
-from firstlm.trainer import mixed_precision
+from firstlm.train import finish, load_options
 
 SHIPPED = "smollm2-qa"
 TEMPLATE = "Context: {}\nQuestion: {}\nAnswer:"
@@ -134,8 +133,7 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
     print(
         f"{len(encoded)} docstrings to train on, {len(held)} held out, weights in {config.dtype}."
     )
-    with mixed_precision(model):
-        ce_before, _ = mean_loss(model, held_encoded, RunAll(), config.batch_size)
+    ce_before, _ = mean_loss(model, held_encoded, RunAll(), config.batch_size)
     logging.set_verbosity_warning()  # Trainer's progress bars hang on it
 
     print(f"\nFirst LoRA learns the task with all layers, {config.adapt_steps} steps.", flush=True)
@@ -145,13 +143,10 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
     print(f"\nPhase 2: LoRA, {config.lora_steps} steps.", flush=True)
     lora = train_lora(model, encoded, held_encoded, config, routers)
     print("\nThresholds.", flush=True)
-    prompts = [item.prompt_ids for item in held_encoded]
-    with mixed_precision(model):
-        calibrate(model, prompts, _rates(options.skip_rate), prefill_modes=("skip",))
+    finish(model, held_encoded, config, _rates(options.skip_rate), prefill_modes=("skip",))
     policy = model.policy_for(options.skip_rate)
-    with mixed_precision(model):
-        ce_full, _ = mean_loss(model, held_encoded, RunAll(), config.batch_size)
-        ce_after, keep = mean_loss(model, held_encoded, policy, config.batch_size)
+    ce_full, _ = mean_loss(model, held_encoded, RunAll(), config.batch_size)
+    ce_after, keep = mean_loss(model, held_encoded, policy, config.batch_size)
     model.training_record = {
         "adapt": adapt,
         "routers": routers,

@@ -137,7 +137,6 @@ def describe_routers(
         "rho_std": rho.std(0, correction=0).tolist(),
         "rho_histogram": [torch.histc(r, BINS, 0, 1).int().tolist() for r in rho.T.contiguous()],
         "near_half": float(((rho - 0.5).abs() <= verdicts.STUCK_WIDTH).double().mean()),
-        "near_threshold": float((logits.abs() < verdicts.FLIP_LIMIT).double().mean()),
         "skip_rate": {
             "mean": float(rates.mean()),
             "std": float(rates.std()),
@@ -226,7 +225,6 @@ def _time(
         "steps": len(gaps),
         "skip_rate": found["skip_rate"],
         **{f"{name}_ms": 1e3 * statistics.median(values) for name, values in seconds.items()},
-        "layer_time_share": layers / float(np.median(seconds["run_all"])),
         "ideal_saved_ms": 1e3 * ideal,
         "saved_ms": 1e3 * float(np.median(gaps)),
         "error_ms": 1e3 * float(high - low) / math.sqrt(len(gaps)),

@@ -330,27 +330,20 @@ class FirstModel(nn.Module):
         start = time.perf_counter()
         check_prompts(input_ids)
         refuse_rollback(generate_kwargs)
-        given = [generate_kwargs.pop(name, None) for name in CACHE_ARGUMENTS]
-        cache = next((found for found in given if found is not None), None)
         for name in ("use_cache", "return_dict_in_generate"):
             generate_kwargs.pop(name, None)
-        asked = getattr(generate_kwargs.get("generation_config"), "cache_implementation", None)
-        kind = generate_kwargs.pop("cache_implementation", None) or asked or "dynamic"
+        input_ids = input_ids.to(self.device)
         if attention_mask is None:
             attention_mask = infer_mask(self.base.generation_config, input_ids)
+        attention_mask = attention_mask.to(self.device)
+        cache = self._continued(policy, skip_rate, generate_kwargs)
+        asked = getattr(generate_kwargs.get("generation_config"), "cache_implementation", None)
+        kind = generate_kwargs.pop("cache_implementation", None) or asked or "dynamic"
         longest = longest_row(self.base.generation_config, input_ids.shape[1], generate_kwargs)
         if cache is None:
-            input_ids, attention_mask = pad_on_the_left(
-                input_ids.to(self.device), attention_mask.to(self.device)
-            )
+            input_ids, attention_mask = pad_on_the_left(input_ids, attention_mask)
             state = self.new_state(attention_mask, policy, skip_rate, prefill)
             cache = make_cache(self.base.config, state, kind, longest)
-        elif not isinstance(cache, SkipCache):
-            raise ConfigError(
-                "A cache to continue must be the .cache of an earlier output of generate."
-            )
-        elif policy is not None or skip_rate is not None:
-            raise ConfigError("A continued cache keeps its mask; leave policy and skip_rate unset.")
         state = cache.state
         state.begin(input_ids.shape[1])
         if isinstance(cache, StaticSkipCache):
@@ -384,6 +377,21 @@ class FirstModel(nn.Module):
             cache=cache,
             hf=hf,
         )
+
+    @staticmethod
+    def _continued(
+        policy: Policy | None, skip_rate: float | None, generate_kwargs: dict[str, Any]
+    ) -> SkipCache | None:
+        """Take the cache to continue, if there is one, out of the options of `generate`."""
+        given = [generate_kwargs.pop(name, None) for name in CACHE_ARGUMENTS]
+        cache = next((found for found in given if found is not None), None)
+        if cache is not None and not isinstance(cache, SkipCache):
+            raise ConfigError(
+                "A cache to continue must be the .cache of an earlier output of generate."
+            )
+        if cache is not None and (policy is not None or skip_rate is not None):
+            raise ConfigError("A continued cache keeps its mask; leave policy and skip_rate unset.")
+        return cache
 
     def check_static(self, cache: StaticSkipCache, longest: int) -> None:
         """Refuse a static cache that is too small, or that the model can't work with."""

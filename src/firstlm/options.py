@@ -48,9 +48,9 @@ def option(
     return dataclasses.field(default=default, metadata=info)
 
 
-def resolve(cls: type[T], argv: Sequence[str], prog: str, description: str | None = None) -> T:
+def resolve(cls: type[T], argv: Sequence[str], prog: str) -> T:
     """Return an instance of dataclass `cls` from flags, the --config file and defaults."""
-    parser = _parser(cls, prog, description)
+    parser = _parser(cls, prog)
     found, extra = parser.parse_known_args(list(argv))
     flags = vars(found)
     if extra:
@@ -107,7 +107,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. See '{self.prog} --help'.")
 
 
-def _parser(cls: type, prog: str, description: str | None) -> _Parser:
+def _parser(cls: type, prog: str) -> _Parser:
     """Build the parser of `cls`; fields stand under the heading of the class that declares them."""
     words = [
         name.upper() for name, field in _fields(cls).items() if field.metadata.get("positional")
@@ -115,7 +115,7 @@ def _parser(cls: type, prog: str, description: str | None) -> _Parser:
     parser = _Parser(
         prog=prog,
         usage=" ".join([prog, *words, "[options]"]).replace("%", "%%"),
-        description=description or _heading(cls),
+        description=_heading(cls),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from firstlm import artifact
 from firstlm.calibration import calibrate, serve_by_default
-from firstlm.config import RATES, RouterConfig, TrainConfig
+from firstlm.config import PREFILL_MODES, RATES, RouterConfig, TrainConfig
 from firstlm.data import Encoded, draw, encode_all, load_examples, split_validation
 from firstlm.errors import ConfigError
 from firstlm.model import FirstModel
@@ -72,13 +72,11 @@ def run(config: TrainConfig) -> int:
                 "lora",
                 lambda: train_lora(*arguments, record.get("routers"), resume=True),
             )
-            _round_adapter(model)
     except KeyboardInterrupt:
         again = "the same command" if config.resume else "the command without --no-resume"
         print(f"Run {again} again to go on; checkpoints are in {work_folder(config)}.")
         raise
-    if config.skip_rate != 0:
-        _calibrate(model, draw(validation, CALIBRATION_PROMPTS, config.seed), config)
+    finish(model, draw(validation, CALIBRATION_PROMPTS, config.seed), config)
     model.training_record, model.results = record, {}
     model.save_pretrained(config.output)
     save_yaml(config, Path(config.output) / RUN_FILE)
@@ -108,11 +106,25 @@ def _once(
     return record
 
 
-def _calibrate(model: FirstModel, rows: list[Encoded], config: TrainConfig) -> None:
-    """Measure thresholds, and let the plain ones serve the rate that was trained for."""
+def finish(
+    model: FirstModel,
+    rows: Sequence[Encoded],
+    config: TrainConfig,
+    rates: Sequence[float] = RATES,
+    prefill_modes: Sequence[str] = PREFILL_MODES,
+) -> None:
+    """Measure thresholds, and let the plain ones serve the rate that was trained for.
+
+    Before that LoRA is rounded to bfloat16, in which it is saved, so that what is calibrated is
+    what will be loaded. Without skips (`skip_rate` 0) that is all.
+    """
+    if config.stage != "routers" and model.has_adapter:
+        _round_adapter(model)
+    if config.skip_rate == 0:
+        return
     trained = [rate for rate in (config.skip_rate, *(config.skip_rates or ())) if rate is not None]
     prompts = [row.prompt_ids for row in rows]
-    calibrate(model, prompts, sorted({*RATES, *trained}), batch_size=config.batch_size)
+    calibrate(model, prompts, sorted({*rates, *trained}), prefill_modes, config.batch_size)
     if config.skip_rate is None:
         return
     try:
@@ -207,7 +219,7 @@ def _data_hash(config: TrainConfig) -> dict[str, str]:
 
 @torch.no_grad()
 def _round_adapter(model: FirstModel) -> None:
-    """Round LoRA to bfloat16, as it is saved: what is calibrated is what will be loaded."""
+    """Round LoRA to bfloat16, and let it be saved so."""
     model.adapter_dtype = torch.bfloat16
     for name, parameter in model.base.named_parameters():
         if "lora_" in name:
