@@ -384,6 +384,7 @@ def model_card(config: dict[str, Any]) -> str:
         "",
         "```python",
         "from firstlm import FirstModel",
+        "",
         'model = FirstModel.from_pretrained("path/or/id")',
         "```",
         "",
