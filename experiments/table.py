@@ -38,11 +38,9 @@ def load() -> dict[tuple[str, str], dict[int, dict]]:
 
 
 def spread(values: list[float], form: str = "{:.1f}") -> str:
-    """Return the mean, and lowest to highest where there are several seeds."""
-    middle = form.format(statistics.mean(values))
-    if len(values) == 1:
-        return middle
-    return f"{middle} ({form.format(min(values))}-{form.format(max(values))})"
+    """Return the mean, and lowest to highest where the seeds differ."""
+    middle, low, high = map(form.format, (statistics.mean(values), min(values), max(values)))
+    return middle if low == high else f"{middle} ({low}-{high})"
 
 
 def quality_table(runs: dict[tuple[str, str], dict[int, dict]]) -> list[str]:

@@ -29,6 +29,7 @@ FLOORS = {
     "cache": "mechanism",
     "routing": "mechanism",
     "pretrained": "artifact",
+    "model_card": "artifact",
     "artifact": "artifact",
     "thresholds": "artifact",
     "model": "artifact",

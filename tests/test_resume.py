@@ -56,11 +56,14 @@ def test_a_phase_called_from_python_leaves_a_command_lines_run_alone(
     assert run(settings) == 0
     work = work_folder(settings)
     before = {f: f.read_bytes() for f in work.rglob("*") if f.is_file()}
-    examples = make_examples(8, 0)
+    examples, model = make_examples(8, 0), make_model()
+    weights = {name: p.clone() for name, p in model.named_parameters()}
     for train in (train_routers, train_lora):
         with pytest.raises(ConfigError, match="firstlm train"):
-            train(make_model(), examples, examples, settings)
+            train(model, examples, examples, settings)
     assert {f: f.read_bytes() for f in work.rglob("*") if f.is_file()} == before
+    assert {name for name, _ in model.named_parameters()} == set(weights)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("phase", ["routers", "lora"])

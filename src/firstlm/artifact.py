@@ -10,9 +10,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +21,16 @@ from torch import nn
 
 import firstlm
 from firstlm.config import UNITS, RouterConfig
-from firstlm.errors import ArtifactError
-from firstlm.pretrained import SAME_BASE, fingerprint, hub_id, load_base, same_base
+from firstlm.errors import ArtifactError, ConfigError
+from firstlm.model_card import model_card
+from firstlm.pretrained import (
+    SAME_BASE,
+    fingerprint,
+    hub_id,
+    load_base,
+    same_base,
+    without_peft_warning,
+)
 from firstlm.results import atomic_dir, write_json
 
 if TYPE_CHECKING:
@@ -130,7 +135,7 @@ def record(folder: Path, task: str, results: dict[str, Any]) -> None:
         results: `RESULT_KEYS`; `runs` has a `skip_rate` and scores for each run's name.
     """
     config = read_config(folder)
-    config["results"] = {**(config.get("results") or {}), task: results}
+    config["results"] = {**config["results"], task: results}
     try:
         with atomic_dir(folder) as new:
             shutil.copytree(folder, new, dirs_exist_ok=True)
@@ -165,6 +170,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     missing = {"base_model", "router_config", "layers", "thresholds"} - set(config)
     if missing:
         raise ArtifactError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}.")
+    config["results"] = config.get("results") or {}
     return config
 
 
@@ -231,7 +237,7 @@ def load(
     model.adapter_dtype = _saved_dtype(adapter)
     model.thresholds.table = table
     model.training_record = config.get("training", {})
-    model.results = config.get("results", {})
+    model.results = config["results"]
     return model.eval()
 
 
@@ -247,7 +253,7 @@ def _parse(
             raise ValueError("base_model lacks id or fingerprint")
         if not FINGERPRINT.fullmatch(config["base_model"]["fingerprint"]):
             raise ValueError("the base model's fingerprint is malformed")
-        _check_results(config.get("results") or {})
+        _check_results(config["results"])
         if not isinstance(config["layers"], int):
             raise ValueError("layers is no number")
         return router_config, {
@@ -279,6 +285,23 @@ def shipped() -> dict[str, Path]:
 def base_id(path_or_id: str) -> str | None:
     """Return the name of the base model that an artifact was made for."""
     return read_config(find(path_or_id))["base_model"].get("id")
+
+
+def local_folder(path_or_id: str, purpose: str, instead: str) -> Path:
+    """Return an artifact's folder if it is one of the user's own, which may be changed in place.
+
+    Args:
+        path_or_id: the artifact.
+        purpose: what it is wanted for, to go on after "so".
+        instead: what to do where it is none.
+
+    Raises:
+        ConfigError: it comes with the package, or from the hub.
+    """
+    folder = Path(path_or_id).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"{path_or_id!r} is no local folder, so {purpose}; {instead}.")
+    return folder
 
 
 def find(path_or_id: str) -> Path:
@@ -313,14 +336,6 @@ def _load_adapter(base: Any, adapter: Path) -> nn.Module:
             return PeftModel.from_pretrained(base, str(adapter))
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{adapter} cannot be loaded as a peft adapter: {error}") from error
-
-
-@contextmanager
-def without_peft_warning() -> Iterator[None]:
-    """Hide that peft asks for a property that transformers 5.24 renamed: users can't mend it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        yield
 
 
 def _saved_dtype(adapter: Path) -> torch.dtype | None:
@@ -365,42 +380,3 @@ def push(model: FirstModel, repo_id: str, **kwargs: Any) -> str:
         folder = str(Path(parent) / "artifact")
         save(model, folder)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
-
-
-def model_card(config: dict[str, Any]) -> str:
-    """Return the README of an artifact, with its measured table."""
-    base = hub_id(config["base_model"]["id"])
-    unit = config["router_config"]["unit"]
-    lines = [
-        "---",
-        "library_name: firstlm",
-        *([f"base_model: {base}"] if base else []),
-        "tags: [layer-skipping, first, peft]",
-        "---",
-        f"# FiRST routers{' and LoRA' if config['adapter'] else ''} for {base}",
-        "",
-        f"One router per layer ({config['layers']} layers, unit `{unit}`) reads the prompt and",
-        "decides which layers it runs (arXiv 2410.12513). Use it with firstlm:",
-        "",
-        "```python",
-        "from firstlm import FirstModel",
-        "",
-        'model = FirstModel.from_pretrained("path/or/id")',
-        "```",
-        "",
-    ]
-    for task, found in (config.get("results") or {}).items():
-        how = f"{found['count']} items, prefill={found['prefill']}, {found['weights']} weights"
-        lines += [f"Measured on {found['data']} ({task}, {how}):", ""]
-        scores = [s for s in next(iter(found["runs"].values())) if s != "skip_rate"]
-        lines += [f"| run | layers skipped | {' | '.join(scores)} |"]
-        lines += ["|---|---|" + "---|" * len(scores)]
-        for name, run in found["runs"].items():
-            values = " | ".join(f"{run[score]:.1f}" for score in scores)
-            lines.append(f"| {name} | {run['skip_rate']:.1%} | {values} |")
-        lines.append("")
-    for mode, rows in config["thresholds"].items():
-        lines += [f"Calibrated skip rates (prefill={mode}):", "", "| asked | measured | offset |"]
-        lines += ["|---|---|---|"]
-        lines += [f"| {a:.2f} | {m:.3f} | {o:.3f} |" for a, o, m in rows] + [""]
-    return "\n".join(lines)

@@ -15,6 +15,7 @@ import torch
 from transformers import Cache, DynamicCache, StaticCache
 
 from firstlm.errors import ConfigError
+from firstlm.layers import CACHE_ARGUMENTS
 
 if TYPE_CHECKING:
     from firstlm.decisions import RoutingState
@@ -159,6 +160,30 @@ class StaticSkipCache(SkipCache, StaticCache):
             if hasattr(slot, "max_cache_len") and not slot.is_sliding
         ]
         return min(bounds, default=sys.maxsize)
+
+    def check(self, base: Any, longest: int) -> None:
+        """Refuse rows of `longest` tokens that do not fit, and models that take no static cache."""
+        if longest > self.room:
+            raise ConfigError(
+                f"The static cache has room for {self.room} tokens, but {longest} may come; "
+                "ask for fewer new tokens, or start with a dynamic cache."
+            )
+        if getattr(base, "_can_compile_fullgraph", True) is False:
+            raise ConfigError(
+                f"{type(base).__name__} is not made for static caches (GPT-Neo, for one, answers "
+                "wrongly with them); use cache_implementation='dynamic'."
+            )
+
+
+def take_cache(generate_kwargs: dict[str, Any]) -> SkipCache | None:
+    """Take the cache to continue, if there is one, out of the options of `generate`."""
+    given = [generate_kwargs.pop(name, None) for name in CACHE_ARGUMENTS]
+    cache = next((found for found in given if found is not None), None)
+    if cache is not None and not isinstance(cache, SkipCache):
+        raise ConfigError(
+            "A cache to continue must be the .cache of an earlier output of generate."
+        )
+    return cache
 
 
 def make_cache(

@@ -9,7 +9,6 @@ are searched by bisection. With prefill="full" the logits do not depend on the o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 from firstlm import artifact
 from firstlm.config import RATES, CalibrateConfig
 from firstlm.data import check_room, draw, encode_prompt, load_examples, pad_left
-from firstlm.errors import ConfigError, DataError
+from firstlm.errors import DataError
 from firstlm.model import FirstModel
 from firstlm.policies import RouterPolicy
 
@@ -163,10 +162,11 @@ def serve_by_default(model: FirstModel, rate: float, prefill: str = "skip") -> N
 def run(options: CalibrateConfig) -> int:
     """Calibrate an artifact on the user's prompts and save it (`firstlm calibrate`)."""
     target = options.output or options.artifact
-    if options.output is None and not Path(options.artifact).is_dir():
-        raise ConfigError(
-            f"{options.artifact!r} is no local folder, so it cannot be calibrated in place: name "
-            "a folder for the calibrated artifact with --output."
+    if options.output is None:
+        artifact.local_folder(
+            options.artifact,
+            "it cannot be calibrated in place",
+            "name a folder for the calibrated artifact with --output",
         )
     artifact.check_target(target)
     source = artifact.find(options.artifact)

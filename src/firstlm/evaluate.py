@@ -227,10 +227,12 @@ def _name(policy: str | Policy, skip_rate: float | None) -> str:
 def run(options: EvalConfig) -> int:
     """Score an artifact on a question answering set (`firstlm eval`)."""
     _check_template(options.template)
-    if options.record and not Path(options.artifact).is_dir():
-        raise ConfigError(
-            f"{options.artifact!r} is no local folder, so scores cannot be written into it; leave "
-            "--record out, or copy the artifact to a folder of your own."
+    recorded_in = None
+    if options.record:
+        recorded_in = artifact.local_folder(
+            options.artifact,
+            "scores cannot be written into it",
+            "leave --record out, or copy the artifact to a folder of your own",
         )
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
@@ -269,8 +271,8 @@ def run(options: EvalConfig) -> int:
             report["provenance"] = provenance(seed=options.seed, **report["inputs"])
             write_json(options.output, report)
     print(table(report))
-    if options.record:
-        artifact.record(Path(options.artifact), "qa", summary(report))
+    if recorded_in is not None:
+        artifact.record(recorded_in, "qa", summary(report))
     return 0
 
 

@@ -96,7 +96,7 @@ def prefill(
     base = model.plain_base
     takes = inspect.signature(base.forward).parameters
     if isinstance(kv, StaticSkipCache):
-        model.check_static(kv, longest)
+        kv.check(base, longest)
         if "position_ids" not in takes:  # BLOOM's alibi, for one, is as long as the mask
             raise ConfigError(
                 f"{type(base).__name__} reads positions off its attention mask, which does not fit "

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from firstlm import artifact
-from firstlm.cache import SkipCache, StaticSkipCache, make_cache
+from firstlm.cache import SkipCache, StaticSkipCache, make_cache, take_cache
 from firstlm.config import PREFILL_MODES, RouterConfig, check_skip_rate
 from firstlm.decisions import RoutingState
 from firstlm.errors import ConfigError
@@ -31,7 +31,6 @@ from firstlm.inputs import (
     position_ids,
     refuse_rollback,
 )
-from firstlm.layers import CACHE_ARGUMENTS
 from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
 from firstlm.routers import Routers
 from firstlm.routing import Routing
@@ -336,7 +335,7 @@ class FirstModel(nn.Module):
         if attention_mask is None:
             attention_mask = infer_mask(self.base.generation_config, input_ids)
         attention_mask = attention_mask.to(self.device)
-        cache = self._continued(policy, skip_rate, generate_kwargs)
+        cache = take_cache(generate_kwargs)
         asked = getattr(generate_kwargs.get("generation_config"), "cache_implementation", None)
         kind = generate_kwargs.pop("cache_implementation", None) or asked or "dynamic"
         longest = longest_row(self.base.generation_config, input_ids.shape[1], generate_kwargs)
@@ -344,10 +343,12 @@ class FirstModel(nn.Module):
             input_ids, attention_mask = pad_on_the_left(input_ids, attention_mask)
             state = self.new_state(attention_mask, policy, skip_rate, prefill)
             cache = make_cache(self.base.config, state, kind, longest)
+        elif policy is not None or skip_rate is not None:
+            raise ConfigError("A continued cache keeps its mask; leave policy and skip_rate unset.")
         state = cache.state
         state.begin(input_ids.shape[1])
         if isinstance(cache, StaticSkipCache):
-            self.check_static(cache, longest)
+            cache.check(self.plain_base, longest)
             # Otherwise transformers would compile the whole model around one mask.
             generate_kwargs.setdefault("disable_compile", True)
         if self.routing.stack.locked:
@@ -377,32 +378,3 @@ class FirstModel(nn.Module):
             cache=cache,
             hf=hf,
         )
-
-    @staticmethod
-    def _continued(
-        policy: Policy | None, skip_rate: float | None, generate_kwargs: dict[str, Any]
-    ) -> SkipCache | None:
-        """Take the cache to continue, if there is one, out of the options of `generate`."""
-        given = [generate_kwargs.pop(name, None) for name in CACHE_ARGUMENTS]
-        cache = next((found for found in given if found is not None), None)
-        if cache is not None and not isinstance(cache, SkipCache):
-            raise ConfigError(
-                "A cache to continue must be the .cache of an earlier output of generate."
-            )
-        if cache is not None and (policy is not None or skip_rate is not None):
-            raise ConfigError("A continued cache keeps its mask; leave policy and skip_rate unset.")
-        return cache
-
-    def check_static(self, cache: StaticSkipCache, longest: int) -> None:
-        """Refuse a static cache that is too small, or that the model can't work with."""
-        if longest > cache.room:
-            raise ConfigError(
-                f"The static cache has room for {cache.room} tokens, but {longest} may come; "
-                "ask for fewer new tokens, or start with a dynamic cache."
-            )
-        base = self.plain_base
-        if getattr(base, "_can_compile_fullgraph", True) is False:
-            raise ConfigError(
-                f"{type(base).__name__} is not made for static caches (GPT-Neo, for one, answers "
-                "wrongly with them); use cache_implementation='dynamic'."
-            )

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from transformers import TrainerState, TrainingArguments, set_seed
 
-from firstlm.artifact import without_peft_warning
 from firstlm.calibration import find_offsets
 from firstlm.config import TrainConfig
 from firstlm.data import Collator, Encoded, draw, encode, pad_left
@@ -28,6 +27,7 @@ from firstlm.importance import SPACING, removal_order, start_from_order
 from firstlm.interrupts import Interrupts
 from firstlm.model import FirstModel
 from firstlm.policies import RunAll
+from firstlm.pretrained import without_peft_warning
 from firstlm.rates import RateDriver
 from firstlm.trainer import FirstTrainer, last_checkpoint, mixed_precision
 
@@ -58,8 +58,7 @@ def train_routers(
         Cross-entropy before and after (hard gates), skip rate, alpha and the removal order.
     """
     config = config or TrainConfig()
-    train, validation = _encoded(model, train, config), _encoded(model, validation, config)
-    set_seed(config.seed)
+    train, validation = _begin(model, train, validation, config, resume)
     model.requires_grad_(False)
     model.routers.requires_grad_(True)
     record: dict[str, Any] = {}
@@ -117,8 +116,7 @@ def _train_lora(
     routers: dict[str, Any] | None,
     resume: bool,
 ) -> dict[str, Any]:
-    train, validation = _encoded(model, train, config), _encoded(model, validation, config)
-    set_seed(config.seed)
+    train, validation = _begin(model, train, validation, config, resume)
     if not model.has_adapter:
         add_lora(model, config)
     model.requires_grad_(False)
@@ -131,6 +129,25 @@ def _train_lora(
         if config.skip_rate is not None:
             driver.hold(_offsets(model, train, config))
     return _fit(model, train, validation, config, phase, driver, resume)
+
+
+def _begin(
+    model: FirstModel,
+    train: Sequence[Any],
+    validation: Sequence[Any],
+    config: TrainConfig,
+    resume: bool,
+) -> tuple[list[Encoded], list[Encoded]]:
+    """Refuse what cannot be trained before the model is touched, and return the encoded data."""
+    work = work_folder(config)
+    if not resume and (work / RUN_FILE).exists():
+        raise ConfigError(
+            f"{work} holds the checkpoints of a run of `firstlm train`. Name another output, or "
+            "remove it."
+        )
+    encoded = _encoded(model, train, config), _encoded(model, validation, config)
+    set_seed(config.seed)
+    return encoded
 
 
 def _encoded(model: FirstModel, examples: Sequence[Any], config: TrainConfig) -> list[Encoded]:
@@ -207,11 +224,6 @@ def _fit(
     steps = getattr(config, STEPS[phase])
     work = work_folder(config)
     folder, log = work / "checkpoints" / phase, work / f"log_{phase}.jsonl"
-    if not resume and (work / RUN_FILE).exists():
-        raise ConfigError(
-            f"{work} holds the checkpoints of a run of `firstlm train`. Name another output, or "
-            "remove it."
-        )
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
         log.unlink(missing_ok=True)

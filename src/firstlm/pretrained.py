@@ -17,6 +17,9 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -281,3 +284,11 @@ def _signs(weight: torch.Tensor | None) -> str:
     places = torch.linspace(0, flat.numel() - 1, SIGNS, dtype=torch.float64).long()
     bits = torch.signbit(flat[places.to(flat.device)]).tolist()
     return f"{sum(bit << i for i, bit in enumerate(bits)):0{SIGNS // 4}x}"
+
+
+@contextmanager
+def without_peft_warning() -> Iterator[None]:
+    """Hide that peft asks for a property that transformers 5.24 renamed: users can't mend it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield

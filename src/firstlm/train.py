@@ -89,7 +89,7 @@ def _once(
 ) -> dict[str, Any]:
     """Train a phase, or take what it trained from where an earlier call left it."""
     done = work_folder(config) / "checkpoints" / phase / "done"
-    if config.resume and done.is_dir():
+    if done.is_dir():
         print(f"The phase {phase!r} is done ({done}); going on.")
         tensors = load_file(done / WEIGHTS_FILE)
         if not model.has_adapter and any("lora_" in name for name in tensors):
@@ -167,9 +167,8 @@ def prepare(config: TrainConfig) -> tuple[FirstModel, list[Encoded], list[Encode
     else:
         train, validation = split_validation(train, VALIDATION_SHARE, config.seed)
     validation = draw(validation, config.validation_limit, config.seed)
-    longest = min(
-        config.max_length, model.context_length or config.max_length
-    )  # no row may be longer than the model can read
+    # No row may be longer than the model can read.
+    longest = min(config.max_length, model.context_length or config.max_length)
     encoded = [encode_all(part, tokenizer, longest)[1] for part in (train, validation)]
     return model, encoded[0], encoded[1]
 
