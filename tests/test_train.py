@@ -16,7 +16,6 @@ from firstlm.calibration import calibrate
 from firstlm.config import RouterConfig, TrainConfig
 from firstlm.data import Collator, Encoded, pad_left
 from firstlm.errors import ConfigError, DataError, FirstError
-from firstlm.importance import FORWARD_ROWS, removal_order
 from firstlm.losses import answer_cross_entropy, answer_logits, mean_loss, non_skip_penalty
 from firstlm.model import FirstModel
 from firstlm.phases import adapt_lora, train_lora, train_routers, work_folder
@@ -356,28 +355,6 @@ def test_trained_routers_go_on_from_where_they_are(tmp_path: Path) -> None:
     after = model.decide(ids, mask)
     assert 0 < before.keep.float().mean() < 1
     assert (before.keep == after.keep).float().mean() > 0.99
-
-
-def test_ranking_layers_keeps_to_the_batch_size(tmp_path: Path, monkeypatch) -> None:
-    model, examples = make_model(), make_examples(12, 0)
-    wanted = removal_order(model, examples, 0.5, batch_size=100)
-    sizes = []
-    forward = FirstModel.forward
-
-    def noted(self, input_ids, *args, **kwargs):
-        sizes.append(len(input_ids))
-        return forward(self, input_ids, *args, **kwargs)
-
-    monkeypatch.setattr(FirstModel, "forward", noted)
-    assert removal_order(model, examples, 0.5, batch_size=1) == wanted
-    assert max(sizes) <= FORWARD_ROWS
-
-
-def test_ranking_layers_runs_prompts_as_training_does() -> None:
-    model, examples = make_model(), make_examples(12, 0)
-    orders = [removal_order(model, examples, 0.9, 16, prefill) for prefill in ("skip", "full")]
-    assert orders[0] != orders[1]
-    assert sorted(orders[0]) == sorted(orders[1])
 
 
 def test_any_rate_that_was_trained_is_served(tmp_path: Path, byte_tokenizer) -> None:

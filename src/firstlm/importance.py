@@ -8,7 +8,10 @@ training makes them depend on the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -21,6 +24,8 @@ from firstlm.policies import FixedMask
 SPACING = 0.25  # logit distance between layers that are next to each other in the order
 CANDIDATES = 8  # layers measured per round after the first; 5 found a worse order (LOG)
 FORWARD_ROWS = 8  # rows of a forward pass for each row of a training batch
+
+Inputs = dict[str, torch.Tensor]
 
 
 @torch.no_grad()
@@ -42,51 +47,120 @@ def removal_order(
             backward pass, runs up to `FORWARD_ROWS` times as many.
         prefill: "skip" or "full".
     """
-    rows = FORWARD_ROWS * batch_size
+    rows = sorted(examples, key=lambda e: len(e.prompt_ids) + len(e.answer_ids))
     collate = Collator(model.pad_id)
     batches = [
-        {name: tensor.to(model.device) for name, tensor in collate(examples[i : i + rows]).items()}
-        for i in range(0, len(examples), rows)
+        {name: t.to(model.device) for name, t in collate(rows[i : i + batch_size]).items()}
+        for i in range(0, len(rows), batch_size)
     ]
-    together = max(1, rows // len(examples))  # masks that share a forward pass
     count = model.layer_count
     free = [i for i in range(count) if i not in model.routing.stack.locked]
     order: list[int] = []
     rounds = min(max(round(share * count), 1), len(free) - 1)
     known = dict.fromkeys(free, 0.0)  # loss without the layer, as last measured
-    for _ in tqdm(range(rounds), desc="finding layers that matter least", leave=False):
-        # A layer that cost much in an earlier round is not measured again while others are cheaper.
-        candidates = sorted(known, key=known.__getitem__)[: CANDIDATES if order else None]
-        masks = torch.ones(len(candidates), count, dtype=torch.bool)
-        masks[:, order] = False
-        masks[torch.arange(len(candidates)), torch.tensor(candidates)] = False
-        losses = torch.cat(
-            [_losses(model, batches, part, prefill) for part in masks.split(together)]
-        )
-        known.update(zip(candidates, losses.tolist(), strict=True))
-        order.append(min(candidates, key=known.__getitem__))
-        del known[order[-1]]
+    # A layer that cost much in an earlier round is not measured again while others are cheaper.
+    measured = [min(CANDIDATES, len(free) - i) if i else len(free) for i in range(rounds)]
+    with tqdm(
+        total=sum(measured) * len(batches),
+        desc="finding layers that matter least",
+        unit="pass",
+        leave=False,
+    ) as bar:
+        for candidates in measured:
+            cheapest = sorted(known, key=known.__getitem__)[:candidates]
+            known.update(_losses_without(model, batches, order, sorted(cheapest), prefill, bar))
+            order.append(min(cheapest, key=known.__getitem__))
+            del known[order[-1]]
     return [*order, *sorted(known, key=known.__getitem__)]
 
 
-def _losses(
+def _losses_without(
     model: FirstModel,
-    batches: Sequence[dict[str, torch.Tensor]],
-    masks: torch.Tensor,
+    batches: Sequence[Inputs],
+    removed: Sequence[int],
+    candidates: Sequence[int],
     prefill: str,
-) -> torch.Tensor:
-    """Return the answer cross-entropy [masks] of the batches under each mask."""
-    copies = len(masks)
-    total, count = torch.zeros(copies), torch.zeros(copies)
-    for batch in batches:
-        size = len(batch["input_ids"])
-        repeated = {name: tensor.repeat(copies, 1) for name, tensor in batch.items()}
-        policy = FixedMask(masks.repeat_interleave(size, dim=0))
-        state = model.new_state(repeated["prompt_mask"], policy, prefill=prefill)
+    bar: tqdm,
+) -> dict[int, float]:
+    """Return the answer cross-entropy with each candidate removed besides the `removed` layers."""
+    total, count = torch.zeros(len(candidates)), 0
+    mask = torch.ones(model.layer_count, dtype=torch.bool)
+    mask[list(removed)] = False
+    for inputs in batches:
+        entered = _entering_states(model, inputs, mask, candidates, prefill)
+        for first in range(0, len(candidates), FORWARD_ROWS):
+            part = candidates[first : first + FORWARD_ROWS]
+            sums, tokens = _pass_without(model, inputs, mask, part, entered, prefill)
+            total[first : first + len(part)] += sums.cpu()
+            bar.update(len(part))
+        count += tokens
+    return dict(zip(candidates, (total / count).tolist(), strict=True))
+
+
+def _entering_states(
+    model: FirstModel, inputs: Inputs, mask: torch.Tensor, layers: Sequence[int], prefill: str
+) -> dict[int, torch.Tensor]:
+    """Return the states [batch, tokens, hidden] that enter some layers under a mask [layers]."""
+    found: dict[int, torch.Tensor] = {}
+    hooks = {layer: partial(found.__setitem__, layer) for layer in layers}
+    state = model.new_state(inputs["prompt_mask"], FixedMask(mask), prefill=prefill)
+    with _hooked(model, hooks):
+        answer_logits(model, inputs, state)
+    return found
+
+
+def _pass_without(
+    model: FirstModel,
+    inputs: Inputs,
+    mask: torch.Tensor,
+    candidates: Sequence[int],
+    entered: dict[int, torch.Tensor],
+    prefill: str,
+) -> tuple[torch.Tensor, int]:
+    """Return the summed loss without each candidate [candidates], and the number of its tokens.
+
+    All candidates share a forward pass. What comes before a removed layer is the same with and
+    without it: a candidate's rows skip all of that, and take up the states that enter the layer.
+    """
+    size, copies = len(inputs["input_ids"]), len(candidates)
+    masks = mask.repeat(copies, 1)
+    masks[torch.arange(copies), torch.tensor(candidates)] = False
+    # Layers that lend keys and values to later ones must see real states: nothing is left out.
+    resumed = {} if model.routing.stack.locked else {layer: i for i, layer in enumerate(candidates)}
+    for layer, i in resumed.items():
+        masks[i, :layer] = False
+
+    def take_up(layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        i, hidden = resumed[layer], hidden.clone()
+        hidden[i * size : (i + 1) * size] = entered[layer]
+        return hidden
+
+    repeated = {name: tensor.repeat(copies, 1) for name, tensor in inputs.items()}
+    policy = FixedMask(masks.repeat_interleave(size, dim=0))
+    state = model.new_state(repeated["prompt_mask"], policy, prefill=prefill)
+    with _hooked(model, {layer: partial(take_up, layer) for layer in resumed}):
         sums, tokens = row_losses(*answer_logits(model, repeated, state))
-        total += sums.view(copies, -1).sum(1).cpu()
-        count += tokens.view(copies, -1).sum(1).cpu()
-    return total / count
+    return sums.view(copies, -1).sum(1), int(tokens[:size].sum())
+
+
+@contextmanager
+def _hooked(
+    model: FirstModel, hooks: dict[int, Callable[[torch.Tensor], torch.Tensor | None]]
+) -> Iterator[None]:
+    """Call `hooks[i]` with the states that enter layer i; what it returns enters in their place."""
+
+    def call(hook: Callable, _module: Any, args: tuple, kwargs: dict) -> tuple | None:
+        new = hook(args[0] if args else kwargs["hidden_states"])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    with ExitStack() as stack:
+        for layer, hook in hooks.items():
+            module = model.routing.stack.modules[layer]
+            handle = module.register_forward_pre_hook(partial(call, hook), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
 @torch.no_grad()
