@@ -10,9 +10,9 @@ import torch
 from training import config, make_examples, make_model
 
 from firstlm.data import Collator
-from firstlm.losses import full_depth_states, state_distance
+from firstlm.losses import Teacher, state_distance
 from firstlm.model import FirstModel
-from firstlm.phases import train_lora
+from firstlm.phases import add_lora, train_lora, train_routers
 from firstlm.policies import RunAll
 
 
@@ -57,12 +57,45 @@ def lora_b(model: FirstModel) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if "lora_B" in name}
 
 
-def test_full_depth_states_are_those_of_run_all_and_take_no_gradient() -> None:
+def test_the_teacher_is_the_full_depth_as_it_was_and_takes_no_gradient(tmp_path: Path) -> None:
     model, inputs = skipping(1), Collator(0)(make_examples(4, seed=1))
-    found = full_depth_states(model, inputs)
-    torch.testing.assert_close(found, last_states(model, inputs, policy=RunAll()))
+    add_lora(model, config(tmp_path))
+    at_first = last_states(model, inputs, policy=RunAll())
+    teacher = Teacher(model)
+    with torch.no_grad():
+        for weight in lora_b(model).values():
+            weight.fill_(0.1)
+    now = last_states(model, inputs, policy=RunAll())
+    found = teacher.states(inputs)
+    torch.testing.assert_close(found, at_first)
+    assert not torch.allclose(found, now)
     assert not torch.allclose(found, last_states(model, inputs))
     assert not found.requires_grad
+    torch.testing.assert_close(last_states(model, inputs, policy=RunAll()), now)
+
+
+def test_a_teacher_in_bfloat16_leaves_no_weights_to_the_student(tmp_path: Path) -> None:
+    """Autocast keeps its casts of a parameter; the teacher's must not serve the student."""
+    found = []
+    for distill in (0.0, 1e-9):
+        model = skipping(1)
+        model.base.to(torch.bfloat16)
+        examples = make_examples(32, seed=1)
+        more = {"skip_rate": None, "skip_rates": None, "lora_steps": 6, "distill": distill}
+        train_lora(model, examples, examples[:8], config(tmp_path / str(distill), **more))
+        found.append(lora_b(model))
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_routers_learn_from_the_distance_too(tmp_path: Path) -> None:
+    weights = {}
+    for distill in (0.0, 5.0):
+        model, examples = skipping(1), make_examples(64, seed=1)
+        options = config(tmp_path / str(distill), distill=distill, router_steps=4)
+        train_routers(model, examples, examples[:16], options)
+        weights[distill] = torch.stack([router.weight.detach() for router in model.routers])
+    assert not torch.allclose(weights[0.0], weights[5.0])
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -77,14 +110,14 @@ def test_distillation_is_the_same_with_less_memory(tmp_path: Path, change: dict)
         torch.testing.assert_close(found[name], wanted[name], rtol=2e-3, atol=2e-5)
 
 
-def test_distillation_brings_a_skipping_model_closer_to_full_depth(tmp_path: Path) -> None:
+def test_distillation_brings_a_skipping_model_closer_to_the_full_depth_it_had(
+    tmp_path: Path,
+) -> None:
+    inputs = Collator(0)(make_examples(16, seed=1))
+    wanted = last_states(skipping(1), inputs, policy=RunAll())
     distances = {}
     for weight in (0.0, 5.0):
         model = trained(tmp_path / str(weight), distill=weight, lora_steps=30)
-        inputs = Collator(0)(make_examples(16, seed=1))
-        distances[weight] = state_distance(
-            last_states(model, inputs),
-            last_states(model, inputs, policy=RunAll()),
-            inputs["attention_mask"],
-        ).item()
+        found = last_states(model, inputs)
+        distances[weight] = state_distance(found, wanted, inputs["attention_mask"]).item()
     assert distances[5.0] < 0.9 * distances[0.0]

@@ -80,6 +80,7 @@ def test_resume_continues_exactly(tmp_path: Path, phase: str, monkeypatch) -> No
             save_steps=6,
             eval_steps=6,
             skip_rates=[0.5],
+            distill=2.0,
         )
         fit = train_routers if phase == "routers" else train_lora
         if break_at:
@@ -136,7 +137,7 @@ def test_a_run_that_goes_on_from_an_artifact_with_lora_can_resume_in_any_phase(
     tmp_path: Path, byte_tokenizer, monkeypatch, phase: str
 ) -> None:
     folder, data = write_run(tmp_path, byte_tokenizer)
-    steps = {"adapt_steps": 3, "router_steps": 3, "lora_steps": 3, "eval_steps": 3}
+    steps = {"adapt_steps": 3, "router_steps": 3, "lora_steps": 3, "eval_steps": 3, "distill": 2.0}
     settings = config(tmp_path, model=str(folder), data=str(data), **steps)
     assert run(settings) == 0
     first = settings.output

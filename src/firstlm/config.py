@@ -115,8 +115,8 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
     l2: float = option(0.01, help="weight of the L2 penalty on router weights (lambda)")
     distill: float = option(
         0.0,
-        help="weight in phase 2 of matching the last hidden states of all layers running: better "
-        "per step, and a step takes about 1.5 times as long",
+        help="weight of staying close to the last hidden states that all layers have when a phase "
+        "begins: better per step, and a step takes about 1.5 times as long",
     )
     warm_start: int = option(
         16, help="examples on which layers are ranked to start the routers from (0: no ranking)"

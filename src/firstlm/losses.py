@@ -58,11 +58,34 @@ def answer_pass(
     return output, labels
 
 
-@torch.no_grad()
-def full_depth_states(first: FirstModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the last hidden states [batch, tokens, hidden] of a batch with every layer running."""
-    state = first.new_state(inputs["prompt_mask"], RunAll())
-    return answer_pass(first, inputs, state, output_hidden_states=True)[0].hidden_states[-1]
+class Teacher:
+    """The model as it is now with all its layers, whatever its LoRA learns afterwards.
+
+    Args:
+        first: the model; what LoRA holds now is copied.
+    """
+
+    def __init__(self, first: FirstModel) -> None:
+        self.first = first
+        self._lora = {n: p.detach().clone() for n, p in first.named_parameters() if "lora_" in n}
+
+    @torch.no_grad()
+    def states(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return a batch's last hidden states [batch, tokens, hidden].
+
+        To be called before the pass that is trained: weights are exchanged for the moment.
+        """
+        parameters = dict(self.first.named_parameters())
+        learnt = {name: parameters[name].data for name in self._lora}
+        state = self.first.new_state(inputs["prompt_mask"], RunAll())
+        try:
+            for name, tensor in self._lora.items():
+                parameters[name].data = tensor
+            output, _ = answer_pass(self.first, inputs, state, output_hidden_states=True)
+        finally:
+            for name, tensor in learnt.items():
+                parameters[name].data = tensor
+        return output.hidden_states[-1]
 
 
 def state_distance(states: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -238,7 +238,7 @@ def _fit(
             gate=config.gate if phase == "routers" else "hard",
             prefill=config.prefill,
             l2=config.l2 if phase == "routers" else 0.0,
-            distill=config.distill if phase == "lora" else 0.0,
+            distill=config.distill,
             log_path=log,
             args=_arguments(model, config, phase, steps, folder),
             train_dataset=train,

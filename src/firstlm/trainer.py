@@ -26,9 +26,9 @@ from firstlm.data import IGNORE
 from firstlm.decisions import RoutingState
 from firstlm.errors import FirstError
 from firstlm.losses import (
+    Teacher,
     answer_cross_entropy,
     answer_pass,
-    full_depth_states,
     non_skip_penalty,
     state_distance,
 )
@@ -66,7 +66,8 @@ class FirstTrainer(Trainer):
         gate: gate mode of the forward pass.
         prefill: "skip" or "full".
         l2: weight of the squared router weights.
-        distill: weight of the distance to the full depth's last hidden states; 0 leaves it out.
+        distill: weight of the distance to the last hidden states that the full depth, as it is
+            now, has for a batch; 0 leaves it out.
         log_path: JSON lines with every logged step, per-layer skip rates included.
         kwargs: as for transformers' Trainer; datasets are lists of `Encoded`.
     """
@@ -85,6 +86,7 @@ class FirstTrainer(Trainer):
         self.first, self.driver, self.gate = first, driver, gate
         self.prefill, self.log_path = prefill, log_path
         self.l2, self.distill = l2, distill
+        self._teacher = Teacher(first) if distill and driver is not None else None
         self._sums: dict[str, float] = {}
         self._skipped = torch.zeros(first.layer_count)
         self._batches = 0
@@ -102,9 +104,14 @@ class FirstTrainer(Trainer):
         rate: float | None,
         gate: str,
         scope: ExitStack,
-        distill: float = 0.0,
+        distill: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, RoutingState]:
         """Return a batch's answer cross-entropy, its distance to full depth, and its decisions."""
+        wanted = None
+        if distill and self._teacher is not None:
+            # In a scope of its own: autocast keeps what it casts, and these weights are exchanged.
+            with mixed_precision(self.first):
+                wanted = self._teacher.states(inputs)
         state = self.first.new_state(
             inputs["prompt_mask"], self._policy(rate), prefill=self.prefill, gate=gate
         )
@@ -112,11 +119,10 @@ class FirstTrainer(Trainer):
         scope.enter_context(self.first.routing.tracing(state))
         scope.enter_context(mixed_precision(self.first))
         output, labels = answer_pass(
-            self.first, inputs, state, self.model_wrapped, output_hidden_states=bool(distill)
+            self.first, inputs, state, self.model_wrapped, output_hidden_states=wanted is not None
         )
         distance = None
-        if distill:
-            wanted = full_depth_states(self.first, inputs)
+        if wanted is not None:
             distance = state_distance(output.hidden_states[-1], wanted, inputs["attention_mask"])
         return answer_cross_entropy(output.logits, labels), distance, state
 
@@ -133,9 +139,8 @@ class FirstTrainer(Trainer):
         `distill` adds the distance to what the model computes with all its layers.
         """
         rate = self.driver.sample() if self.driver else None
-        distill = self.distill if self.driver is not None else 0.0
-        ce, distance, state = self._run(inputs, rate, self.gate, self._scope, distill)
-        loss = ce if distance is None else ce + distill * distance
+        ce, distance, state = self._run(inputs, rate, self.gate, self._scope, distill=True)
+        loss = ce if distance is None else ce + self.distill * distance
         skip = 1 - state.keep.float().mean(0)
         rho = state.rho
         if self.driver is not None and rho is not None:
