@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from training import config, make_examples, make_model
 
 from firstlm.data import Collator
-from firstlm.losses import Teacher, state_distance
+from firstlm.losses import Teacher, answer_divergence, state_distance
 from firstlm.model import FirstModel
 from firstlm.phases import add_lora, train_lora, train_routers
 from firstlm.policies import RunAll
@@ -21,6 +22,24 @@ def test_distance_is_relative_to_the_wanted_states_and_leaves_padding_out() -> N
     states = torch.tensor([[[0.0, 0.0], [3.0, 3.0], [0.0, 0.0]]])
     mask = torch.tensor([[0, 1, 1]])
     assert state_distance(states, wanted, mask).item() == pytest.approx((1 / 25 + 4 / 4) / 2)
+
+
+def test_divergence_is_that_of_answer_tokens() -> None:
+    wanted = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.3, 0.7]]).log()[None]
+    logits = torch.tensor([[0.1, 0.9], [0.5, 0.5], [0.5, 0.5]]).log()[None] + 3.0
+    found = answer_divergence(logits, wanted, torch.tensor([[-100, -100, 1]]))
+    assert found.item() == pytest.approx(0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5))
+
+
+def test_the_teacher_has_no_dropout_and_leaves_the_mode_as_it_was(tmp_path: Path) -> None:
+    model, inputs = skipping(1), Collator(0)(make_examples(4, seed=1))
+    add_lora(model, config(tmp_path, lora_dropout=0.5))
+    for weight in lora_b(model).values():
+        weight.fill_(0.1)
+    teacher = Teacher(model.train())
+    first, again = (teacher.answer(inputs)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    assert model.training
 
 
 def skipping(layer: int) -> FirstModel:
@@ -66,11 +85,15 @@ def test_the_teacher_is_the_full_depth_as_it_was_and_takes_no_gradient(tmp_path:
         for weight in lora_b(model).values():
             weight.fill_(0.1)
     now = last_states(model, inputs, policy=RunAll())
-    found = teacher.states(inputs)
+    found, logits = teacher.answer(inputs)
+    assert torch.allclose(
+        logits, model.plain_base.lm_head(at_first)[:, -logits.shape[1] :], atol=1e-5
+    )
     torch.testing.assert_close(found, at_first)
     assert not torch.allclose(found, now)
     assert not torch.allclose(found, last_states(model, inputs))
     assert not found.requires_grad
+    assert not logits.requires_grad
     torch.testing.assert_close(last_states(model, inputs, policy=RunAll()), now)
 
 

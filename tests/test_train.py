@@ -314,6 +314,7 @@ def test_rows_longer_than_the_context_are_refused(tmp_path: Path, byte_tokenizer
         ({"gate": "sotf"}, "gate.*expected"),
         ({"warm_start": -1}, "0 or more"),
         ({"lora_lr": float("inf")}, "more than 0"),
+        ({"adapt_lr": 0.0}, "more than 0"),
         ({"lora_dropout": 2.0}, "below 1"),
         ({"validation_limit": 0}, "1 or more"),
         ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES=1"),
@@ -425,3 +426,15 @@ def test_no_phase_begins_with_the_rows_that_another_has_just_learnt(tmp_path: Pa
     }
     for one, other in (("adapt", "routers"), ("adapt", "lora"), ("routers", "lora")):
         assert len(rows[one] & rows[other]) < 16, (one, other)  # of 32, of 256 drawn at random
+
+
+def test_adapting_has_a_learning_rate_of_its_own(tmp_path: Path) -> None:
+    examples = make_examples(32, 0)
+    moved = {}
+    for rate in (None, 1e-12):
+        model = make_model()
+        adapt_lora(model, examples, examples[:8], config(tmp_path, adapt_steps=2, adapt_lr=rate))
+        moved[rate] = max(
+            float(p.abs().max()) for n, p in model.named_parameters() if "lora_B" in n
+        )
+    assert moved[1e-12] < 1e-9 < 1e-4 < moved[None]

@@ -126,6 +126,9 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         help="LoRA steps with all layers before phase 1, so that routers see a model that can "
         "do the task (0: the paper's order)",
     )
+    adapt_lr: float | None = option(
+        None, help="learning rate of those steps (none: that of phase 2)"
+    )
     router_steps: int = option(100, help="optimizer steps of phase 1")
     router_lr: float = option(0.005, help="learning rate of phase 1: about how far a logit moves")
     lora_steps: int = option(400, help="optimizer steps of phase 2")
@@ -180,7 +183,8 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
             "eval_steps",
             "save_steps",
         )
-        for name in (*positive, "logging_steps", "router_lr", "lora_lr"):
+        rates = ("router_lr", "lora_lr", *(("adapt_lr",) if self.adapt_lr is not None else ()))
+        for name in (*positive, "logging_steps", *rates):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} is {value}; expected more than 0.")

@@ -70,22 +70,25 @@ class Teacher:
         self._lora = {n: p.detach().clone() for n, p in first.named_parameters() if "lora_" in n}
 
     @torch.no_grad()
-    def states(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return a batch's last hidden states [batch, tokens, hidden].
+    def answer(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a batch's last hidden states [batch, tokens, hidden], and logits of its answers.
 
         To be called before the pass that is trained: weights are exchanged for the moment.
         """
         parameters = dict(self.first.named_parameters())
         learnt = {name: parameters[name].data for name in self._lora}
         state = self.first.new_state(inputs["prompt_mask"], RunAll())
+        training = self.first.training
         try:
+            self.first.eval()  # without dropout
             for name, tensor in self._lora.items():
                 parameters[name].data = tensor
             output, _ = answer_pass(self.first, inputs, state, output_hidden_states=True)
         finally:
+            self.first.train(training)
             for name, tensor in learnt.items():
                 parameters[name].data = tensor
-        return output.hidden_states[-1]
+        return output.hidden_states[-1], output.logits
 
 
 def state_distance(states: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -99,6 +102,23 @@ def state_distance(states: torch.Tensor, wanted: torch.Tensor, mask: torch.Tenso
     real = mask.bool()
     states, wanted = states[real].float(), wanted[real].float()
     return ((states - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-6)).mean()
+
+
+def answer_divergence(
+    logits: torch.Tensor, wanted: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean Kullback-Leibler divergence KL(wanted || logits) over answer tokens, in nats.
+
+    Args:
+        logits: [batch, tokens, vocab]; position t predicts token t + 1.
+        wanted: [batch, tokens, vocab], of the full depth.
+        labels: [batch, tokens], -100 where there is no loss.
+    """
+    asked = labels[:, 1:].flatten() != IGNORE
+    found, teacher = (
+        part[:, :-1].flatten(0, 1)[asked].float().log_softmax(-1) for part in (logits, wanted)
+    )
+    return F.kl_div(found, teacher, log_target=True, reduction="batchmean")
 
 
 def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -293,13 +293,14 @@ def _arguments(
     model: FirstModel, config: TrainConfig, phase: str, steps: int, folder: Path
 ) -> TrainingArguments:
     lora = phase != "routers"
+    rates = {"routers": config.router_lr, "lora": config.lora_lr, "adapt": config.adapt_lr}
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum,
-        learning_rate=config.lora_lr if lora else config.router_lr,
+        learning_rate=rates[phase] or config.lora_lr,
         lr_scheduler_type="cosine" if lora else "constant_with_warmup",
         warmup_steps=config.warmup,
         max_grad_norm=config.max_grad_norm,

@@ -28,6 +28,7 @@ from firstlm.errors import FirstError
 from firstlm.losses import (
     Teacher,
     answer_cross_entropy,
+    answer_divergence,
     answer_pass,
     non_skip_penalty,
     state_distance,
@@ -38,6 +39,7 @@ from firstlm.rates import RateDriver
 
 WEIGHTS_FILE = "trainable.safetensors"
 DRIVER_FILE = "driver.json"
+DIVERGENCE = 0.5  # weight of the answers' divergence beside the distance of states
 
 
 class EpochSampler(LengthGroupedSampler):
@@ -66,8 +68,8 @@ class FirstTrainer(Trainer):
         gate: gate mode of the forward pass.
         prefill: "skip" or "full".
         l2: weight of the squared router weights.
-        distill: weight of the distance to the last hidden states that the full depth, as it is
-            now, has for a batch; 0 leaves it out.
+        distill: weight of the distance to the full depth as it is now: that of the last hidden
+            states, and half the divergence of the answers' tokens. 0 leaves it out.
         log_path: JSON lines with every logged step, per-layer skip rates included.
         kwargs: as for transformers' Trainer; datasets are lists of `Encoded`.
     """
@@ -106,12 +108,12 @@ class FirstTrainer(Trainer):
         scope: ExitStack,
         distill: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, RoutingState]:
-        """Return a batch's answer cross-entropy, its distance to full depth, and its decisions."""
+        """Return a batch's answer cross-entropy, its distance to the teacher, and its decisions."""
         wanted = None
         if distill and self._teacher is not None:
             # In a scope of its own: autocast keeps what it casts, and these weights are exchanged.
             with mixed_precision(self.first):
-                wanted = self._teacher.states(inputs)
+                wanted = self._teacher.answer(inputs)
         state = self.first.new_state(
             inputs["prompt_mask"], self._policy(rate), prefill=self.prefill, gate=gate
         )
@@ -123,7 +125,9 @@ class FirstTrainer(Trainer):
         )
         distance = None
         if wanted is not None:
-            distance = state_distance(output.hidden_states[-1], wanted, inputs["attention_mask"])
+            states, logits = wanted
+            distance = state_distance(output.hidden_states[-1], states, inputs["attention_mask"])
+            distance = distance + DIVERGENCE * answer_divergence(output.logits, logits, labels)
         return answer_cross_entropy(output.logits, labels), distance, state
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -136,7 +140,7 @@ class FirstTrainer(Trainer):
     ) -> torch.Tensor:
         """Return CE + lambda * ||w||^2 + alpha * sum_i rho_i (the paper's equation 4).
 
-        `distill` adds the distance to what the model computes with all its layers.
+        `distill` adds the distance to what all layers computed when the phase began.
         """
         rate = self.driver.sample() if self.driver else None
         ce, distance, state = self._run(inputs, rate, self.gate, self._scope, distill=True)
