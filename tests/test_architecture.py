@@ -26,6 +26,7 @@ FLOORS = {
     "policies": "mechanism",
     "decisions": "mechanism",
     "inputs": "mechanism",
+    "lora": "mechanism",
     "cache": "mechanism",
     "routing": "mechanism",
     "pretrained": "artifact",

@@ -16,7 +16,7 @@ import torch
 from families import batch, decode, make_model, mixed
 from safetensors.torch import load_file, save_file
 
-from firstlm import FirstModel, FixedMask, RouterConfig
+from firstlm import FirstModel, FixedMask, RouterConfig, artifact
 from firstlm.errors import ArtifactError
 
 NEW = 4
@@ -167,6 +167,10 @@ def test_damaged_configs(saved: Path) -> None:
     change_config(saved, base_model=json.loads(intact)["base_model"], results={"qa": 0.5})
     with pytest.raises(ArtifactError, match=r"results of 'qa'.*--record"):
         load(saved)
+    runs = {"base": {"skip_rate": 0.0, "F1": 1.0}, "router": {"skip_rate": 0.2}}
+    change_config(saved, results={"qa": {**RESULTS["qa"], "runs": runs}})
+    with pytest.raises(ArtifactError, match=r"results of 'qa'.*same scores"):
+        load(saved)
     for text in ("{", "[]", "{}"):
         (saved / "first_config.json").write_text(text)
         with pytest.raises(ArtifactError, match="damaged"):
@@ -267,3 +271,30 @@ def test_routers_that_are_no_numbers(saved: Path) -> None:
     save_file(tensors, saved / "routers.safetensors")
     with pytest.raises(ArtifactError, match=r"1\.bias holds values that are no numbers"):
         load(saved)
+
+
+def test_scores_that_do_not_belong_together_are_not_recorded(saved: Path) -> None:
+    before = {f: f.read_bytes() for f in saved.rglob("*") if f.is_file()}
+    for runs in ({}, {"base": {"F1": 1.0}}, {"base": {"skip_rate": 0.0, "F1": "good"}}):
+        with pytest.raises(ArtifactError, match="same scores"):
+            artifact.record(saved, "qa", {**RESULTS["qa"], "runs": runs})
+    assert {f: f.read_bytes() for f in saved.rglob("*") if f.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("owner/base-1", "base_model: owner/base-1"),
+        ("smollm2", "base_model: HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("/home/someone/base", None),
+        ("models/mine/base", None),
+        (None, None),
+    ],
+)
+def test_the_model_card_names_a_base_that_others_can_find(saved, name, field) -> None:
+    model = load(saved)
+    model.base_id = name
+    model.save_pretrained(str(saved))
+    card = (saved / "README.md").read_text().split("\n")
+    assert [line for line in card if line.startswith("base_model")] == ([field] if field else [])
+    assert not any("/home" in line or "None" in line for line in card)

@@ -111,6 +111,13 @@ def test_a_teacher_in_bfloat16_leaves_no_weights_to_the_student(tmp_path: Path) 
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-4)
 
 
+def test_distilling_from_a_base_that_has_not_learnt_the_task_is_said(tmp_path: Path, capsys):
+    trained(tmp_path, distill=1.0, lora_steps=1)
+    assert "Warning: distill" in capsys.readouterr().out
+    trained(tmp_path, distill=0.0, lora_steps=1)
+    assert "Warning" not in capsys.readouterr().out
+
+
 def test_routers_learn_from_the_distance_too(tmp_path: Path) -> None:
     weights = {}
     for distill in (0.0, 5.0):

@@ -43,6 +43,29 @@ def test_what_candidates_share_is_computed_once_and_changes_no_loss(name: str, p
     assert len(set(found.values())) == len(candidates)
 
 
+def test_more_candidates_than_share_a_pass() -> None:
+    model, rows = make_model(layers=12), make_examples(6, 0)
+    with torch.no_grad():
+        found = _losses_without(
+            model, [Collator(0)(rows)], [], list(range(12)), "skip", tqdm(disable=True)
+        )
+    assert found == pytest.approx(one_by_one(model, rows, [], range(12), "skip"), abs=2e-5)
+    order = removal_order(model, rows, 0.25)
+    assert order[0] == min(found, key=found.__getitem__)
+    assert sorted(order) == list(range(12))
+
+
+@pytest.mark.skipif("gemma4_shared" not in families.FAMILIES, reason="needs a newer transformers")
+def test_layers_whose_keys_and_values_others_read_see_real_states() -> None:
+    model = FirstModel.from_base(families.make_model("gemma4_shared"), RouterConfig())
+    model.eval()
+    rows = [Encoded([1, 2, 3, 4], [65, 66]), Encoded([5, 6, 7, 8, 9], [67])]
+    free = [i for i in range(model.layer_count) if i not in model.routing.stack.locked]
+    with torch.no_grad():
+        found = _losses_without(model, [Collator(0)(rows)], [], free, "skip", tqdm(disable=True))
+    assert found == pytest.approx(one_by_one(model, rows, [], free, "skip"), abs=2e-5)
+
+
 @pytest.mark.parametrize("unit", ["attention", "mlp"])
 def test_units_inside_layers_are_ranked_alike(unit: str) -> None:
     model = FirstModel.from_base(families.make_model("llama"), RouterConfig(unit=unit))

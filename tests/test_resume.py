@@ -66,12 +66,13 @@ def test_a_phase_called_from_python_leaves_a_command_lines_run_alone(
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("step", [9, 12])
 @pytest.mark.parametrize("phase", ["routers", "lora"])
-def test_resume_continues_exactly(tmp_path: Path, phase: str, monkeypatch) -> None:
-    """Stopping after half the steps and running again ends in the weights of an unbroken run."""
+def test_resume_continues_exactly(tmp_path: Path, phase: str, step: int, monkeypatch) -> None:
+    """Stopping amid the steps, or in the last, and running again ends as an unbroken run does."""
     train, validation = make_examples(64, 0), make_examples(16, 1)
 
-    def train_with(folder: str, break_at: int | None) -> dict[str, torch.Tensor]:
+    def train_with(folder: str, break_at: int | None) -> tuple[dict[str, torch.Tensor], dict]:
         model = make_model()
         settings = config(
             tmp_path / folder,
@@ -89,10 +90,12 @@ def test_resume_continues_exactly(tmp_path: Path, phase: str, monkeypatch) -> No
                 with pytest.raises(KeyboardInterrupt):
                     fit(model, train, validation, settings)
             model = make_model()
-        fit(model, train, validation, settings, resume=True)
-        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        record = fit(model, train, validation, settings, resume=True)
+        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, record
 
-    whole, resumed = train_with("whole", None), train_with("broken", 9)
+    (whole, record), (resumed, again) = train_with("whole", None), train_with("broken", step)
+    assert again.pop("offsets") == pytest.approx(record.pop("offsets"))
+    assert again == pytest.approx(record)
     assert whole.keys() == resumed.keys()
     for name in whole:
         torch.testing.assert_close(resumed[name], whole[name], msg=name)

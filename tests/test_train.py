@@ -315,6 +315,7 @@ def test_rows_longer_than_the_context_are_refused(tmp_path: Path, byte_tokenizer
         ({"warm_start": -1}, "0 or more"),
         ({"lora_lr": float("inf")}, "more than 0"),
         ({"adapt_lr": 0.0}, "more than 0"),
+        ({"distill": 1.0, "skip_rate": 0.0}, "distill"),
         ({"lora_dropout": 2.0}, "below 1"),
         ({"validation_limit": 0}, "1 or more"),
         ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES=1"),

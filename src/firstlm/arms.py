@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from firstlm.generate import stream
+from firstlm.lora import swapped
 from firstlm.model import FirstModel
 
 
@@ -93,7 +94,7 @@ class Arms:
                 stack.enter_context(self.model.disable_adapter())
             elif self._merged is not None:
                 stack.enter_context(self.model.disable_adapter())
-                stack.enter_context(_swapped(self._merged))
+                stack.enter_context(swapped(self._merged))
             yield
 
     def answers(self, ids: Sequence[int], skip_rate: float | None, **options: Any) -> list[Run]:
@@ -140,19 +141,6 @@ def _merge(model: FirstModel) -> list[tuple[torch.nn.Parameter, torch.Tensor]] |
                 whole += module.get_delta_weight(name).to(whole)
             pairs.append((weight, whole))
     return pairs
-
-
-@contextmanager
-def _swapped(pairs: list[tuple[torch.nn.Parameter, torch.Tensor]]) -> Iterator[None]:
-    """Put other values in the place of weights; afterwards every bit is what it was."""
-    before = [weight.data for weight, _ in pairs]
-    try:
-        for weight, values in pairs:
-            weight.data = values
-        yield
-    finally:
-        for (weight, _), values in zip(pairs, before, strict=True):
-            weight.data = values
 
 
 def median(runs: Sequence[Run], what: str) -> float:

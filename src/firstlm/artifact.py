@@ -22,14 +22,15 @@ from torch import nn
 import firstlm
 from firstlm.config import UNITS, RouterConfig
 from firstlm.errors import ArtifactError, ConfigError
+from firstlm.lora import lora_parameters, without_peft_warning
 from firstlm.model_card import model_card
 from firstlm.pretrained import (
+    ARTIFACT_FILE,
     SAME_BASE,
     fingerprint,
     hub_id,
     load_base,
     same_base,
-    without_peft_warning,
 )
 from firstlm.results import atomic_dir, write_json
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from firstlm.model import FirstModel
 
 FORMAT_VERSION = 1
-CONFIG_FILE = "first_config.json"
 ROUTERS_FILE = "routers.safetensors"
 CARD_FILE = "README.md"
 ADAPTER_DIR = "adapter"
@@ -51,7 +51,7 @@ def check_target(path: str | Path) -> None:
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{path} is a file, so it cannot be written as a folder; name another.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / ARTIFACT_FILE).is_file():
         raise ArtifactError(
             f"{path} holds other files, and saving an artifact replaces its folder whole. "
             "Name a new folder, or one that holds an artifact."
@@ -109,15 +109,14 @@ def save(model: FirstModel, path: str | Path, more_from: Path | None = None) -> 
 def _write(
     model: FirstModel, config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path
 ) -> None:
-    write_json(folder / CONFIG_FILE, config)
+    write_json(folder / ARTIFACT_FILE, config)
     save_file(tensors, folder / ROUTERS_FILE)
     if model.has_adapter:
         for peft_config in model.base.peft_config.values():
             peft_config.base_model_name_or_path = hub_id(model.base_id)
         lora = {
             name: p.detach().to(model.adapter_dtype or p.dtype).cpu()
-            for name, p in model.base.named_parameters()
-            if "lora_" in name
+            for name, p in lora_parameters(model.base).items()
         }
         model.base.save_pretrained(  # "auto" would ask the hub whether the vocabulary grew
             str(folder / ADAPTER_DIR), state_dict=lora, save_embedding_layers=False
@@ -134,12 +133,13 @@ def record(folder: Path, task: str, results: dict[str, Any]) -> None:
         task: name of the task; what was measured on it before is replaced.
         results: `RESULT_KEYS`; `runs` has a `skip_rate` and scores for each run's name.
     """
+    _check_results({task: results})
     config = read_config(folder)
     config["results"] = {**config["results"], task: results}
     try:
         with atomic_dir(folder) as new:
             shutil.copytree(folder, new, dirs_exist_ok=True)
-            write_json(new / CONFIG_FILE, config)
+            write_json(new / ARTIFACT_FILE, config)
             (new / CARD_FILE).write_text(model_card(config), encoding="utf-8")
     except OSError as error:
         raise ArtifactError(
@@ -149,10 +149,10 @@ def record(folder: Path, task: str, results: dict[str, Any]) -> None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the checked contents of first_config.json."""
-    file = folder / CONFIG_FILE
+    file = folder / ARTIFACT_FILE
     if not file.is_file():
         raise ArtifactError(
-            f"{folder} is no FiRST artifact: it has no {CONFIG_FILE}. "
+            f"{folder} is no FiRST artifact: it has no {ARTIFACT_FILE}. "
             "Name a folder written by `firstlm train` or save_pretrained."
         )
     try:
@@ -262,18 +262,31 @@ def _parse(
         }
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ArtifactError(
-            f"{folder / CONFIG_FILE} is damaged ({error}). Copy or train the artifact again."
+            f"{folder / ARTIFACT_FILE} is damaged ({error}). Copy or train the artifact again."
         ) from error
 
 
 def _check_results(results: dict[str, Any]) -> None:
     """Raise ArtifactError unless results are as `record` writes them."""
     for task, found in results.items():
-        if not (isinstance(found, dict) and set(found) >= RESULT_KEYS and found["runs"]):
+        named = isinstance(found, dict) and set(found) >= RESULT_KEYS
+        if not (named and _same_scores(found["runs"])):
             raise ArtifactError(
                 f"The results of {task!r} are {found!r}; expected an object with "
-                f"{', '.join(sorted(RESULT_KEYS))}, as `firstlm eval --record` writes it."
+                f"{', '.join(sorted(RESULT_KEYS))}, each run with a skip_rate and the same scores, "
+                "as `firstlm eval --record` writes it."
             )
+
+
+def _same_scores(runs: Any) -> bool:
+    """Tell whether runs are some objects of the same numbers, `skip_rate` among them."""
+    if not (isinstance(runs, dict) and runs and all(isinstance(r, dict) for r in runs.values())):
+        return False
+    names = set(next(iter(runs.values())))
+    return "skip_rate" in names and all(
+        set(run) == names and all(isinstance(v, int | float) for v in run.values())
+        for run in runs.values()
+    )
 
 
 def shipped() -> dict[str, Path]:

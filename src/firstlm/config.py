@@ -156,6 +156,11 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         for rate in self.skip_rates or ():
             check_skip_rate(rate, "skip_rates")
         check(self)
+        if self.distill and self.skip_rate == 0:
+            raise ConfigError(
+                "distill keeps a model that skips close to all its layers, but skip_rate is 0; "
+                "expected a skip_rate above 0, or no distill."
+            )
         if self.skip_rates and self.skip_rate is None:
             raise ConfigError("skip_rates needs skip_rate, the rate that thresholds of 0.5 serve.")
         for name in ("adapt_steps", "router_steps", "lora_steps", "warm_start", "distill", "l2"):

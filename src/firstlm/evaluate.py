@@ -26,6 +26,7 @@ from firstlm.config import EVAL_POLICIES, EvalConfig
 from firstlm.data import TEMPLATES, check_room, encode_prompt, pad_left
 from firstlm.errors import ConfigError, DataError
 from firstlm.examples import Example, load_examples
+from firstlm.lora import is_lora
 from firstlm.metrics import Estimate, retention, score_qa
 from firstlm.model import FirstModel, GenerateOutput
 from firstlm.options import to_dict
@@ -280,7 +281,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     """Return what an artifact keeps of a report: where it was measured, and each run's scores."""
     source = report["inputs"]["data"]
     return {
-        "data": Path(source).name if Path(source).is_file() else source,
+        "data": "/".join(Path(source).parts[-2:]) if Path(source).is_file() else source,
         "data_sha256": report["inputs"]["data_sha256"],
         "count": next(iter(report["runs"].values()))["count"],
         "weights": report["inputs"]["weights"].removeprefix("torch."),
@@ -386,7 +387,7 @@ def _model_hash(model: FirstModel) -> str:
     """Return a hash of routers, thresholds and adapter: what an artifact adds to its base."""
     digest = hashlib.sha256(to_json(model.thresholds.table).encode())
     for name, tensor in model.named_parameters():
-        if name.startswith("routers.") or "lora_" in name:
+        if name.startswith("routers.") or is_lora(name):
             values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(name.encode() + values.numpy().tobytes())
     return digest.hexdigest()

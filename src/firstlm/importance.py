@@ -8,7 +8,7 @@ training makes them depend on the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -145,7 +145,7 @@ def _pass_without(
 
 @contextmanager
 def _hooked(
-    model: FirstModel, hooks: dict[int, Callable[[torch.Tensor], torch.Tensor | None]]
+    model: FirstModel, hooks: Mapping[int, Callable[[torch.Tensor], torch.Tensor | None]]
 ) -> Iterator[None]:
     """Call `hooks[i]` with the states that enter layer i; what it returns enters in their place."""
 

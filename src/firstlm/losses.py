@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from firstlm.data import IGNORE, Collator, Encoded
 from firstlm.decisions import RoutingState
+from firstlm.lora import lora_parameters, swapped
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RunAll
 
@@ -67,7 +68,8 @@ class Teacher:
 
     def __init__(self, first: FirstModel) -> None:
         self.first = first
-        self._lora = {n: p.detach().clone() for n, p in first.named_parameters() if "lora_" in n}
+        lora = lora_parameters(first).values()
+        self._weights = [(parameter, parameter.detach().clone()) for parameter in lora]
 
     @torch.no_grad()
     def answer(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,19 +77,14 @@ class Teacher:
 
         To be called before the pass that is trained: weights are exchanged for the moment.
         """
-        parameters = dict(self.first.named_parameters())
-        learnt = {name: parameters[name].data for name in self._lora}
         state = self.first.new_state(inputs["prompt_mask"], RunAll())
         training = self.first.training
+        self.first.eval()  # without dropout
         try:
-            self.first.eval()  # without dropout
-            for name, tensor in self._lora.items():
-                parameters[name].data = tensor
-            output, _ = answer_pass(self.first, inputs, state, output_hidden_states=True)
+            with swapped(self._weights):
+                output, _ = answer_pass(self.first, inputs, state, output_hidden_states=True)
         finally:
             self.first.train(training)
-            for name, tensor in learnt.items():
-                parameters[name].data = tensor
         return output.hidden_states[-1], output.logits
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from firstlm.pretrained import hub_id
@@ -10,7 +11,9 @@ from firstlm.pretrained import hub_id
 
 def model_card(config: dict[str, Any]) -> str:
     """Return the README of an artifact, with its measured table."""
-    base = hub_id(config["base_model"]["id"])
+    name = hub_id(config["base_model"]["id"])
+    lora = " and LoRA" if config["adapter"] else ""
+    base = name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None  # or a local folder
     unit = config["router_config"]["unit"]
     lines = [
         "---",
@@ -18,7 +21,7 @@ def model_card(config: dict[str, Any]) -> str:
         *([f"base_model: {base}"] if base else []),
         "tags: [layer-skipping, first, peft]",
         "---",
-        f"# FiRST routers{' and LoRA' if config['adapter'] else ''} for {base}",
+        f"# FiRST routers{lora} for {base or 'a local base model'}",
         "",
         f"One router per layer ({config['layers']} layers, unit `{unit}`) reads the prompt and",
         "decides which layers it runs (arXiv 2410.12513). Use it with firstlm:",

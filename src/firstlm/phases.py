@@ -25,9 +25,9 @@ from firstlm.data import Collator, Encoded, draw, encode, pad_left
 from firstlm.errors import ConfigError, DataError
 from firstlm.importance import SPACING, removal_order, start_from_order
 from firstlm.interrupts import Interrupts
+from firstlm.lora import lora_parameters, without_peft_warning
 from firstlm.model import FirstModel
 from firstlm.policies import RunAll
-from firstlm.pretrained import without_peft_warning
 from firstlm.rates import RateDriver
 from firstlm.trainer import FirstTrainer, last_checkpoint, mixed_precision
 
@@ -103,7 +103,7 @@ def adapt_lora(
     Routers of a model that does not know the task yet learn from losses that say little; on one
     that does, what a layer is worth shows. Arguments as for `train_routers`.
     """
-    config = replace(config or TrainConfig(), skip_rate=0.0, skip_rates=None)
+    config = replace(config or TrainConfig(), skip_rate=0.0, skip_rates=None, distill=0.0)
     return _train_lora(model, train, validation, config, "adapt", None, resume)
 
 
@@ -119,10 +119,14 @@ def _train_lora(
     train, validation = _begin(model, train, validation, config, resume)
     if not model.has_adapter:
         add_lora(model, config)
+        if config.distill and phase == "lora":
+            print(
+                "Warning: distill keeps LoRA close to a base model that has not learnt the task; "
+                "train with --adapt-steps, or leave --distill out."
+            )
     model.requires_grad_(False)
-    for name, parameter in model.base.named_parameters():
-        if "lora_" in name:
-            parameter.requires_grad_(True)
+    for parameter in lora_parameters(model).values():
+        parameter.requires_grad_(True)
     driver = RateDriver(config) if config.skip_rate != 0 else None
     if driver is not None:
         driver.alpha = max((routers or {}).get("alpha") or config.alpha, 0.0)
@@ -228,10 +232,8 @@ def _fit(
         shutil.rmtree(folder, ignore_errors=True)
         log.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    if config.gradient_checkpointing:
-        _checkpointing(model, "enable", {"use_reentrant": False})
     interrupts = Interrupts()
-    with _logs_in(work / "logs" / phase):
+    with _checkpointed(model, config), _logs_in(work / "logs" / phase):
         trainer = FirstTrainer(
             model,
             driver,
@@ -246,17 +248,13 @@ def _fit(
             data_collator=Collator(model.pad_id),
             callbacks=[interrupts],
         )
-    before = trainer.evaluate()
-    try:
+        before = trainer.evaluate()
         with interrupts.caught():
             _train(trainer, steps, last_checkpoint(folder) if resume else None)
-    finally:
-        if config.gradient_checkpointing:
-            _checkpointing(model, "disable")
-    if interrupts.asked:
-        print(f"\nInterrupted at step {trainer.state.global_step} of {steps} ({phase}).")
-        raise KeyboardInterrupt
-    after = trainer.evaluate()
+        if interrupts.asked:
+            print(f"\nInterrupted at step {trainer.state.global_step} of {steps} ({phase}).")
+            raise KeyboardInterrupt
+        after = trainer.evaluate()
     model.eval()
     return {
         "steps": trainer.state.global_step,
@@ -279,14 +277,23 @@ def _train(trainer: FirstTrainer, steps: int, checkpoint: Path | None) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint))
         return
     trainer.state = state
-    trainer.load_weights(Path(state.best_model_checkpoint or checkpoint))
+    trainer.take_up(checkpoint)
 
 
-def _checkpointing(model: FirstModel, what: str, *args: Any) -> None:
-    """Switch gradient checkpointing, under its name in this transformers."""
-    old = f"gradient_checkpointing_{what}"
-    new = f"activation_checkpointing_{what}"
-    getattr(model.base, new if hasattr(model.base, new) else old)(*args)
+@contextmanager
+def _checkpointed(model: FirstModel, config: TrainConfig):
+    """Recompute activations within this scope, if options ask for it."""
+    if not config.gradient_checkpointing:
+        yield
+        return
+    # Its name in this transformers, or the one before.
+    new = hasattr(model.base, "activation_checkpointing_enable")
+    name = f"{'activation' if new else 'gradient'}_checkpointing"
+    getattr(model.base, f"{name}_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model.base, f"{name}_disable")()
 
 
 def _arguments(

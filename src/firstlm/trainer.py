@@ -277,17 +277,22 @@ class FirstTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         folder = Path(resume_from_checkpoint)
-        self.load_weights(folder)
+        self._load_weights(folder)
         if self.driver is not None:
             self.driver.load_state_dict(json.loads((folder / DRIVER_FILE).read_text()))
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if best is not None:
-            self.load_weights(Path(best))
+            self._load_weights(Path(best))
 
-    def load_weights(self, folder: Path) -> None:
-        """Take what was trained from a checkpoint."""
+    def take_up(self, checkpoint: Path) -> None:
+        """Be as after the last step, of which this is the checkpoint."""
+        self._load_from_checkpoint(str(checkpoint))
+        if self.args.load_best_model_at_end:
+            self._load_best_model()
+
+    def _load_weights(self, folder: Path) -> None:
         take_weights(self.first, load_file(folder / WEIGHTS_FILE))
 
 

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA among a model's parameters, and weights that others take the place of for a moment."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def is_lora(name: str) -> bool:
+    """Tell by its name whether a parameter is one of peft's LoRA matrices."""
+    return "lora_" in name
+
+
+def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the LoRA matrices of a model by name."""
+    return {name: p for name, p in module.named_parameters() if is_lora(name)}
+
+
+@contextmanager
+def swapped(pairs: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> Iterator[None]:
+    """Put other values in the place of weights; afterwards every bit is what it was."""
+    pairs = list(pairs)
+    before = [weight.data for weight, _ in pairs]
+    try:
+        for weight, values in pairs:
+            weight.data = values
+        yield
+    finally:
+        for (weight, _), values in zip(pairs, before, strict=True):
+            weight.data = values
+
+
+@contextmanager
+def without_peft_warning() -> Iterator[None]:
+    """Hide that peft asks for a property that transformers 5.24 renamed: users can't mend it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
