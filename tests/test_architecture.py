@@ -41,6 +41,7 @@ FLOORS = {
     "corpus": "work",
     "data": "work",
     "metrics": "work",
+    "tasks": "work",
     "losses": "work",
     "probes": "work",
     "kv_probe": "work",

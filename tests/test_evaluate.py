@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from conftest import tiny_llama
 
 from firstlm import FirstModel, cli, evaluate
-from firstlm.data import encode_prompt
+from firstlm.data import encode, encode_prompt
 from firstlm.errors import ConfigError, DataError
-from firstlm.evaluate import evaluate_qa, first_line
+from firstlm.evaluate import evaluate as score_policy
 from firstlm.examples import load_examples
+from firstlm.losses import mean_loss
 from firstlm.metrics import score_qa
-from firstlm.policies import FixedMask
+from firstlm.policies import FixedMask, RunAll
+from firstlm.tasks import find_task
 
 SOURCES = [
     "Who runs?",
@@ -72,7 +75,7 @@ def one_by_one(model, examples, tokenizer, policy, tokens):
 
 def test_routed_answers_and_masks_equal_those_of_each_prompt_alone(model, examples, byte_tokenizer):
     alone = one_by_one(model, examples, byte_tokenizer, model.policy_for(None), 6)
-    result = evaluate_qa(model, examples, "router", batch_size=3, max_new_tokens=6, progress=False)
+    result = score_policy(model, examples, "router", batch_size=3, max_new_tokens=6, progress=False)
     assert [item["id"] for item in result["items"]] == ["q0", "q1", "q2", "q3"]
     assert [item["prediction"] for item in result["items"]] == [text for text, _ in alone]
     masks = [[letter == "1" for letter in item["keep"]] for item in result["items"]]
@@ -88,22 +91,23 @@ def test_routed_answers_and_masks_equal_those_of_each_prompt_alone(model, exampl
 def test_scores_are_those_of_the_metrics(model, examples, monkeypatch):
     texts = ["The cat.", "cat sat", "dog", "\n a cat\nand more"]
     by_length = sorted(range(4), key=lambda i: -len(SOURCES[i]))
-    answers = iter([[first_line(texts[i]) for i in by_length]])
+    task = find_task(examples)
+    answers = iter([[task.clean(texts[i]) for i in by_length]])
     real = evaluate._answer
     monkeypatch.setattr(evaluate, "_answer", lambda *a: (real(*a)[0], next(answers)))
-    result = evaluate_qa(model, examples, "run_all", max_new_tokens=1, progress=False)
+    result = score_policy(model, examples, "run_all", max_new_tokens=1, progress=False)
     assert [item["em"] for item in result["items"]] == [1, 0, 0, 1]
     assert [item["f1"] for item in result["items"]] == [1.0, 0.6667, 0.0, 1.0]
     assert result["em"]["value"] == 50.0
     assert result["f1"]["value"] == pytest.approx(100 * (1 + 2 / 3 + 0 + 1) / 4)
-    wanted = score_qa([first_line(text) for text in texts], [["a cat"]] * 4).summary()["f1"]
+    wanted = score_qa([task.clean(text) for text in texts], [["a cat"]] * 4)["f1"].estimate()
     assert (result["f1"]["low"], result["f1"]["high"]) == (wanted.low, wanted.high)
 
 
 def test_layer_calls_are_counted_by_hand(model, examples, monkeypatch):
-    monkeypatch.setattr(evaluate._EndOfLine, "__call__", lambda self, ids, scores, **_: never(ids))
+    monkeypatch.setattr(evaluate._Ended, "__call__", lambda self, ids, scores, **_: never(ids))
     model.base.generation_config.eos_token_id = None
-    result = evaluate_qa(
+    result = score_policy(
         model, examples, FixedMask([True, False, True, True]), batch_size=2, max_new_tokens=5,
         progress=False,
     )  # fmt: skip
@@ -128,7 +132,7 @@ def test_generation_stops_after_the_first_line(model, examples, byte_tokenizer, 
         output.logits[..., next(script)] = 1
 
     with model.base.register_forward_hook(scripted):
-        result = evaluate_qa(model, examples, "run_all", max_new_tokens=6, progress=False)
+        result = score_policy(model, examples, "run_all", max_new_tokens=6, progress=False)
     assert result["decode_steps"] == 2
     assert [item["prediction"] for item in result["items"]] == ["x"] * 4
 
@@ -137,15 +141,15 @@ def test_generation_stops_after_the_first_line(model, examples, byte_tokenizer, 
 def test_base_is_the_model_without_adapter_and_run_all_with_it(model, examples, byte_tokenizer):
     from peft import LoraConfig, get_peft_model
 
-    plain = evaluate_qa(model, examples, "run_all", max_new_tokens=6, progress=False)
+    plain = score_policy(model, examples, "run_all", max_new_tokens=6, progress=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model.base = get_peft_model(
             model.base, LoraConfig(target_modules="all-linear", init_lora_weights=False)
         )
     model.base.eval()
-    base = evaluate_qa(model, examples, "base", max_new_tokens=6, progress=False)
-    adapted = evaluate_qa(model, examples, "run_all", max_new_tokens=6, progress=False)
+    base = score_policy(model, examples, "base", max_new_tokens=6, progress=False)
+    adapted = score_policy(model, examples, "run_all", max_new_tokens=6, progress=False)
     assert [i["prediction"] for i in base["items"]] == [i["prediction"] for i in plain["items"]]
     assert [i["prediction"] for i in adapted["items"]] != [i["prediction"] for i in plain["items"]]
     assert base["skip_rate"]["mean"] == adapted["skip_rate"]["mean"] == 0
@@ -153,11 +157,11 @@ def test_base_is_the_model_without_adapter_and_run_all_with_it(model, examples, 
 
 def test_a_prompt_longer_than_the_context_is_named(model, examples):
     with pytest.raises(DataError, match=r"id q0.*context of 512"):
-        evaluate_qa(model, examples, max_new_tokens=500, progress=False)
+        score_policy(model, examples, max_new_tokens=500, progress=False)
     with pytest.raises(ConfigError, match="router"):
-        evaluate_qa(model, examples, "run_all", 0.25, progress=False)
+        score_policy(model, examples, "run_all", 0.25, progress=False)
     with pytest.raises(ConfigError, match="base, run_all, router"):
-        evaluate_qa(model, examples, "routers", progress=False)
+        score_policy(model, examples, "routers", progress=False)
 
 
 @pytest.fixture
@@ -186,10 +190,8 @@ def test_runs_are_written_and_not_repeated(words, monkeypatch, capsys):
     assert set(first["retention"]) == {"base", "router@0.25"}
 
     done = []
-    real = evaluate.evaluate_qa
-    monkeypatch.setattr(
-        evaluate, "evaluate_qa", lambda *a, **k: done.append(a[2:4]) or real(*a, **k)
-    )
+    real = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: done.append(a[2:4]) or real(*a, **k))
     assert cli.main([*words, "0.25", "0.5"]) == 0
     assert done == [("router", 0.5)]
     second = result_of(words)
@@ -199,17 +201,17 @@ def test_runs_are_written_and_not_repeated(words, monkeypatch, capsys):
 
 
 def test_an_interrupted_run_keeps_what_was_finished(words, monkeypatch):
-    real = evaluate.evaluate_qa
+    real = evaluate.evaluate
 
     def interrupted(model, examples, policy, *args, **kwargs):
         if policy == "router":
             raise KeyboardInterrupt
         return real(model, examples, policy, *args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "evaluate_qa", interrupted)
+    monkeypatch.setattr(evaluate, "evaluate", interrupted)
     assert cli.main([*words, "0.25"]) == 130
     assert list(result_of(words)["runs"]) == ["base", "run_all"]
-    monkeypatch.setattr(evaluate, "evaluate_qa", real)
+    monkeypatch.setattr(evaluate, "evaluate", real)
     assert cli.main([*words, "0.25"]) == 0
     assert list(result_of(words)["runs"]) == ["base", "run_all", "router@0.25"]
 
@@ -230,7 +232,7 @@ def test_results_of_other_inputs_are_not_mixed(words, data, capsys):
     [
         (["0.8"], "outside what was calibrated"),
         (["0.99"], "between 0 and 0.9"),
-        (["0.25", "--template", "summarization"], "question answering only"),
+        (["0.25", "--task", "poetry"], "qa, translation, summarization"),
         (["0.25", "--data", "/nowhere.jsonl"], "no such file"),
         (["0.25", "--policies", "random"], "base, run_all, router"),
     ],
@@ -241,11 +243,39 @@ def test_wrong_input_ends_with_code_2_and_writes_nothing(words, more, says, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_other_tasks_are_refused(words, data, capsys):
-    row = {"task": "summarization", "source": "long text", "target": "short"}
-    data.write_text(json.dumps(row) + "\n")
+def test_tasks_without_a_metric_are_refused(words, data, capsys):
+    data.write_text(json.dumps({"task": "poetry", "prompt": "rose", "completion": "x"}) + "\n")
     assert cli.main([*words, "0.25"]) == 2
-    assert "task 'summarization'" in capsys.readouterr().err
+    assert "'poetry', which has no metric" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "primary", "label"),
+    [("translation", "bleu", "BLEU-1"), ("summarization", "rougeL", "ROUGE-2")],
+)
+def test_other_tasks_get_their_own_metrics(words, data, capsys, task, primary, label):
+    row = {"task": task, "source": "one two", "target": "eins zwei", "target_lang": "de"}
+    row["source_lang"] = "en"
+    data.write_text(json.dumps(row) + "\n")
+    assert cli.main([*words, "0.25"]) == 0
+    report = result_of(words)
+    assert (report["task"], report["primary"]) == (task, primary)
+    assert primary in report["runs"]["base"]
+    assert label in capsys.readouterr().out
+
+
+def test_perplexity_is_that_of_the_wanted_answers_under_the_policy(model, examples):
+    encoded = [encode(example, model.tokenizer) for example in examples]
+    for policy in (RunAll(), FixedMask([True, False, False, True])):
+        loss, _ = mean_loss(model, encoded, policy, 4)
+        result = score_policy(
+            model, examples, policy, max_new_tokens=1, batch_size=3, progress=False
+        )
+        assert result["perplexity"]["value"] == pytest.approx(math.exp(loss), rel=1e-5)
+    alone = [mean_loss(model, [row], policy, 1)[0] for row in encoded]
+    found = [item["perplexity"] for item in result["items"]]
+    assert found == pytest.approx([math.exp(loss) for loss in alone], rel=1e-4)
+    assert len(set(found)) == len(found)
 
 
 def test_a_file_of_something_else_is_not_written_over(words, tmp_path, capsys):
@@ -260,7 +290,7 @@ def test_a_file_of_something_else_is_not_written_over(words, tmp_path, capsys):
 def test_rows_without_references_are_scored_against_their_completion(byte_tokenizer, tmp_path):
     file = tmp_path / "plain.jsonl"
     file.write_text(json.dumps({"prompt": "Who?", "completion": " me"}) + "\n")
-    result = evaluate_qa(
+    result = score_policy(
         opinionated(byte_tokenizer), load_examples(file), max_new_tokens=2, progress=False,
         items=False,
     )  # fmt: skip

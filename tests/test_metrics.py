@@ -7,8 +7,19 @@ import math
 
 import pytest
 
-from firstlm.errors import DataError
-from firstlm.metrics import exact_match, f1, mean, normalize, retention, score_qa
+from firstlm.errors import ConfigError, DataError
+from firstlm.metrics import (
+    exact_match,
+    f1,
+    means,
+    normalize,
+    perplexity,
+    retention,
+    score_qa,
+    score_summaries,
+    score_translation,
+    tokenizer_for,
+)
 
 
 @pytest.mark.parametrize(
@@ -52,11 +63,10 @@ def test_f1(prediction: str, references: list[str], wanted: float) -> None:
 
 def test_score_qa_pairs_items() -> None:
     scores = score_qa(["a cat", "red dog", "x"], [["cat"], ["dog"], ["y"]])
-    assert scores.em == (1, 0, 0)
-    assert scores.f1 == pytest.approx((1, 2 / 3, 0))
-    summary = scores.summary()
-    assert summary["em"].value == pytest.approx(100 / 3)
-    assert summary["f1"].value == pytest.approx(500 / 9)
+    assert scores["em"].items == (1, 0, 0)
+    assert scores["f1"].items == pytest.approx((1, 2 / 3, 0))
+    assert scores["em"].estimate().value == pytest.approx(100 / 3)
+    assert scores["f1"].estimate().value == pytest.approx(500 / 9)
     with pytest.raises(DataError, match="2 predictions for 1 items"):
         score_qa(["a", "b"], [["a"]])
     with pytest.raises(DataError, match="expected a list"):
@@ -64,24 +74,71 @@ def test_score_qa_pairs_items() -> None:
 
 
 def test_mean_interval_is_that_of_the_binomial() -> None:
-    estimate = mean([1.0] * 300 + [0.0] * 700, samples=4000)
+    estimate = means([1.0] * 300 + [0.0] * 700, 1.0).estimate(samples=4000)
     spread = 1.96 * math.sqrt(0.3 * 0.7 / 1000)
     assert (estimate.value, estimate.count) == (pytest.approx(0.3), 1000)
     assert estimate.low == pytest.approx(0.3 - spread, abs=0.003)
     assert estimate.high == pytest.approx(0.3 + spread, abs=0.003)
-    assert mean([0.0, 1.0, 1.0], seed=5) == mean([0.0, 1.0, 1.0], seed=5)
-    same = mean([0.5, 0.5])
-    assert (same.low, same.value, same.high) == (0.5, 0.5, 0.5)
+    assert means([0.0, 1.0, 1.0]).estimate(seed=5) == means([0.0, 1.0, 1.0]).estimate(seed=5)
+    same = means([0.5, 0.5]).estimate()
+    assert (same.low, same.value, same.high) == (50, 50, 50)
     with pytest.raises(DataError, match="no scores"):
-        mean([])
+        means([])
 
 
 def test_retention_is_paired() -> None:
     base = [0.0, 1.0, 0.5, 0.8] * 25
-    kept = retention([0.9 * v for v in base], base)
+    kept = retention(means([0.9 * v for v in base]), means(base))
     assert kept.value == pytest.approx(0.9)
     assert kept.low == pytest.approx(0.9)  # item by item 90%: no draw can differ
     assert kept.high == pytest.approx(0.9)
-    assert math.isnan(retention([1.0], [0.0]).value)
+    assert math.isnan(retention(means([1.0]), means([0.0])).value)
     with pytest.raises(DataError, match="other items"):
-        retention([1.0], [1.0, 1.0])
+        retention(means([1.0]), means([1.0, 1.0]))
+
+
+TEXTS = ["The cat sat on the mat.", "A dog runs", "Nothing alike here", "Yes, it is."]
+REFERENCES = [["The cat sat on a mat."], ["A dog runs fast", "The dog runs"], ["x y z"], ["Yes."]]
+
+
+def test_translation_scores_are_sacrebleus_own() -> None:
+    import sacrebleu
+
+    scores = score_translation(TEXTS, REFERENCES)
+    streams = [[refs[0] for refs in REFERENCES], [None, "The dog runs", None, None]]
+    wanted = {
+        "bleu": sacrebleu.corpus_bleu(TEXTS, streams),
+        "chrf": sacrebleu.corpus_chrf(TEXTS, streams),
+        "bleu1": sacrebleu.BLEU(max_ngram_order=1).corpus_score(TEXTS, streams),
+    }
+    for name, score in wanted.items():
+        estimate = scores[name].estimate()
+        assert estimate.value == pytest.approx(score.score)
+        assert estimate.low < estimate.value < estimate.high
+    assert scores["bleu1"].items[2] == 0
+    assert retention(scores["bleu"], scores["bleu"]).low == pytest.approx(1)
+
+
+def test_chinese_is_scored_by_characters() -> None:
+    texts, references = ["他喜欢喝茶。"], [["他很喜欢喝茶。"]]
+    assert tokenizer_for("zh") == "zh"
+    assert tokenizer_for("de") == tokenizer_for(None) == "13a"
+    whole = score_translation(texts, references)["bleu1"].estimate().value
+    parts = score_translation(texts, references, "zh")["bleu1"].estimate().value
+    assert whole == 0
+    assert parts == pytest.approx(100 * math.exp(1 - 7 / 6))  # each of 6 is in it; 7 were wanted
+    with pytest.raises(ConfigError, match="segmenter"):
+        tokenizer_for("ja")
+
+
+def test_summaries_are_scored_against_the_best_reference() -> None:
+    scores = score_summaries(["the dogs run"], [["a cat", "the dog ran home"]])
+    assert scores["rouge1"].items == pytest.approx((4 / 7,))  # the, dog(s): 2 of 3 and 2 of 4
+    assert scores["rouge2"].items == pytest.approx((2 / 5,))
+    assert scores["rougeL"].estimate().value == pytest.approx(100 * 4 / 7)
+
+
+def test_perplexity_weighs_items_by_their_tokens() -> None:
+    found = perplexity([2.0, 1.0], [1, 3])
+    assert found.items == pytest.approx((math.exp(2), math.exp(1 / 3)))
+    assert found.estimate().value == pytest.approx(math.exp(3 / 4))

@@ -21,6 +21,7 @@ STAGES = ("both", "routers", "lora")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40)  # that calibration serves unless told otherwise
 EVAL_POLICIES = ("base", "run_all", "router")
+TASKS = ("qa", "translation", "summarization")  # that `firstlm eval` has metrics for
 
 
 def check_skip_rate(value: float, name: str = "skip_rate", highest: float = 0.9) -> float:
@@ -330,6 +331,9 @@ class EvalConfig(AnswerOptions):
     )
     template: str | None = option(
         None, help="prompt template for source rows: a name or own text, see `firstlm train --help`"
+    )
+    task: str | None = option(
+        None, choices=TASKS, help="which metrics to take; without it the rows' task field decides"
     )
     policies: list[str] = option(
         ["base", "run_all", "router"],

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score a model's greedy answers to questions, as the base, with all layers, and routed.
+"""Score a model's greedy answers, as the base, with all layers, and routed.
 
-Owns the run over a data set, its table and its file of results; scores come from `metrics`, and
-what a policy is, only `FirstModel` knows.
+Owns the run over a data set, its table and its file of results; scores come from the task, and what
+a policy is, only `FirstModel` knows.
 """
 
 from __future__ import annotations
@@ -22,27 +22,41 @@ from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from firstlm import artifact
-from firstlm.config import EVAL_POLICIES, EvalConfig
-from firstlm.data import TEMPLATES, check_room, encode_prompt, pad_left
+from firstlm.config import EVAL_POLICIES, TASKS, EvalConfig
+from firstlm.data import check_room, encode, encode_prompt, pad_left
 from firstlm.errors import ConfigError, DataError
 from firstlm.examples import Example, load_examples
 from firstlm.lora import is_lora
-from firstlm.metrics import Estimate, retention, score_qa
+from firstlm.losses import item_losses
+from firstlm.metrics import Scores, perplexity, retention
 from firstlm.model import FirstModel, GenerateOutput
 from firstlm.options import to_dict
 from firstlm.policies import Policy, RunAll
 from firstlm.results import provenance, sha256_of, to_json, write_json
+from firstlm.tasks import Task, find_task
 
+LABELS = {
+    "em": "EM",
+    "f1": "F1",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "bleu1": "BLEU-1",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "perplexity": "perplexity",
+}
 # Options that change no number of a run that is done, or that are compared by content instead.
 FREE_OPTIONS = ("artifact", "data", "output", "record", "policies", "skip_rates", "device")
 
 
-def evaluate_qa(
+def evaluate(
     model: FirstModel,
     examples: Sequence[Example],
     policy: str | Policy = "router",
     skip_rate: float | None = None,
     *,
+    task: Task | None = None,
     prefill: str = "skip",
     batch_size: int = 16,
     max_new_tokens: int = 32,
@@ -58,36 +72,40 @@ def evaluate_qa(
         policy: "base" (adapter off, all layers), "run_all" (adapter on, all layers), "router", or a
             policy object.
         skip_rate: share of layers to skip, for "router" only; None is the trained threshold.
+        task: what is scored, and how; default the one that the examples' rows name.
         prefill: "skip" or "full".
         batch_size: prompts per batch; batches hold prompts of similar length.
-        max_new_tokens: longest answer; an answer also ends at its first line break.
+        max_new_tokens: longest answer; where the task's answers have one line, they end with it.
         seed: seed of the bootstrap.
         progress: show a progress bar.
         items: put every answer with its scores and mask into the result.
 
     Returns:
-        One JSON object: em and f1 in percent with their 95% intervals, skip rates per prompt and
-        layer, number of distinct masks, layer calls, and the items in the order of `examples`.
+        One JSON object: each metric of the task in percent, and perplexity per token of the wanted
+        answers, with 95% intervals; skip rates per prompt and layer, number of distinct masks,
+        layer calls, and the items in the order of `examples`.
     """
     if not examples:
         raise DataError("There are no examples to score.")
     name = _name(policy, skip_rate)
+    task = task or find_task(examples)
     chosen, scope = _choose(model, policy, skip_rate, prefill)
     prompts = _prompts(model, examples, max_new_tokens)
     model.eval()
     start = time.perf_counter()
     with scope, tqdm(total=len(prompts), desc=name, unit="prompt", disable=not progress) as bar:
         answers, keep, calls, steps = _answer_all(
-            model, prompts, chosen, prefill, max_new_tokens, batch_size, bar
+            model, prompts, chosen, prefill, task, max_new_tokens, batch_size, bar
         )
-    seconds = time.perf_counter() - start
-    scores = score_qa(answers, [example.references for example in examples])
+        seconds = time.perf_counter() - start
+        scores = {"perplexity": _perplexity(model, examples, chosen, batch_size, prefill)}
+    scores = task.score(answers, [example.references for example in examples]) | scores
     result = {
         "policy": policy if isinstance(policy, str) else type(policy).__name__,
         "asked_skip_rate": skip_rate,
         "prefill": prefill,
         "count": len(examples),
-        **{metric: asdict(value) for metric, value in scores.summary(seed).items()},
+        **{metric: asdict(value.estimate(seed=seed)) for metric, value in scores.items()},
         **_masks(keep),
         "layer_calls": calls,
         "decode_steps": steps,
@@ -99,8 +117,7 @@ def evaluate_qa(
             {
                 "id": example.id,
                 "prediction": answers[i],
-                "em": int(scores.em[i]),
-                "f1": round(scores.f1[i], 4),
+                **{metric: round(value.items[i], 4) for metric, value in scores.items()},
                 "keep": "".join("1" if kept else "0" for kept in keep[i].tolist()),
             }
             for i, example in enumerate(examples)
@@ -108,21 +125,29 @@ def evaluate_qa(
     return result
 
 
-def first_line(text: str) -> str:
-    """Return an answer's first line, blanks and line breaks before it left out."""
-    return text.lstrip().split("\n", 1)[0].rstrip()
+class _Ended(StoppingCriteria):
+    """Ends a row as soon as its answer is complete: what follows is not scored."""
 
-
-class _EndOfLine(StoppingCriteria):
-    """Ends a row as soon as its first line is complete: what follows is not scored."""
-
-    def __init__(self, tokenizer: Any, prompt_length: int) -> None:
-        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+    def __init__(self, task: Task, tokenizer: Any, prompt_length: int) -> None:
+        self.task, self.tokenizer, self.prompt_length = task, tokenizer, prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         new = input_ids[:, self.prompt_length :].tolist()
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return torch.tensor(["\n" in text.lstrip() for text in texts], device=input_ids.device)
+        return torch.tensor([self.task.ended(text) for text in texts], device=input_ids.device)
+
+
+def _perplexity(
+    model: FirstModel, examples: Sequence[Example], policy: Policy, batch_size: int, prefill: str
+) -> Scores:
+    """Return the perplexity of the wanted answers."""
+    tokenizer = model.need_tokenizer()
+    encoded = [encode(example, tokenizer, model.context_length) for example in examples]
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].prompt_ids))
+    rows = [encoded[i] for i in order]
+    losses, tokens, _ = item_losses(model, rows, policy, batch_size, prefill)
+    back = torch.tensor(order).argsort()
+    return perplexity(losses[back].tolist(), tokens[back].tolist())
 
 
 def _answer_all(
@@ -130,6 +155,7 @@ def _answer_all(
     prompts: Sequence[Sequence[int]],
     policy: Policy,
     prefill: str,
+    task: Task,
     max_new_tokens: int,
     batch_size: int,
     bar: tqdm,
@@ -142,7 +168,7 @@ def _answer_all(
     for first in range(0, len(order), batch_size):
         picked = order[first : first + batch_size]
         batch = [prompts[i] for i in picked]
-        output, texts = _answer(model, batch, policy, prefill, max_new_tokens)
+        output, texts = _answer(model, batch, policy, prefill, task, max_new_tokens)
         for row, i in enumerate(picked):
             answers[i], keep[i] = texts[row], output.keep[row]
         calls = {phase: calls[phase] + output.layer_calls[phase] for phase in calls}
@@ -156,6 +182,7 @@ def _answer(
     prompts: Sequence[Sequence[int]],
     policy: Policy,
     prefill: str,
+    task: Task,
     max_new_tokens: int,
 ) -> tuple[GenerateOutput, list[str]]:
     """Generate for one batch; returns the output and each row's answer."""
@@ -173,11 +200,11 @@ def _answer(
         top_p=None,
         top_k=None,
         pad_token_id=model.pad_id,
-        stopping_criteria=StoppingCriteriaList([_EndOfLine(tokenizer, ids.shape[1])]),
+        stopping_criteria=StoppingCriteriaList([_Ended(task, tokenizer, ids.shape[1])]),
     )
     new = output.sequences[:, ids.shape[1] :].tolist()
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    return output, [first_line(text) for text in texts]
+    return output, [task.clean(text) for text in texts]
 
 
 def _choose(
@@ -226,8 +253,7 @@ def _name(policy: str | Policy, skip_rate: float | None) -> str:
 
 
 def run(options: EvalConfig) -> int:
-    """Score an artifact on a question answering set (`firstlm eval`)."""
-    _check_template(options.template)
+    """Score an artifact on a task (`firstlm eval`)."""
     recorded_in = None
     if options.record:
         recorded_in = artifact.local_folder(
@@ -241,7 +267,8 @@ def run(options: EvalConfig) -> int:
     examples = load_examples(
         options.data, template=options.template, tokenizer=model.tokenizer, limit=options.limit
     )
-    _check_task(examples)
+    named = options.template if options.template in TASKS else None
+    task = find_task(examples, options.task or named)
     asked: list[tuple[str, float | None]] = []
     for policy in dict.fromkeys(options.policies):
         rates = dict.fromkeys(options.skip_rates) if policy == "router" else (None,)
@@ -249,17 +276,18 @@ def run(options: EvalConfig) -> int:
     for policy, rate in asked:  # an impossible rate is refused before anything is run
         _choose(model, policy, rate, options.prefill)
     _prompts(model, examples, options.max_new_tokens)
-    report = _start(options, model, examples)
+    report = _start(options, model, examples, task)
     for policy, rate in asked:
         name = _name(policy, rate)
         if name in report["runs"]:
             print(f"{name}: done before, taken from {options.output}")
             continue
-        result = evaluate_qa(
+        result = evaluate(
             model,
             examples,
             policy,
             rate,
+            task=task,
             prefill=options.prefill,
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
@@ -267,13 +295,13 @@ def run(options: EvalConfig) -> int:
         )
         result["provenance"] = provenance(seed=options.seed)
         report["runs"][name] = result
-        report["retention"] = _retention(report["runs"], options.seed)
+        report["retention"] = _retention(report["runs"], examples, task, options.seed)
         if options.output is not None:
             report["provenance"] = provenance(seed=options.seed, **report["inputs"])
             write_json(options.output, report)
     print(table(report))
     if recorded_in is not None:
-        artifact.record(recorded_in, "qa", summary(report))
+        artifact.record(recorded_in, task.name, summary(report))
     return 0
 
 
@@ -289,8 +317,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         "runs": {
             name: {
                 "skip_rate": run["skip_rate"]["mean"],
-                "EM": run["em"]["value"],
-                "F1": run["f1"]["value"],
+                **{label: run[name]["value"] for name, label in _metrics(run).items()},
             }
             for name, run in report["runs"].items()
         },
@@ -299,32 +326,55 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """Return a report of `firstlm eval` as text, one line a run."""
-    columns = ("run", "EM", "95%", "F1", "95%", "of run_all", "skipped", "p5-p95", "masks", "calls")
-    lines = ["{:<14}{:>6}{:>13}{:>7}{:>13}{:>12}{:>9}{:>10}{:>7}{:>10}".format(*columns)]
-    for name, result in report["runs"].items():
-        em, f1, rate = result["em"], result["f1"], result["skip_rate"]
-        kept = report["retention"].get(name, {}).get("value")
-        percent = "" if kept is None or kept != kept else f"{kept:.1%}"
-        calls = sum(result["layer_calls"].values())
-        spread = f"{100 * rate['p5']:.0f}-{100 * rate['p95']:.0f}%"
-        lines.append(
-            f"{name:<14}{em['value']:>6.1f}{_interval(em):>13}{f1['value']:>7.1f}{_interval(f1):>13}"
-            f"{percent:>12}{rate['mean']:>9.1%}{spread:>10}{result['distinct_masks']:>7}{calls:>10}"
-        )
-    count = next(iter(report["runs"].values()))["count"] if report["runs"] else 0
-    return "\n".join([*lines, f"{count} items; EM and F1 in percent; of run_all: share of its F1."])
+    runs = report["runs"]
+    metrics = _metrics(next(iter(runs.values()))) if runs else {}
+    columns = ["run", *(c for label in metrics.values() for c in (label, "95%"))]
+    columns += ["of run_all", "skipped", "p5-p95", "masks", "calls"]
+    rows = []
+    for name, result in runs.items():
+        rate, kept = result["skip_rate"], report["retention"].get(name, {}).get("value")
+        row = [name]
+        for metric in metrics:
+            row += [f"{result[metric]['value']:.1f}", _interval(result[metric])]
+        row += ["" if kept is None or kept != kept else f"{kept:.1%}", f"{rate['mean']:.1%}"]
+        row += [f"{100 * rate['p5']:.0f}-{100 * rate['p95']:.0f}%", f"{result['distinct_masks']}"]
+        rows.append([*row, f"{sum(result['layer_calls'].values())}"])
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in (columns, *rows)
+    ]
+    count = next(iter(runs.values()))["count"] if runs else 0
+    primary = LABELS[report["primary"]]
+    return "\n".join(
+        [
+            *lines,
+            f"{count} items; scores but perplexity in percent; of run_all: share of its {primary}.",
+        ]
+    )
+
+
+def _metrics(run: dict[str, Any]) -> dict[str, str]:
+    """Return the label of each metric of a run."""
+    return {name: label for name, label in LABELS.items() if name in run}
 
 
 def _interval(estimate: dict[str, float]) -> str:
     return f"{estimate['low']:.1f}-{estimate['high']:.1f}"
 
 
-def _retention(runs: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Return each run's F1 over that of run_all, item by item."""
+def _retention(
+    runs: dict[str, Any], examples: Sequence[Example], task: Task, seed: int
+) -> dict[str, Any]:
+    """Return each run's primary score over that of run_all, on the same items."""
     if "run_all" not in runs:
         return {}
-    scores = {name: [item["f1"] for item in result["items"]] for name, result in runs.items()}
-    found: dict[str, Estimate] = {
+    references = [example.references for example in examples]
+    scores = {
+        name: task.score([item["prediction"] for item in run["items"]], references)[task.primary]
+        for name, run in runs.items()
+    }
+    found = {
         name: retention(values, scores["run_all"], seed=seed)
         for name, values in scores.items()
         if name != "run_all"
@@ -332,26 +382,9 @@ def _retention(runs: dict[str, Any], seed: int) -> dict[str, Any]:
     return {name: asdict(value) for name, value in found.items()}
 
 
-def _check_template(template: str | None) -> None:
-    if template in TEMPLATES and template != "qa":
-        _refuse_task(f"--template {template}")
-
-
-def _check_task(examples: Sequence[Example]) -> None:
-    for example in examples:
-        task = example.row.get("task")
-        if task not in (None, "qa"):
-            _refuse_task(f"{example.where}: task {task!r}")
-
-
-def _refuse_task(what: str) -> None:
-    raise ConfigError(
-        f"{what}: `firstlm eval` scores question answering only; other tasks come later. "
-        "Expected rows of task 'qa', or rows without a task and short answers."
-    )
-
-
-def _start(options: EvalConfig, model: FirstModel, examples: Sequence[Example]) -> dict[str, Any]:
+def _start(
+    options: EvalConfig, model: FirstModel, examples: Sequence[Example], task: Task
+) -> dict[str, Any]:
     """Return a new report, or what --output holds of the same one."""
     compared = {k: v for k, v in to_dict(options).items() if k not in FREE_OPTIONS}
     inputs = {
@@ -361,7 +394,14 @@ def _start(options: EvalConfig, model: FirstModel, examples: Sequence[Example]) 
         "data": options.data,
         "data_sha256": _data_hash(options.data, examples),
     }
-    report = {"task": "qa", "options": compared, "inputs": inputs, "runs": {}, "retention": {}}
+    report = {
+        "task": task.name,
+        "primary": task.primary,
+        "options": compared,
+        "inputs": inputs,
+        "runs": {},
+        "retention": {},
+    }
     if options.output is None or not Path(options.output).exists():
         return report
     try:

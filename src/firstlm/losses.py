@@ -144,7 +144,6 @@ def non_skip_penalty(rho: torch.Tensor) -> torch.Tensor:
     return rho.sum(1).mean()
 
 
-@torch.no_grad()
 def mean_loss(
     first: FirstModel,
     items: Sequence[Encoded],
@@ -153,14 +152,31 @@ def mean_loss(
     prefill: str = "skip",
 ) -> tuple[float, torch.Tensor]:
     """Return cross-entropy per answer token under hard skips, in nats, and keep [items, layers]."""
+    sums, tokens, keep = item_losses(first, items, policy, batch_size, prefill)
+    return float(sums.sum() / tokens.sum()), keep
+
+
+@torch.no_grad()
+def item_losses(
+    first: FirstModel,
+    items: Sequence[Encoded],
+    policy: Policy,
+    batch_size: int,
+    prefill: str = "skip",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return each item's summed loss under hard skips, in nats, its answer tokens, and keep.
+
+    The first two are [items], keep is [items, layers].
+    """
     first.eval()
     collate = Collator(first.pad_id)
-    total, count, keep = 0.0, 0, []
+    losses, counts, keep = [], [], []
     for start in range(0, len(items), batch_size):
         batch = collate(items[start : start + batch_size])
         inputs = {name: tensor.to(first.device) for name, tensor in batch.items()}
         state = first.new_state(inputs["prompt_mask"], policy, prefill=prefill)
         sums, tokens = row_losses(*answer_logits(first, inputs, state))
-        total, count = total + float(sums.sum()), count + int(tokens.sum())
+        losses.append(sums.double().cpu())
+        counts.append(tokens.cpu())
         keep.append(state.keep)
-    return total / count, torch.cat(keep)
+    return torch.cat(losses), torch.cat(counts), torch.cat(keep)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact match and F1 as SQuAD defines them, and means with bootstrap intervals.
+"""The metrics of question answering, translation and summarisation, with bootstrap intervals.
 
-Scores are between 0 and 1 per item; several references count by the best one. Knows nothing about
-models or examples.
+Every metric is held as statistics per item that add up to those of a corpus (`Scores`), so that
+resampling items is one sum. Several references count by the best one. Knows nothing about models or
+examples.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from firstlm.errors import DataError
+from firstlm.errors import ConfigError, DataError
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -66,64 +68,159 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class QaScores:
-    """Exact match and F1 of each item, in order."""
+class Scores:
+    """One metric over a corpus.
 
-    em: tuple[float, ...]
-    f1: tuple[float, ...]
+    Attributes:
+        statistics: [items, k], which add up over items.
+        combine: maps summed statistics [k] to the corpus score.
+        items: each item's score by itself.
+    """
 
-    def summary(self, seed: int = 0) -> dict[str, Estimate]:
-        """Return the corpus means in percent."""
-        return {
-            "em": mean([100 * v for v in self.em], seed=seed),
-            "f1": mean([100 * v for v in self.f1], seed=seed),
-        }
+    statistics: np.ndarray
+    combine: Callable[[np.ndarray], float]
+    items: tuple[float, ...]
 
-
-def score_qa(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> QaScores:
-    """Score each prediction against its own references."""
-    if len(predictions) != len(references):
-        raise DataError(f"{len(predictions)} predictions for {len(references)} items.")
-    pairs = list(zip(predictions, references, strict=True))
-    return QaScores(tuple(exact_match(*p) for p in pairs), tuple(f1(*p) for p in pairs))
-
-
-def mean(values: Sequence[float], *, samples: int = 1000, seed: int = 0) -> Estimate:
-    """Return the mean over items, with the interval of means of resampled items."""
-    array = _array(values)
-    drawn = [array[index].mean() for index in _resample(len(array), samples, seed)]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Estimate(float(array.mean()), float(low), float(high), len(array))
+    def estimate(self, *, samples: int = 1000, seed: int = 0) -> Estimate:
+        """Return the corpus score, with the interval of the scores of resampled items."""
+        count = len(self.items)
+        drawn = [self.combine(total) for (total,) in _resampled([self], samples, seed)]
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        return Estimate(self.combine(self.statistics.sum(0)), float(low), float(high), count)
 
 
-def retention(
-    values: Sequence[float], base: Sequence[float], *, samples: int = 1000, seed: int = 0
-) -> Estimate:
-    """Return mean(values) / mean(base), both over the same items, resampled together.
+def retention(ours: Scores, base: Scores, *, samples: int = 1000, seed: int = 0) -> Estimate:
+    """Return our corpus score over the base's, both over the same items, resampled together.
 
     A base that scores 0 leaves nothing to retain: the value is nan.
     """
-    ours, theirs = _array(values), _array(base)
-    if len(ours) != len(theirs):
-        raise DataError(f"{len(ours)} scores against {len(theirs)} of the base: other items.")
-    if not theirs.any():
-        return Estimate(float("nan"), float("nan"), float("nan"), len(ours))
+    if len(ours.items) != len(base.items):
+        raise DataError(
+            f"{len(ours.items)} scores against {len(base.items)} of the base: other items."
+        )
+    below = base.combine(base.statistics.sum(0))
+    if not below:
+        return Estimate(float("nan"), float("nan"), float("nan"), len(ours.items))
     drawn = []
-    for index in _resample(len(ours), samples, seed):
-        below = theirs[index].sum()
-        if below:  # a draw of items that the base all fails says nothing
-            drawn.append(ours[index].sum() / below)
+    for mine, theirs in _resampled([ours, base], samples, seed):
+        whole = base.combine(theirs)
+        if whole:  # a draw of items that the base all fails says nothing
+            drawn.append(ours.combine(mine) / whole)
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return Estimate(float(ours.sum() / theirs.sum()), float(low), float(high), len(ours))
+    value = ours.combine(ours.statistics.sum(0)) / below
+    return Estimate(value, float(low), float(high), len(ours.items))
 
 
-def _array(values: Sequence[float]) -> np.ndarray:
+def means(values: Sequence[float], scale: float = 100.0) -> Scores:
+    """Return scores whose corpus score is the mean of the items', times `scale`."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not len(array):
         raise DataError("there are no scores to average; expected one number or more.")
-    return array
+    statistics = np.stack([scale * array, np.ones_like(array)], axis=1)
+    return Scores(statistics, _ratio, tuple(array.tolist()))
 
 
-def _resample(count: int, samples: int, seed: int) -> Iterator[np.ndarray]:
+def perplexity(losses: Sequence[float], tokens: Sequence[int]) -> Scores:
+    """Return perplexity per answer token, from each item's summed loss in nats and its tokens."""
+    statistics = np.stack([np.asarray(losses, float), np.asarray(tokens, float)], axis=1)
+    return Scores(statistics, _exp_ratio, tuple(map(_exp_ratio, statistics)))
+
+
+def score_qa(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Scores]:
+    """Return exact match (em) and F1 (f1), in percent."""
+    pairs = _pairs(predictions, references)
+    return {
+        "em": means([exact_match(*pair) for pair in pairs]),
+        "f1": means([f1(*pair) for pair in pairs]),
+    }
+
+
+def score_translation(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], tokenize: str = "13a"
+) -> dict[str, Scores]:
+    """Return sacrebleu's BLEU (bleu), chrF (chrf) and BLEU of single words (bleu1), in percent.
+
+    Args:
+        predictions: one a sentence.
+        references: one or more a sentence.
+        tokenize: sacrebleu's tokenizer for BLEU; zh for Chinese.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    _pairs(predictions, references)
+    metrics = {
+        "bleu": BLEU(tokenize=tokenize, force=True),
+        "chrf": CHRF(),
+        "bleu1": BLEU(tokenize=tokenize, max_ngram_order=1, force=True),
+    }
+    return {
+        name: _sacrebleu_scores(metric, predictions, references) for name, metric in metrics.items()
+    }
+
+
+def _sacrebleu_scores(
+    metric: Any, predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> Scores:
+    """Take a sacrebleu metric apart as its own paired tests do: statistics, then their sum."""
+    longest = max(map(len, references))
+    streams = [[r[i] if i < len(r) else None for r in references] for i in range(longest)]
+    statistics = np.array(metric._extract_corpus_statistics(list(predictions), streams), float)
+
+    def combine(total: np.ndarray) -> float:
+        return float(metric._compute_score_from_stats(total.tolist()).score)
+
+    return Scores(statistics, combine, tuple(map(combine, statistics)))
+
+
+def score_summaries(
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, Scores]:
+    """Return ROUGE-1, ROUGE-2 and ROUGE-L (F1 with stemming, in percent) by rouge-score."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    names = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(names, use_stemmer=True)
+    found = [scorer.score_multi(refs, text) for text, refs in _pairs(predictions, references)]
+    return {name: means([item[name].fmeasure for item in found]) for name in names}
+
+
+def tokenizer_for(language: str | None) -> str:
+    """Return sacrebleu's tokenizer for a target language.
+
+    Raises:
+        ConfigError: it would need a package that is not installed.
+    """
+    if language in ("ja", "ko"):
+        raise ConfigError(
+            f"BLEU in {language!r} needs a word segmenter that firstlm does not bring; expected "
+            "another target language."
+        )
+    return "zh" if language == "zh" else "13a"
+
+
+def _pairs(
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> list[tuple[str, Sequence[str]]]:
+    if len(predictions) != len(references):
+        raise DataError(f"{len(predictions)} predictions for {len(references)} items.")
+    if not predictions:
+        raise DataError("there are no predictions to score; expected one or more.")
+    return [(text, _some(refs)) for text, refs in zip(predictions, references, strict=True)]
+
+
+def _ratio(total: np.ndarray) -> float:
+    return float(total[0] / total[1])
+
+
+def _exp_ratio(total: np.ndarray) -> float:
+    return float(np.exp(total[0] / total[1]))
+
+
+def _resampled(scores: Sequence[Scores], samples: int, seed: int) -> Iterator[list[np.ndarray]]:
+    """Yield each metric's summed statistics over the same items, drawn with replacement."""
     generator = np.random.default_rng(seed)
-    return (generator.integers(0, count, count) for _ in range(samples))
+    count = len(scores[0].items)
+    for _ in range(samples):
+        times = np.bincount(generator.integers(0, count, count), minlength=count)
+        yield [times @ one.statistics for one in scores]
