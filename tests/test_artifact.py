@@ -298,3 +298,20 @@ def test_the_model_card_names_a_base_that_others_can_find(saved, name, field) ->
     card = (saved / "README.md").read_text().split("\n")
     assert [line for line in card if line.startswith("base_model")] == ([field] if field else [])
     assert not any("/home" in line or "None" in line for line in card)
+
+
+def test_lora_that_is_no_numbers(saved: Path) -> None:
+    file = saved / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(ArtifactError, match=r"adapter_model.*no numbers"):
+        load(saved)
+
+
+def test_merging_gives_the_plain_base_back(saved: Path) -> None:
+    model = load(saved)
+    kind = type(model.plain_base)
+    assert type(model.detach()) is not kind
+    model = load(saved).merge_and_unload()
+    assert type(model.detach()) is kind

@@ -183,3 +183,26 @@ def test_pick_takes_the_likeliest_tokens_that_make_up_the_share():
 def test_options_that_cannot_work(llama, wrong):
     with pytest.raises(ConfigError):
         next(stream(llama, *batch(), **wrong))
+
+
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        (torch.ones(1, 3), r"\(1, 3\); expected \(1, 5\)"),
+        (torch.ones(1, 7), r"\(1, 7\); expected \(1, 5\)"),
+        (torch.ones(2, 5), r"\(2, 5\); expected \(1, 5\)"),
+        (torch.zeros(1, 5), "hides every token"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(mask: torch.Tensor, says: str) -> None:
+    model = FirstModel.from_base(tiny_llama())
+    with pytest.raises(ConfigError, match=says):
+        model.generate(torch.arange(5)[None], attention_mask=mask.long(), max_new_tokens=2)
+
+
+def test_a_detached_model_says_so() -> None:
+    model = FirstModel.from_base(tiny_llama())
+    base = model.detach()
+    with pytest.raises(ConfigError, match="was detached"):
+        model.generate(torch.arange(5)[None], max_new_tokens=2)
+    assert base.generate(torch.arange(5)[None], max_new_tokens=2).shape == (1, 7)

@@ -142,8 +142,9 @@ def record(folder: Path, task: str, results: dict[str, Any]) -> None:
             write_json(new / ARTIFACT_FILE, config)
             (new / CARD_FILE).write_text(model_card(config), encoding="utf-8")
     except OSError as error:
+        why = error.args[0][0][2] if isinstance(error, shutil.Error) else error
         raise ArtifactError(
-            f"{folder} cannot be written ({error}); what was there before is whole."
+            f"{folder} cannot be written ({why}); what was there before is whole."
         ) from error
 
 
@@ -229,6 +230,13 @@ def load(
         )
     if adapter.is_dir():
         base = _load_adapter(base, adapter)
+        bad = [n for n, p in lora_parameters(base).items() if not bool(p.isfinite().all())]
+        if bad:
+            base.unload()  # a base that was given is as it was
+            raise ArtifactError(
+                f"{adapter / ADAPTER_FILE}: {bad[0]} holds values that are no numbers. Copy or "
+                "train the artifact again."
+            )
     model = cls(base, router_config, tokenizer)
     for i, router in enumerate(model.routers):
         router.weight.data.copy_(tensors[f"{i}.weight"])

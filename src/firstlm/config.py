@@ -34,6 +34,12 @@ def check_skip_rate(value: float, name: str = "skip_rate", highest: float = 0.9)
     return float(value)
 
 
+def check_seed(value: int) -> None:
+    """Refuse a seed that random generators do not take."""
+    if not 0 <= value < 2**32:
+        raise ConfigError(f"seed is {value}; expected a whole number from 0 to 2**32 - 1.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """What the routers switch and how they start (arXiv 2410.12513, section 3)."""
@@ -177,6 +183,13 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
                 "dtype is 'float16', whose gradients would vanish without a loss scale; expected "
                 "bfloat16 or float32 for training."
             )
+        check_seed(self.seed)
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(
+                f"warmup is {self.warmup}; expected a share of steps, 0 up to below 1."
+            )
+        if not (self.alpha >= 0 and math.isfinite(self.alpha)):
+            raise ConfigError(f"alpha is {self.alpha}; expected 0 or more.")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout is {self.lora_dropout}; expected 0 up to below 1.")
         optional = [n for n in ("limit", "validation_limit") if getattr(self, n) is not None]
@@ -253,7 +266,7 @@ class GenerateConfig(AnswerOptions):
             check_skip_rate(self.skip_rate)
         if self.prompt and self.file:
             raise ConfigError("both --prompt and --file are given; expected one of them.")
-        _check_answers(self.max_new_tokens)
+        _check_answers(self.max_new_tokens, self.seed)
         _check_counts(self, *(("limit",) if self.limit is not None else ()))
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ConfigError(f"temperature is {self.temperature}; expected 0 or more.")
@@ -293,7 +306,7 @@ class DiagnoseConfig(AnswerOptions):
     def __post_init__(self) -> None:
         if self.skip_rate is not None:
             check_skip_rate(self.skip_rate)
-        _check_answers(self.max_new_tokens)
+        _check_answers(self.max_new_tokens, self.seed)
         _check_counts(self, "limit", "batch_size", "max_length")
 
 
@@ -350,7 +363,7 @@ class EvalConfig(AnswerOptions):
     def __post_init__(self) -> None:
         for rate in self.skip_rates:
             check_skip_rate(rate, "skip_rates")
-        _check_answers(self.max_new_tokens)
+        _check_answers(self.max_new_tokens, self.seed)
         _check_counts(self, "batch_size", *(("limit",) if self.limit is not None else ()))
 
 
@@ -376,12 +389,13 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_skip_rate(self.skip_rate)
-        _check_answers(self.max_new_tokens)
+        _check_answers(self.max_new_tokens, self.seed)
         _check_counts(self, "adapt_steps", "router_steps", "lora_steps", "batch_size", "max_length")
 
 
-def _check_answers(max_new_tokens: int) -> None:
-    """Refuse an answer without tokens."""
+def _check_answers(max_new_tokens: int, seed: int) -> None:
+    """Refuse an answer without tokens, and a seed that is none."""
+    check_seed(seed)
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
 

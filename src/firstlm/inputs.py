@@ -24,6 +24,20 @@ def check_prompts(input_ids: Any) -> None:
         )
 
 
+def check_mask(attention_mask: torch.Tensor, input_ids: torch.Tensor) -> None:
+    """Refuse a mask that does not fit its prompts [batch, tokens], or hides a whole prompt."""
+    if attention_mask.shape != input_ids.shape:
+        raise ConfigError(
+            f"attention_mask has the shape {tuple(attention_mask.shape)}; expected "
+            f"{tuple(input_ids.shape)}, that of input_ids."
+        )
+    if not bool(attention_mask.any(1).all()):
+        raise ConfigError(
+            "attention_mask hides every token of a prompt; expected one real token or more in each "
+            "row."
+        )
+
+
 def refuse_rollback(generate_kwargs: dict[str, Any]) -> None:
     """Refuse what transformers' `generate` can do but skipped layers cannot follow."""
     config = generate_kwargs.get("generation_config")

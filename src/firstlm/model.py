@@ -24,6 +24,7 @@ from firstlm.config import PREFILL_MODES, RouterConfig, check_skip_rate
 from firstlm.decisions import RoutingState
 from firstlm.errors import ConfigError
 from firstlm.inputs import (
+    check_mask,
     check_prompts,
     infer_mask,
     longest_row,
@@ -149,7 +150,7 @@ class FirstModel(nn.Module):
         return self.base.get_input_embeddings().weight.device
 
     def detach(self) -> nn.Module:
-        """Give the base model back, every forward as it was."""
+        """Give the base model back, every forward as it was; LoRA that is on it stays on it."""
         self.routing.detach()
         return self.base
 
@@ -226,6 +227,11 @@ class FirstModel(nn.Module):
         """Start the decisions of a batch; `prompt_mask` is [prompts, tokens]."""
         if prefill not in PREFILL_MODES:
             raise ConfigError(f"prefill is {prefill!r}; expected 'skip' or 'full'.")
+        if not self.routing.attached:
+            raise ConfigError(
+                "This model was detached, so nothing routes its layers; use the base model that "
+                "detach() returned, or make a new FirstModel."
+            )
         if policy is not None and skip_rate is not None:
             raise ConfigError("Both policy and skip_rate were given; give one of them.")
         if policy is None or id(self) in _RUN_ALL.get():
@@ -335,6 +341,7 @@ class FirstModel(nn.Module):
         if attention_mask is None:
             attention_mask = infer_mask(self.base.generation_config, input_ids)
         attention_mask = attention_mask.to(self.device)
+        check_mask(attention_mask, input_ids)
         cache = take_cache(generate_kwargs)
         asked = getattr(generate_kwargs.get("generation_config"), "cache_implementation", None)
         kind = generate_kwargs.pop("cache_implementation", None) or asked or "dynamic"

@@ -48,6 +48,11 @@ class Routing:
             for layer, module in enumerate(self.stack.units):
                 self._override(module, partial(self._unit_forward, layer))
 
+    @property
+    def attached(self) -> bool:
+        """Whether the layers' forward is overridden."""
+        return bool(self._undo)
+
     def _override(self, module: nn.Module, forward: Any) -> None:
         before = module.__dict__.get("forward")
         if isinstance(getattr(getattr(before, "func", None), "__self__", None), Routing):
