@@ -61,12 +61,12 @@ def test_scores_are_recorded_until_other_thresholds_make_them_stale(
     words = ["eval", str(folder), "--data", str(data), "--limit", "4", "--max-new-tokens", "2"]
     assert cli.main([*words, "--skip-rates", "0.25", "--record"]) == 0
     recorded = json.loads((folder / "first_config.json").read_text())["results"]["qa"]
-    assert recorded["data"] == "data.jsonl"
+    assert recorded["data"] == f"{data.parent.name}/data.jsonl"
     assert recorded["count"] == 4
     assert (recorded["prefill"], recorded["weights"]) == ("skip", "float32")
     assert set(recorded["runs"]) == {"base", "run_all", "router@0.25"}
     for run_name, scores in recorded["runs"].items():
-        assert set(scores) == {"skip_rate", "EM", "F1"}
+        assert set(scores) == {"skip_rate", "EM", "F1", "perplexity"}
         assert (scores["skip_rate"] == 0) == (run_name != "router@0.25")
     skipped = recorded["runs"]["router@0.25"]["skip_rate"]
     assert f"| router@0.25 | {skipped:.1%} |" in (folder / "README.md").read_text()
