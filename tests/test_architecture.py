@@ -42,6 +42,7 @@ FLOORS = {
     "data": "work",
     "metrics": "work",
     "tasks": "work",
+    "scoreboard": "work",
     "losses": "work",
     "probes": "work",
     "kv_probe": "work",

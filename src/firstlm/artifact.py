@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,13 +231,11 @@ def load(
         )
     if adapter.is_dir():
         base = _load_adapter(base, adapter)
-        bad = [n for n, p in lora_parameters(base).items() if not bool(p.isfinite().all())]
-        if bad:
+        try:
+            _check_finite(lora_parameters(base), adapter / ADAPTER_FILE)
+        except ArtifactError:
             base.unload()  # a base that was given is as it was
-            raise ArtifactError(
-                f"{adapter / ADAPTER_FILE}: {bad[0]} holds values that are no numbers. Copy or "
-                "train the artifact again."
-            )
+            raise
     model = cls(base, router_config, tokenizer)
     for i, router in enumerate(model.routers):
         router.weight.data.copy_(tensors[f"{i}.weight"])
@@ -378,15 +377,21 @@ def _check_routers(
         if found is None or tuple(found.shape) != shape:
             what = "missing" if found is None else f"of shape {tuple(found.shape)}"
             raise ArtifactError(f"{folder / ROUTERS_FILE}: {name} is {what}; expected {shape}.")
-        if not bool(found.isfinite().all()):
-            raise ArtifactError(
-                f"{folder / ROUTERS_FILE}: {name} holds values that are no numbers. Copy or train "
-                "the artifact again."
-            )
     if more := sorted(set(tensors) - set(wanted)):
         raise ArtifactError(
             f"{folder / ROUTERS_FILE} has tensors for layers the model lacks: {more}."
         )
+    _check_finite(tensors, folder / ROUTERS_FILE)
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Refuse weights that were read from a file and hold NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ArtifactError(
+                f"{file}: {name} holds values that are no numbers. Copy or train the artifact "
+                "again."
+            )
 
 
 def push(model: FirstModel, repo_id: str, **kwargs: Any) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score a model's greedy answers, as the base, with all layers, and routed.
 
-Owns the run over a data set, its table and its file of results; scores come from the task, and what
-a policy is, only `FirstModel` knows.
+Owns the run over a data set and its file of results; scores come from the task, and what a policy
+is, only `FirstModel` knows.
 """
 
 from __future__ import annotations
@@ -33,19 +33,9 @@ from firstlm.model import FirstModel, GenerateOutput
 from firstlm.options import to_dict
 from firstlm.policies import Policy, RunAll
 from firstlm.results import provenance, sha256_of, to_json, write_json
+from firstlm.scoreboard import summary, table
 from firstlm.tasks import Task, find_task
 
-LABELS = {
-    "em": "EM",
-    "f1": "F1",
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "bleu1": "BLEU-1",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "perplexity": "perplexity",
-}
 # Options that change no number of a run that is done, or that are compared by content instead.
 FREE_OPTIONS = ("artifact", "data", "output", "record", "policies", "skip_rates", "device")
 
@@ -277,6 +267,7 @@ def run(options: EvalConfig) -> int:
         _choose(model, policy, rate, options.prefill)
     _prompts(model, examples, options.max_new_tokens)
     report = _start(options, model, examples, task)
+    scored: dict[str, Scores] = {}
     for policy, rate in asked:
         name = _name(policy, rate)
         if name in report["runs"]:
@@ -295,7 +286,7 @@ def run(options: EvalConfig) -> int:
         )
         result["provenance"] = provenance(seed=options.seed)
         report["runs"][name] = result
-        report["retention"] = _retention(report["runs"], examples, task, options.seed)
+        report["retention"] = _retention(report["runs"], examples, task, scored, options.seed)
         if options.output is not None:
             report["provenance"] = provenance(seed=options.seed, **report["inputs"])
             write_json(options.output, report)
@@ -305,78 +296,26 @@ def run(options: EvalConfig) -> int:
     return 0
 
 
-def summary(report: dict[str, Any]) -> dict[str, Any]:
-    """Return what an artifact keeps of a report: where it was measured, and each run's scores."""
-    source = report["inputs"]["data"]
-    return {
-        "data": "/".join(Path(source).parts[-2:]) if Path(source).is_file() else source,
-        "data_sha256": report["inputs"]["data_sha256"],
-        "count": next(iter(report["runs"].values()))["count"],
-        "weights": report["inputs"]["weights"].removeprefix("torch."),
-        **{name: report["options"][name] for name in ("prefill", "max_new_tokens")},
-        "runs": {
-            name: {
-                "skip_rate": run["skip_rate"]["mean"],
-                **{label: run[name]["value"] for name, label in _metrics(run).items()},
-            }
-            for name, run in report["runs"].items()
-        },
-    }
-
-
-def table(report: dict[str, Any]) -> str:
-    """Return a report of `firstlm eval` as text, one line a run."""
-    runs = report["runs"]
-    metrics = _metrics(next(iter(runs.values()))) if runs else {}
-    columns = ["run", *(c for label in metrics.values() for c in (label, "95%"))]
-    columns += ["of run_all", "skipped", "p5-p95", "masks", "calls"]
-    rows = []
-    for name, result in runs.items():
-        rate, kept = result["skip_rate"], report["retention"].get(name, {}).get("value")
-        row = [name]
-        for metric in metrics:
-            row += [f"{result[metric]['value']:.1f}", _interval(result[metric])]
-        row += ["" if kept is None or kept != kept else f"{kept:.1%}", f"{rate['mean']:.1%}"]
-        row += [f"{100 * rate['p5']:.0f}-{100 * rate['p95']:.0f}%", f"{result['distinct_masks']}"]
-        rows.append([*row, f"{sum(result['layer_calls'].values())}"])
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-        for row in (columns, *rows)
-    ]
-    count = next(iter(runs.values()))["count"] if runs else 0
-    primary = LABELS[report["primary"]]
-    return "\n".join(
-        [
-            *lines,
-            f"{count} items; scores but perplexity in percent; of run_all: share of its {primary}.",
-        ]
-    )
-
-
-def _metrics(run: dict[str, Any]) -> dict[str, str]:
-    """Return the label of each metric of a run."""
-    return {name: label for name, label in LABELS.items() if name in run}
-
-
-def _interval(estimate: dict[str, float]) -> str:
-    return f"{estimate['low']:.1f}-{estimate['high']:.1f}"
-
-
 def _retention(
-    runs: dict[str, Any], examples: Sequence[Example], task: Task, seed: int
+    runs: dict[str, Any],
+    examples: Sequence[Example],
+    task: Task,
+    scored: dict[str, Scores],
+    seed: int,
 ) -> dict[str, Any]:
-    """Return each run's primary score over that of run_all, on the same items."""
+    """Return each run's primary score over that of run_all, on the same items.
+
+    `scored` keeps the primary scores of runs from call to call.
+    """
     if "run_all" not in runs:
         return {}
     references = [example.references for example in examples]
-    scores = {
-        name: task.score([item["prediction"] for item in run["items"]], references)[task.primary]
-        for name, run in runs.items()
-    }
+    for name in runs.keys() - scored.keys():
+        predictions = [item["prediction"] for item in runs[name]["items"]]
+        scored[name] = task.score(predictions, references)[task.primary]
     found = {
-        name: retention(values, scores["run_all"], seed=seed)
-        for name, values in scores.items()
+        name: retention(scored[name], scored["run_all"], seed=seed)
+        for name in runs
         if name != "run_all"
     }
     return {name: asdict(value) for name, value in found.items()}

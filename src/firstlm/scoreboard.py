@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `firstlm eval` shows of its report, and what an artifact keeps of it. Runs nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+LABELS = {
+    "em": "EM",
+    "f1": "F1",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "bleu1": "BLEU-1",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "perplexity": "perplexity",
+}
+
+
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    """Return what an artifact keeps of a report: where it was measured, and each run's scores."""
+    source = report["inputs"]["data"]
+    return {
+        "data": "/".join(Path(source).parts[-2:]) if Path(source).is_file() else source,
+        "data_sha256": report["inputs"]["data_sha256"],
+        "count": next(iter(report["runs"].values()))["count"],
+        "weights": report["inputs"]["weights"].removeprefix("torch."),
+        **{name: report["options"][name] for name in ("prefill", "max_new_tokens")},
+        "runs": {
+            name: {
+                "skip_rate": run["skip_rate"]["mean"],
+                **{label: run[name]["value"] for name, label in _metrics(run).items()},
+            }
+            for name, run in report["runs"].items()
+        },
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return a report of `firstlm eval` as text, one line a run."""
+    runs = report["runs"]
+    metrics = _metrics(next(iter(runs.values()))) if runs else {}
+    columns = ["run", *(c for label in metrics.values() for c in (label, "95%"))]
+    columns += ["of run_all", "skipped", "p5-p95", "masks", "calls"]
+    rows = []
+    for name, result in runs.items():
+        rate, kept = result["skip_rate"], report["retention"].get(name, {}).get("value")
+        row = [name]
+        for metric in metrics:
+            row += [f"{result[metric]['value']:.1f}", _interval(result[metric])]
+        row += ["" if kept is None or kept != kept else f"{kept:.1%}", f"{rate['mean']:.1%}"]
+        row += [f"{100 * rate['p5']:.0f}-{100 * rate['p95']:.0f}%", f"{result['distinct_masks']}"]
+        rows.append([*row, f"{sum(result['layer_calls'].values())}"])
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in (columns, *rows)
+    ]
+    count = next(iter(runs.values()))["count"] if runs else 0
+    primary = LABELS[report["primary"]]
+    return "\n".join(
+        [
+            *lines,
+            f"{count} items; scores but perplexity in percent; of run_all: share of its {primary}.",
+        ]
+    )
+
+
+def _metrics(run: dict[str, Any]) -> dict[str, str]:
+    """Return the label of each metric of a run."""
+    return {name: label for name, label in LABELS.items() if name in run}
+
+
+def _interval(estimate: dict[str, float]) -> str:
+    return f"{estimate['low']:.1f}-{estimate['high']:.1f}"
