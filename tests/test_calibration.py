@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import config, write_run
+from training import config, make_examples, make_model, write_run
 
 from firstlm import FirstModel, cli
+from firstlm.calibration import calibrate
+from firstlm.data import pad_left
 from firstlm.train import run
 
 
@@ -96,3 +98,19 @@ def test_an_artifact_that_is_no_folder_needs_an_output(
     assert cli.main(["calibrate", "smollm2-qa", "--data", str(artifact[1])]) == 2
     assert "--output" in capsys.readouterr().err
     assert not (tmp_path / "smollm2-qa").exists()
+
+
+def test_rates_between_two_numbers_of_layers_are_served() -> None:
+    """Routers that look at no prompt skip whole layers for all: 0, 1/8, 2/8 ..."""
+    model = make_model()
+    with torch.no_grad():
+        for i, router in enumerate(model.routers):
+            router.weight.zero_()
+            router.bias.fill_(1.0 + 0.1 * i)
+    prompts = [example.prompt_ids for example in make_examples(16, 0)]
+    calibrate(model, prompts, [0.10, 0.28])
+    ids, mask = pad_left(prompts, model.pad_id)
+    for prefill in ("skip", "full"):
+        for rate in (0.10, 0.28):
+            keep = model.decide(ids, mask, skip_rate=rate, prefill=prefill).keep
+            assert float((~keep).float().mean()) == pytest.approx(rate, abs=0.125)

@@ -39,7 +39,7 @@ def test_both_halves_run_and_the_last_line_is_json(folders, tmp_path, capsys, mo
     output = tmp_path / "demo"
     words = [
         "demo", "--artifact", artifact, "--model", base, "--output", output,
-        "--adapt-steps", 1, "--router-steps", 3, "--lora-steps", 2,
+        "--router-steps", 3, "--lora-steps", 2,
         "--batch-size", 2, "--max-length", 400, "--max-new-tokens", 4,
     ]  # fmt: skip
     assert cli.main([*map(str, words)]) == 0
@@ -48,7 +48,7 @@ def test_both_halves_run_and_the_last_line_is_json(folders, tmp_path, capsys, mo
     *text, last = out.rstrip("\n").split("\n")
     found = json.loads(last)
     assert list(found) == KEYS
-    assert found["steps"] == 6
+    assert found["steps"] == 5
     assert 3 < found["ce_before"] < 8  # a random model: about ln 259
     assert 3 < found["ce_after"] < 8
     assert found["skip_rate"] == pytest.approx(0.25, abs=0.2)

@@ -135,12 +135,12 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return {n: p.detach() for n, p in model.named_parameters() if "lora_" in n or "routers." in n}
 
 
-@pytest.mark.parametrize("phase", ["adapt", "routers", "lora"])
+@pytest.mark.parametrize("phase", ["routers", "lora"])
 def test_a_run_that_goes_on_from_an_artifact_with_lora_can_resume_in_any_phase(
     tmp_path: Path, byte_tokenizer, monkeypatch, phase: str
 ) -> None:
     folder, data = write_run(tmp_path, byte_tokenizer)
-    steps = {"adapt_steps": 3, "router_steps": 3, "lora_steps": 3, "eval_steps": 3, "distill": 2.0}
+    steps = {"router_steps": 3, "lora_steps": 3, "eval_steps": 3, "distill": 2.0}
     settings = config(tmp_path, model=str(folder), data=str(data), **steps)
     assert run(settings) == 0
     first = settings.output
@@ -201,11 +201,11 @@ def test_a_run_that_started_without_resume_can_be_resumed(
     with monkeypatch.context() as patch:
         patch.setattr(FirstTrainer, "compute_loss", interrupted(2))
         with pytest.raises(KeyboardInterrupt):
-            run(replace(settings, adapt_steps=0))
+            run(settings)
     assert "without --no-resume" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"other options \(lora_steps"):
-        run(replace(settings, adapt_steps=0, resume=True, lora_steps=2))
-    assert run(replace(settings, adapt_steps=0, resume=True)) == 0
+        run(replace(settings, resume=True, lora_steps=2))
+    assert run(replace(settings, resume=True)) == 0
 
 
 def test_folders_with_other_files_are_left_alone(tmp_path: Path, byte_tokenizer) -> None:

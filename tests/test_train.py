@@ -14,11 +14,11 @@ from training import config, make_examples, make_model, write_run
 
 from firstlm.calibration import calibrate
 from firstlm.config import RouterConfig, TrainConfig
-from firstlm.data import Collator, Encoded, pad_left
+from firstlm.data import Collator, Encoded, draw, pad_left
 from firstlm.errors import ConfigError, DataError, FirstError
 from firstlm.losses import answer_cross_entropy, answer_logits, mean_loss, non_skip_penalty
 from firstlm.model import FirstModel
-from firstlm.phases import adapt_lora, train_lora, train_routers, work_folder
+from firstlm.phases import _offsets, train_lora, train_routers, work_folder
 from firstlm.policies import RouterPolicy, RunAll
 from firstlm.train import run
 from firstlm.trainer import FirstTrainer
@@ -314,11 +314,9 @@ def test_rows_longer_than_the_context_are_refused(tmp_path: Path, byte_tokenizer
         ({"gate": "sotf"}, "gate.*expected"),
         ({"warm_start": -1}, "0 or more"),
         ({"lora_lr": float("inf")}, "more than 0"),
-        ({"adapt_lr": 0.0}, "more than 0"),
         ({"seed": -1}, "seed is -1"),
         ({"warmup": 2.0}, "up to below 1"),
         ({"alpha": -5.0}, "0 or more"),
-        ({"distill": 1.0, "skip_rate": 0.0}, "distill"),
         ({"lora_dropout": 2.0}, "below 1"),
         ({"validation_limit": 0}, "1 or more"),
         ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES=1"),
@@ -384,7 +382,7 @@ def test_any_rate_that_was_trained_is_served(tmp_path: Path, byte_tokenizer) -> 
 
 def test_an_artifact_brings_its_base_model_and_its_unit(tmp_path: Path, byte_tokenizer) -> None:
     folder, data = write_run(tmp_path, byte_tokenizer)
-    steps = {"router_steps": 1, "lora_steps": 0, "adapt_steps": 0}
+    steps = {"router_steps": 1, "lora_steps": 0}
     settings = config(tmp_path, model=str(folder), data=str(data), unit="mlp", **steps)
     assert run(settings) == 0
     more = replace(settings, model=None, artifact=settings.output, output=str(tmp_path / "more"))
@@ -395,7 +393,7 @@ def test_an_artifact_brings_its_base_model_and_its_unit(tmp_path: Path, byte_tok
 
 def test_a_lora_keeps_its_rank(tmp_path: Path, byte_tokenizer) -> None:
     folder, data = write_run(tmp_path, byte_tokenizer)
-    steps = {"router_steps": 1, "lora_steps": 1, "adapt_steps": 0}
+    steps = {"router_steps": 1, "lora_steps": 1}
     settings = config(tmp_path, model=str(folder), data=str(data), lora_rank=4, **steps)
     assert run(settings) == 0
     more = replace(settings, artifact=settings.output, output=str(tmp_path / "more"), lora_rank=8)
@@ -411,7 +409,7 @@ def test_a_run_that_diverges_stops(tmp_path: Path) -> None:
 
 
 def test_no_phase_begins_with_the_rows_that_another_has_just_learnt(tmp_path: Path, monkeypatch):
-    seen: dict[str, list] = {"adapt": [], "routers": [], "lora": []}
+    seen: dict[str, list] = {"routers": [], "lora": []}
     step = FirstTrainer.training_step
 
     def noted(self, model, inputs, *args):
@@ -420,25 +418,31 @@ def test_no_phase_begins_with_the_rows_that_another_has_just_learnt(tmp_path: Pa
 
     monkeypatch.setattr(FirstTrainer, "training_step", noted)
     model, examples = make_model(), make_examples(256, 0)
-    settings = config(tmp_path, adapt_steps=2, router_steps=2, lora_steps=2)
-    adapt_lora(model, examples, examples[:4], settings)
+    settings = config(tmp_path, router_steps=2, lora_steps=2)
     train_routers(model, examples, examples[:4], settings)
     train_lora(model, examples, examples[:4], settings)
-    assert [len(batches) for batches in seen.values()] == [2, 2, 2]
+    assert [len(batches) for batches in seen.values()] == [2, 2]
     rows = {
         name: {tuple(row) for batch in batches for row in batch} for name, batches in seen.items()
     }
-    for one, other in (("adapt", "routers"), ("adapt", "lora"), ("routers", "lora")):
-        assert len(rows[one] & rows[other]) < 16, (one, other)  # of 32, of 256 drawn at random
+    assert len(rows["routers"] & rows["lora"]) < 16  # of 32, of 256 drawn at random
 
 
-def test_adapting_has_a_learning_rate_of_its_own(tmp_path: Path) -> None:
-    examples = make_examples(32, 0)
-    moved = {}
-    for rate in (None, 1e-12):
+def test_the_share_of_decisions_that_lora_flips_is_told(tmp_path: Path) -> None:
+    examples, found = make_examples(64, 0), {}
+    for rate in (1e-12, 0.3):
         model = make_model()
-        adapt_lora(model, examples, examples[:8], config(tmp_path, adapt_steps=2, adapt_lr=rate))
-        moved[rate] = max(
-            float(p.abs().max()) for n, p in model.named_parameters() if "lora_B" in n
-        )
-    assert moved[1e-12] < 1e-9 < 1e-4 < moved[None]
+        with torch.no_grad():
+            for i, router in enumerate(model.routers):
+                router.weight.normal_(generator=torch.Generator().manual_seed(i))
+                router.bias.zero_()
+        settings = config(tmp_path, lora_steps=2, lora_lr=rate, batch_size=16)
+        prompts = [row.prompt_ids for row in draw(examples[:16], None)]
+        ids, mask = pad_left(prompts, model.pad_id)
+        offset = _offsets(model, examples, settings)[0.25]
+        before = model.decide(ids, mask, RouterPolicy(model.routers, offset)).keep
+        record = train_lora(model, examples, examples[:16], settings)
+        after = model.decide(ids, mask, RouterPolicy(model.routers, offset)).keep
+        assert record["flipped"] == pytest.approx(float((before != after).float().mean()))
+        found[rate] = record["flipped"]
+    assert found[1e-12] == 0 < found[0.3]

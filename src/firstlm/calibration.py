@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from firstlm import artifact
 from firstlm.config import RATES, CalibrateConfig
-from firstlm.data import check_room, draw, encode_prompt, load_examples, pad_left
+from firstlm.data import check_room, draw, encode_prompt, load_examples, prompt_batches
 from firstlm.errors import DataError
 from firstlm.model import FirstModel
 from firstlm.policies import RouterPolicy
@@ -60,11 +60,7 @@ def find_offsets(
     progress: bool = True,
 ) -> list[tuple[float, float, float]]:
     """Return (asked rate, logit offset, measured rate) for each rate, in rising order."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = [
-        pad_left([prompts[i] for i in order[j : j + batch_size]], model.pad_id)
-        for j in range(0, len(order), batch_size)
-    ]
+    batches = prompt_batches(prompts, batch_size, model.pad_id)
     known: dict[float, float] = {}
     was_training = model.training
     model.eval()
@@ -93,6 +89,14 @@ def _table(
         offset, found = _search(rate_at, known, wanted)
         if not rows or (offset < rows[-1][1] and found > rows[-1][2]):
             rows.append((wanted, offset, found))
+    # Rates may rise in steps of a whole layer: the lowest and the highest rate asked for shall lie
+    # between measured ones too.
+    below = [offset for offset in known if known[offset] < rates[0]]
+    above = [offset for offset in known if known[offset] > rates[-1]]
+    if below and rows[0][2] > rates[0]:
+        rows.insert(0, (known[min(below)], min(below), known[min(below)]))
+    if above and rows[-1][2] < rates[-1]:
+        rows.append((known[max(above)], max(above), known[max(above)]))
     return rows
 
 

@@ -90,7 +90,7 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RouterConfig, ModelOptions, DataOptions):
-    """One training run: LoRA adapts, routers train, LoRA recovers, thresholds are calibrated."""
+    """One training run: routers train, LoRA recovers, thresholds are calibrated."""
 
     output: str = option(
         "first-model",
@@ -122,19 +122,11 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
     l2: float = option(0.01, help="weight of the L2 penalty on router weights (lambda)")
     distill: float = option(
         0.0,
-        help="weight of staying close to the last hidden states that all layers have when a phase "
-        "begins: better per step, and a step takes about 1.5 times as long",
+        help="weight, in phase 1, of staying close to what all layers compute: every token of a "
+        "row says what a layer is worth, not only the answer's",
     )
     warm_start: int = option(
         16, help="examples on which layers are ranked to start the routers from (0: no ranking)"
-    )
-    adapt_steps: int = option(
-        100,
-        help="LoRA steps with all layers before phase 1, so that routers see a model that can "
-        "do the task (0: the paper's order)",
-    )
-    adapt_lr: float | None = option(
-        None, help="learning rate of those steps (none: that of phase 2)"
     )
     router_steps: int = option(100, help="optimizer steps of phase 1")
     router_lr: float = option(0.005, help="learning rate of phase 1: about how far a logit moves")
@@ -163,14 +155,9 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         for rate in self.skip_rates or ():
             check_skip_rate(rate, "skip_rates")
         check(self)
-        if self.distill and self.skip_rate == 0:
-            raise ConfigError(
-                "distill keeps a model that skips close to all its layers, but skip_rate is 0; "
-                "expected a skip_rate above 0, or no distill."
-            )
         if self.skip_rates and self.skip_rate is None:
             raise ConfigError("skip_rates needs skip_rate, the rate that thresholds of 0.5 serve.")
-        for name in ("adapt_steps", "router_steps", "lora_steps", "warm_start", "distill", "l2"):
+        for name in ("router_steps", "lora_steps", "warm_start", "distill", "l2"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more.")
         if re.fullmatch(r"cuda:0*[1-9]\d*", self.device):
@@ -202,8 +189,7 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
             "eval_steps",
             "save_steps",
         )
-        rates = ("router_lr", "lora_lr", *(("adapt_lr",) if self.adapt_lr is not None else ()))
-        for name in (*positive, "logging_steps", *rates):
+        for name in (*positive, "logging_steps", "router_lr", "lora_lr"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} is {value}; expected more than 0.")
@@ -379,9 +365,8 @@ class DemoConfig:
     )
     output: str = option("runs/demo", path=True, help="folder for the short run")
     skip_rate: float = option(0.25, help="share of layers to skip")
-    adapt_steps: int = option(24, help="LoRA steps with all layers, before phase 1")
     router_steps: int = option(16, help="optimizer steps of phase 1")
-    lora_steps: int = option(40, help="optimizer steps of phase 2")
+    lora_steps: int = option(64, help="optimizer steps of phase 2")
     batch_size: int = option(8, help="examples per forward pass")
     max_length: int = option(192, help="longest prompt plus answer, in tokens")
     max_new_tokens: int = option(32, help="longest answer, in tokens")
@@ -390,7 +375,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         check_skip_rate(self.skip_rate)
         _check_answers(self.max_new_tokens, self.seed)
-        _check_counts(self, "adapt_steps", "router_steps", "lora_steps", "batch_size", "max_length")
+        _check_counts(self, "router_steps", "lora_steps", "batch_size", "max_length")
 
 
 def _check_answers(max_new_tokens: int, seed: int) -> None:

@@ -151,6 +151,17 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
     return ids, mask
 
 
+def prompt_batches(
+    prompts: Sequence[Sequence[int]], batch_size: int, pad_id: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Return prompts in batches of similar length, each as `pad_left` makes it."""
+    by_length = sorted(prompts, key=len)
+    return [
+        pad_left(by_length[i : i + batch_size], pad_id)
+        for i in range(0, len(by_length), batch_size)
+    ]
+
+
 @dataclass(frozen=True)
 class Collator:
     """Batch encoded examples, padded left; loss on answers only, routers see prompts only."""

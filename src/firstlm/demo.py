@@ -24,7 +24,7 @@ from firstlm.corpus import docstring_examples
 from firstlm.data import Encoded, Example, encode_all
 from firstlm.losses import mean_loss
 from firstlm.model import FirstModel
-from firstlm.phases import adapt_lora, train_lora, train_routers
+from firstlm.phases import train_lora, train_routers
 from firstlm.policies import RunAll
 from firstlm.pretrained import load_base
 from firstlm.results import provenance, to_json
@@ -85,7 +85,6 @@ def training_options(options: DemoConfig) -> TrainConfig:
         output=options.output,
         skip_rate=options.skip_rate,
         warm_start=8,
-        adapt_steps=options.adapt_steps,
         router_steps=options.router_steps,
         lora_steps=options.lora_steps,
         batch_size=options.batch_size,
@@ -136,8 +135,6 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
     ce_before, _ = mean_loss(model, held_encoded, RunAll(), config.batch_size)
     logging.set_verbosity_warning()  # Trainer's progress bars hang on it
 
-    print(f"\nFirst LoRA learns the task with all layers, {config.adapt_steps} steps.", flush=True)
-    adapt = adapt_lora(model, encoded, held_encoded, config)
     print(f"\nPhase 1: routers, {config.router_steps} steps.", flush=True)
     routers = train_routers(model, encoded, held_encoded, config)
     print(f"\nPhase 2: LoRA, {config.lora_steps} steps.", flush=True)
@@ -148,7 +145,6 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
     ce_full, _ = mean_loss(model, held_encoded, RunAll(), config.batch_size)
     ce_after, keep = mean_loss(model, held_encoded, policy, config.batch_size)
     model.training_record = {
-        "adapt": adapt,
         "routers": routers,
         "lora": lora,
         "provenance": provenance(seed=options.seed),
@@ -164,7 +160,7 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
     print(f"Layers skipped for most prompts: {', '.join(map(str, mostly)) or 'none'}")
     print(f"Different masks: {len(keep.unique(dim=0))} for {len(keep)} prompts")
     return {
-        "steps": adapt["steps"] + routers["steps"] + lora["steps"],
+        "steps": routers["steps"] + lora["steps"],
         "ce_before": round(ce_before, 4),
         "ce_after": round(ce_after, 4),
         "skip_rate": round(float((~keep).float().mean()), 4),

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A starting point for routers: which layers a task misses least, found by greedy removal.
 
-Round by round, the layer whose removal (besides those already removed) costs the least
-cross-entropy on a few training examples goes. The order sets the routers' biases, from where
-training makes them depend on the prompt.
+Round by round, the layer goes whose removal (besides those already removed) leaves a few training
+examples closest to what all layers compute. Cross-entropy would be a poor guide: it has a handful
+of answer tokens to go by, and a model that does not know the task yet is wrong about them anyway.
+The order sets the routers' biases, from where training makes them depend on the prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from firstlm.data import Collator, Encoded
-from firstlm.losses import answer_logits, row_losses
+from firstlm.losses import FullDepth, answer_logits, answer_pass
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask
 
@@ -40,7 +41,7 @@ def removal_order(
 
     Args:
         model: a routed model.
-        examples: on which cross-entropy is measured.
+        examples: on which the distance to the full depth is measured.
         share: of all layers whose place is measured round by round; the others follow by what
             their removal cost when it was last measured.
         batch_size: examples that training runs at once; a pass here, which keeps nothing for a
@@ -57,9 +58,10 @@ def removal_order(
     free = [i for i in range(count) if i not in model.routing.stack.locked]
     order: list[int] = []
     rounds = min(max(round(share * count), 1), len(free) - 1)
-    known = dict.fromkeys(free, 0.0)  # loss without the layer, as last measured
     # A layer that cost much in an earlier round is not measured again while others are cheaper.
     measured = [min(CANDIDATES, len(free) - i) if i else len(free) for i in range(rounds)]
+    known = dict.fromkeys(free, 0.0)  # distance without the layer, as last measured
+    full = [FullDepth.of(model, inputs) for inputs in batches]
     with tqdm(
         total=sum(measured) * len(batches),
         desc="finding layers that matter least",
@@ -68,33 +70,34 @@ def removal_order(
     ) as bar:
         for candidates in measured:
             cheapest = sorted(known, key=known.__getitem__)[:candidates]
-            known.update(_losses_without(model, batches, order, sorted(cheapest), prefill, bar))
+            known.update(_distances(model, batches, full, order, sorted(cheapest), prefill, bar))
             order.append(min(cheapest, key=known.__getitem__))
             del known[order[-1]]
     return [*order, *sorted(known, key=known.__getitem__)]
 
 
-def _losses_without(
+def _distances(
     model: FirstModel,
     batches: Sequence[Inputs],
+    full: Sequence[FullDepth],
     removed: Sequence[int],
     candidates: Sequence[int],
     prefill: str,
     bar: tqdm,
 ) -> dict[int, float]:
-    """Return the answer cross-entropy with each candidate removed besides the `removed` layers."""
-    total, count = torch.zeros(len(candidates)), 0
+    """Return the distance to the full depth with each candidate removed besides `removed`."""
+    total, rows = torch.zeros(len(candidates)), sum(len(b["input_ids"]) for b in batches)
     mask = torch.ones(model.layer_count, dtype=torch.bool)
     mask[list(removed)] = False
-    for inputs in batches:
+    for inputs, wanted in zip(batches, full, strict=True):
         entered = _entering_states(model, inputs, mask, candidates, prefill)
+        share = len(inputs["input_ids"]) / rows
         for first in range(0, len(candidates), FORWARD_ROWS):
             part = candidates[first : first + FORWARD_ROWS]
-            sums, tokens = _pass_without(model, inputs, mask, part, entered, prefill)
-            total[first : first + len(part)] += sums.cpu()
+            found = _pass_without(model, inputs, wanted, mask, part, entered, prefill)
+            total[first : first + len(part)] += share * found
             bar.update(len(part))
-        count += tokens
-    return dict(zip(candidates, (total / count).tolist(), strict=True))
+    return dict(zip(candidates, total.tolist(), strict=True))
 
 
 def _entering_states(
@@ -112,12 +115,13 @@ def _entering_states(
 def _pass_without(
     model: FirstModel,
     inputs: Inputs,
+    full: FullDepth,
     mask: torch.Tensor,
     candidates: Sequence[int],
     entered: dict[int, torch.Tensor],
     prefill: str,
-) -> tuple[torch.Tensor, int]:
-    """Return the summed loss without each candidate [candidates], and the number of its tokens.
+) -> torch.Tensor:
+    """Return the distance to the full depth without each candidate [candidates].
 
     All candidates share a forward pass. What comes before a removed layer is the same with and
     without it: a candidate's rows skip all of that, and take up the states that enter the layer.
@@ -139,8 +143,15 @@ def _pass_without(
     policy = FixedMask(masks.repeat_interleave(size, dim=0))
     state = model.new_state(repeated["prompt_mask"], policy, prefill=prefill)
     with _hooked(model, {layer: partial(take_up, layer) for layer in resumed}):
-        sums, tokens = row_losses(*answer_logits(model, repeated, state))
-    return sums.view(copies, -1).sum(1), int(tokens[:size].sum())
+        output, labels = answer_pass(model, repeated, state, output_hidden_states=True)
+    parts = zip(
+        output.hidden_states[-1].split(size),
+        output.logits.split(size),
+        labels.split(size),
+        repeated["attention_mask"].split(size),
+        strict=True,
+    )
+    return torch.stack([full.distance(*part).cpu() for part in parts])
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses of the paper (arXiv 2410.12513, section 3.2), distillation, and their forward pass."""
+"""Losses of the paper (arXiv 2410.12513, section 3.2), distance to the full depth, forward pass."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch.nn import functional as F
 
 from firstlm.data import IGNORE, Collator, Encoded
 from firstlm.decisions import RoutingState
-from firstlm.lora import lora_parameters, swapped
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RunAll
+
+DIVERGENCE = 0.5  # weight of the answers' divergence beside the distance of states
 
 
 def answer_logits(
@@ -59,33 +61,48 @@ def answer_pass(
     return output, labels
 
 
-class Teacher:
-    """The model as it is now with all its layers, whatever its LoRA learns afterwards.
+@dataclass(frozen=True)
+class FullDepth:
+    """What a model computes with all its layers; what skipping shall stay close to.
 
-    Args:
-        first: the model; what LoRA holds now is copied.
+    Attributes:
+        states: the last hidden states [batch, tokens, hidden].
+        logits: those of the answers [batch, tokens, vocab].
     """
 
-    def __init__(self, first: FirstModel) -> None:
-        self.first = first
-        lora = lora_parameters(first).values()
-        self._weights = [(parameter, parameter.detach().clone()) for parameter in lora]
+    states: torch.Tensor
+    logits: torch.Tensor
 
+    @classmethod
     @torch.no_grad()
-    def answer(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a batch's last hidden states [batch, tokens, hidden], and logits of its answers.
-
-        To be called before the pass that is trained: weights are exchanged for the moment.
-        """
-        state = self.first.new_state(inputs["prompt_mask"], RunAll())
-        training = self.first.training
-        self.first.eval()  # without dropout
+    def of(cls, first: FirstModel, inputs: dict[str, torch.Tensor]) -> FullDepth:
+        """Run a batch through all layers, without dropout."""
+        training = first.training
+        first.eval()
         try:
-            with swapped(self._weights):
-                output, _ = answer_pass(self.first, inputs, state, output_hidden_states=True)
+            state = first.new_state(inputs["prompt_mask"], RunAll())
+            output, _ = answer_pass(first, inputs, state, output_hidden_states=True)
         finally:
-            self.first.train(training)
-        return output.hidden_states[-1], output.logits
+            first.train(training)
+        return cls(output.hidden_states[-1], output.logits)
+
+    def distance(
+        self,
+        states: torch.Tensor,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return how far a pass over the same batch is from this one: 0 where they are equal.
+
+        Args:
+            states: its last hidden states [batch, tokens, hidden].
+            logits: those of its answers [batch, tokens, vocab].
+            labels: of the answers [batch, tokens], -100 where there is no loss.
+            mask: [batch, tokens] of `states`; padding is left out.
+        """
+        distance = state_distance(states, self.states, mask)
+        return distance + DIVERGENCE * answer_divergence(logits, self.logits, labels)
 
 
 def state_distance(states: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

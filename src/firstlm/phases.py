@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,21 @@ from transformers import TrainerState, TrainingArguments, set_seed
 
 from firstlm.calibration import find_offsets
 from firstlm.config import TrainConfig
-from firstlm.data import Collator, Encoded, draw, encode, pad_left
+from firstlm.data import Collator, Encoded, draw, encode, prompt_batches
 from firstlm.errors import ConfigError, DataError
 from firstlm.importance import SPACING, removal_order, start_from_order
 from firstlm.interrupts import Interrupts
 from firstlm.lora import lora_parameters, without_peft_warning
 from firstlm.model import FirstModel
-from firstlm.policies import RunAll
+from firstlm.policies import Policy, RouterPolicy, RunAll
 from firstlm.rates import RateDriver
 from firstlm.trainer import FirstTrainer, last_checkpoint, mixed_precision
 
 RUN_FILE = "run.yaml"  # in a work folder that `firstlm train` has claimed
 STATISTICS_PROMPTS = 64  # prompts on which router inputs are standardised
 OFFSET_PROMPTS = 32  # on which phase 2 finds its first offsets
-STEPS = {"adapt": "adapt_steps", "routers": "router_steps", "lora": "lora_steps"}
+DECISION_PROMPTS = 64  # on which it is counted how many decisions LoRA flips
+STEPS = {"routers": "router_steps", "lora": "lora_steps"}
 
 
 def train_routers(
@@ -87,52 +87,30 @@ def train_lora(
     With `skip_rate` 0 all layers run: plain LoRA, for comparison. The checkpoint with the lowest
     validation cross-entropy is kept. Arguments as for `train_routers`, and `routers`, what that
     returned, to go on with its alpha.
+
+    Returns:
+        As `train_routers`, and `flipped`: the share of decisions about validation prompts that are
+        others now, at the same thresholds, because LoRA moved what routers read.
     """
-    return _train_lora(model, train, validation, config or TrainConfig(), "lora", routers, resume)
-
-
-def adapt_lora(
-    model: FirstModel,
-    train: Sequence[Any],
-    validation: Sequence[Any],
-    config: TrainConfig | None = None,
-    resume: bool = False,
-) -> dict[str, Any]:
-    """Before phase 1: train LoRA for `adapt_steps` with all layers running.
-
-    Routers of a model that does not know the task yet learn from losses that say little; on one
-    that does, what a layer is worth shows. Arguments as for `train_routers`.
-    """
-    config = replace(config or TrainConfig(), skip_rate=0.0, skip_rates=None, distill=0.0)
-    return _train_lora(model, train, validation, config, "adapt", None, resume)
-
-
-def _train_lora(
-    model: FirstModel,
-    train: Sequence[Any],
-    validation: Sequence[Any],
-    config: TrainConfig,
-    phase: str,
-    routers: dict[str, Any] | None,
-    resume: bool,
-) -> dict[str, Any]:
+    config = config or TrainConfig()
     train, validation = _begin(model, train, validation, config, resume)
     if not model.has_adapter:
         add_lora(model, config)
-        if config.distill and phase == "lora":
-            print(
-                "Warning: distill keeps LoRA close to a base model that has not learnt the task; "
-                "train with --adapt-steps, or leave --distill out."
-            )
     model.requires_grad_(False)
     for parameter in lora_parameters(model).values():
         parameter.requires_grad_(True)
-    driver = RateDriver(config) if config.skip_rate != 0 else None
-    if driver is not None:
-        driver.alpha = max((routers or {}).get("alpha") or config.alpha, 0.0)
-        if config.skip_rate is not None:
-            driver.hold(_offsets(model, train, config))
-    return _fit(model, train, validation, config, phase, driver, resume)
+    if config.skip_rate == 0:
+        return _fit(model, train, validation, config, "lora", None, resume)
+    driver = RateDriver(config)
+    driver.alpha = max((routers or {}).get("alpha") or config.alpha, 0.0)
+    if config.skip_rate is not None:
+        driver.hold(_offsets(model, train, config))
+    policy = RouterPolicy(model.routers, driver.offset(config.skip_rate))
+    before = _decisions(model, validation, policy, config)
+    record = _fit(model, train, validation, config, "lora", driver, resume)
+    flipped = _decisions(model, validation, policy, config) != before
+    record["flipped"] = float(flipped.float().mean())
+    return record
 
 
 def _begin(
@@ -181,9 +159,8 @@ def _standardise(model: FirstModel, rows: list[Encoded]) -> None:
 
     seen: list[list[torch.Tensor]] = [[] for _ in range(model.layer_count)]
     model.eval()
-    prompts = sorted((row.prompt_ids for row in rows), key=len)
-    for i in range(0, len(prompts), 16):
-        model.decide(*pad_left(prompts[i : i + 16], model.pad_id), Recorder())
+    for batch in prompt_batches([row.prompt_ids for row in rows], 16, model.pad_id):
+        model.decide(*batch, Recorder())
     for router, means in zip(model.routers, seen, strict=True):
         states = torch.cat(means).to(router.weight.device)
         if len(states) > 1:
@@ -215,6 +192,21 @@ def _offsets(model: FirstModel, train: list[Encoded], config: TrainConfig) -> di
     return {r: float(np.interp(r, measured, [row[1] for row in rows])) for r in rates}
 
 
+@torch.no_grad()
+def _decisions(
+    model: FirstModel, rows: list[Encoded], policy: Policy, config: TrainConfig
+) -> torch.Tensor:
+    """Return what a policy decides about some prompts, keep [prompts, layers]."""
+    prompts = [row.prompt_ids for row in draw(rows, DECISION_PROMPTS, config.seed)]
+    model.eval()
+    with mixed_precision(model):
+        states = [
+            model.decide(*batch, policy, prefill=config.prefill)
+            for batch in prompt_batches(prompts, config.batch_size, model.pad_id)
+        ]
+    return torch.cat([state.keep for state in states])
+
+
 def _fit(
     model: FirstModel,
     train: list[Encoded],
@@ -240,7 +232,7 @@ def _fit(
             gate=config.gate if phase == "routers" else "hard",
             prefill=config.prefill,
             l2=config.l2 if phase == "routers" else 0.0,
-            distill=config.distill,
+            distill=config.distill if phase == "routers" else 0.0,
             log_path=log,
             args=_arguments(model, config, phase, steps, folder),
             train_dataset=train,
@@ -299,15 +291,14 @@ def _checkpointed(model: FirstModel, config: TrainConfig):
 def _arguments(
     model: FirstModel, config: TrainConfig, phase: str, steps: int, folder: Path
 ) -> TrainingArguments:
-    lora = phase != "routers"
-    rates = {"routers": config.router_lr, "lora": config.lora_lr, "adapt": config.adapt_lr}
+    lora = phase == "lora"
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum,
-        learning_rate=rates[phase] or config.lora_lr,
+        learning_rate=config.lora_lr if lora else config.router_lr,
         lr_scheduler_type="cosine" if lora else "constant_with_warmup",
         warmup_steps=config.warmup,
         max_grad_norm=config.max_grad_norm,

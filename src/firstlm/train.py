@@ -26,7 +26,6 @@ from firstlm.model import FirstModel
 from firstlm.options import load_yaml, save_yaml, to_dict
 from firstlm.phases import (
     RUN_FILE,
-    adapt_lora,
     add_lora,
     train_lora,
     train_routers,
@@ -58,10 +57,6 @@ def run(config: TrainConfig) -> int:
     }
     arguments = (model, train, validation, config)
     try:
-        if config.stage == "both" and config.adapt_steps:
-            record["adapt"] = _once(
-                model, config, "adapt", lambda: adapt_lora(*arguments, resume=True)
-            )
         if config.stage in ("both", "routers"):
             record["routers"] = _once(
                 model, config, "routers", lambda: train_routers(*arguments, resume=True)

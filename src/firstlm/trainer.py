@@ -25,21 +25,13 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from firstlm.data import IGNORE
 from firstlm.decisions import RoutingState
 from firstlm.errors import FirstError
-from firstlm.losses import (
-    Teacher,
-    answer_cross_entropy,
-    answer_divergence,
-    answer_pass,
-    non_skip_penalty,
-    state_distance,
-)
+from firstlm.losses import FullDepth, answer_cross_entropy, answer_pass, non_skip_penalty
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RouterPolicy, RunAll
 from firstlm.rates import RateDriver
 
 WEIGHTS_FILE = "trainable.safetensors"
 DRIVER_FILE = "driver.json"
-DIVERGENCE = 0.5  # weight of the answers' divergence beside the distance of states
 
 
 class EpochSampler(LengthGroupedSampler):
@@ -68,8 +60,7 @@ class FirstTrainer(Trainer):
         gate: gate mode of the forward pass.
         prefill: "skip" or "full".
         l2: weight of the squared router weights.
-        distill: weight of the distance to the full depth as it is now: that of the last hidden
-            states, and half the divergence of the answers' tokens. 0 leaves it out.
+        distill: weight of the distance to what all layers compute (`FullDepth`); 0 leaves it out.
         log_path: JSON lines with every logged step, per-layer skip rates included.
         kwargs: as for transformers' Trainer; datasets are lists of `Encoded`.
     """
@@ -88,7 +79,6 @@ class FirstTrainer(Trainer):
         self.first, self.driver, self.gate = first, driver, gate
         self.prefill, self.log_path = prefill, log_path
         self.l2, self.distill = l2, distill
-        self._teacher = Teacher(first) if distill and driver is not None else None
         self._sums: dict[str, float] = {}
         self._skipped = torch.zeros(first.layer_count)
         self._batches = 0
@@ -108,12 +98,11 @@ class FirstTrainer(Trainer):
         scope: ExitStack,
         distill: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, RoutingState]:
-        """Return a batch's answer cross-entropy, its distance to the teacher, and its decisions."""
-        wanted = None
-        if distill and self._teacher is not None:
-            # In a scope of its own: autocast keeps what it casts, and these weights are exchanged.
+        """Return a batch's answer cross-entropy, its distance to the full depth, and decisions."""
+        full = None
+        if distill and self.distill:
             with mixed_precision(self.first):
-                wanted = self._teacher.answer(inputs)
+                full = FullDepth.of(self.first, inputs)
         state = self.first.new_state(
             inputs["prompt_mask"], self._policy(rate), prefill=self.prefill, gate=gate
         )
@@ -121,13 +110,13 @@ class FirstTrainer(Trainer):
         scope.enter_context(self.first.routing.tracing(state))
         scope.enter_context(mixed_precision(self.first))
         output, labels = answer_pass(
-            self.first, inputs, state, self.model_wrapped, output_hidden_states=wanted is not None
+            self.first, inputs, state, self.model_wrapped, output_hidden_states=full is not None
         )
         distance = None
-        if wanted is not None:
-            states, logits = wanted
-            distance = state_distance(output.hidden_states[-1], states, inputs["attention_mask"])
-            distance = distance + DIVERGENCE * answer_divergence(output.logits, logits, labels)
+        if full is not None:
+            distance = full.distance(
+                output.hidden_states[-1], output.logits, labels, inputs["attention_mask"]
+            )
         return answer_cross_entropy(output.logits, labels), distance, state
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -140,7 +129,7 @@ class FirstTrainer(Trainer):
     ) -> torch.Tensor:
         """Return CE + lambda * ||w||^2 + alpha * sum_i rho_i (the paper's equation 4).
 
-        `distill` adds the distance to what all layers computed when the phase began.
+        `distill` adds the distance to what all layers compute.
         """
         rate = self.driver.sample() if self.driver else None
         ce, distance, state = self._run(inputs, rate, self.gate, self._scope, distill=True)
