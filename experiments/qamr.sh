@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # FiRST, plain LoRA and routers alone on qamr with SmolLM2, seed by seed, scored on unseen test items.
-# Usage: FIRSTLM_DATA=... [KINDS="first lora routers"] experiments/qamr.sh [runs folder] [seeds...]
+# Usage: FIRSTLM_DATA=... [KINDS="first lora routers"] [RESULTS=folder] experiments/qamr.sh [runs folder] [seeds...]
 # Runs that were interrupted resume, and scores that are there are not made again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs="${1:-runs}"
+results="${RESULTS:-results}"
 shift || true
 data="${FIRSTLM_DATA:?set it to the folder that holds qa/qamr}/qa/qamr"
 declare -A policies=([first]="run_all router" [lora]="run_all" [routers]="router")
@@ -23,7 +24,7 @@ for seed in "${@:-0}"; do
     # shellcheck disable=SC2086
     firstlm eval "$runs/$name" --data "$data/test.jsonl.gz" --limit 500 \
       --dtype float32 --max-new-tokens 24 --policies $scored \
-      --skip-rates ${rates[$kind]} --output "results/$name.json" --record
+      --skip-rates ${rates[$kind]} --output "$results/$name.json" --record
   done
 done
 python experiments/table.py --write
