@@ -36,10 +36,11 @@ test: $(STAMP)  ## run the tests that take seconds each
 test-all: $(STAMP)  ## run every test this machine can run
 	$(BIN)/python -m pytest -q
 
-check: $(STAMP)  ## lint, format and types
+check: $(STAMP)  ## lint, format, types and the order of floors
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 fix: $(STAMP)  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .

@@ -24,6 +24,7 @@ FLOORS = {
     "layers": "mechanism",
     "routers": "mechanism",
     "policies": "mechanism",
+    "baselines": "mechanism",
     "decisions": "mechanism",
     "inputs": "mechanism",
     "lora": "mechanism",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 
 from firstlm.errors import ConfigError
@@ -10,11 +12,17 @@ from firstlm.policies import Policy
 
 
 class PromptStates:
-    """Pooled view of the prompts in a batch at one layer; what policies look at."""
+    """View of the prompts in a batch at one layer; what policies look at."""
 
-    def __init__(self, mean: torch.Tensor) -> None:
+    def __init__(self, mean: torch.Tensor, batch: RoutingState) -> None:
         self.mean = mean  # over each prompt's own tokens [prompts, hidden], float32
         self.count = len(mean)
+        self._batch = batch
+
+    @property
+    def keys(self) -> list[int]:
+        """A number per prompt that depends on its tokens alone."""
+        return self._batch.keys
 
 
 class RoutingState:
@@ -27,6 +35,7 @@ class RoutingState:
         prefill: "skip" (a skipped layer does not run the prompt either) or "full".
         gate: "hard" (skip for real), or "straight_through" / "soft" to train routers.
         locked: layers that always run.
+        prompt_ids: [prompts, tokens], for policies that draw by prompt.
     """
 
     def __init__(
@@ -37,8 +46,11 @@ class RoutingState:
         prefill: str = "skip",
         gate: str = "hard",
         locked: frozenset[int] = frozenset(),
+        prompt_ids: torch.Tensor | None = None,
     ) -> None:
         self.policy = policy
+        self.prompt_ids = prompt_ids
+        self._keys: list[int] | None = None
         self.prompt_mask = prompt_mask.bool()
         self.prompt_length = prompt_mask.shape[1]
         self.layers = layers
@@ -88,6 +100,17 @@ class RoutingState:
             return None
         return torch.sigmoid(torch.stack([s.float() for s in self.scores if s is not None], dim=1))
 
+    @property
+    def keys(self) -> list[int]:
+        """A number per prompt from its token ids: the same alone, in a batch and padded."""
+        if self._keys is None:
+            if self.prompt_ids is None:
+                raise ConfigError("This policy draws by prompt; give new_state the input_ids.")
+            mask = self.prompt_mask.to(self.prompt_ids.device)
+            rows = [ids[real].tolist() for ids, real in zip(self.prompt_ids, mask, strict=True)]
+            self._keys = [zlib.crc32(" ".join(map(str, row)).encode()) for row in rows]
+        return self._keys
+
     def decided(self, layer: int) -> bool:
         """Whether the layer's decision has been taken."""
         return self._keep[layer] is not None
@@ -132,7 +155,7 @@ class RoutingState:
         mean = self._means[layer]
         assert mean is not None, "decide before observe"
         self._means[layer] = None
-        answer = self.policy.decide(layer, PromptStates(mean))
+        answer = self.policy.decide(layer, PromptStates(mean, self))
         if self.decided(layer):  # a checkpointed layer replayed in backward: the answer stands
             score = self.scores[layer]
             if score is not None and answer.requires_grad and not score.requires_grad:

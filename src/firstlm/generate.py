@@ -90,7 +90,7 @@ def prefill(
     if attention_mask is None:
         attention_mask = infer_mask(model.base.generation_config, input_ids)
     input_ids, attention_mask = pad_on_the_left(input_ids, attention_mask.to(model.device))
-    state = model.new_state(attention_mask, policy, skip_rate, prefill)
+    state = model.new_state(attention_mask, policy, skip_rate, prefill, input_ids=input_ids)
     longest = input_ids.shape[1] + max_new_tokens
     kv = make_cache(model.base.config, state, cache, longest)
     base = model.plain_base

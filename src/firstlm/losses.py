@@ -191,7 +191,9 @@ def item_losses(
     for start in range(0, len(items), batch_size):
         batch = collate(items[start : start + batch_size])
         inputs = {name: tensor.to(first.device) for name, tensor in batch.items()}
-        state = first.new_state(inputs["prompt_mask"], policy, prefill=prefill)
+        state = first.new_state(
+            inputs["prompt_mask"], policy, prefill=prefill, input_ids=inputs["input_ids"]
+        )
         sums, tokens = row_losses(*answer_logits(first, inputs, state))
         losses.append(sums.double().cpu())
         counts.append(tokens.cpu())

@@ -223,8 +223,12 @@ class FirstModel(nn.Module):
         skip_rate: float | None = None,
         prefill: str = "skip",
         gate: str = "hard",
+        input_ids: torch.Tensor | None = None,
     ) -> RoutingState:
-        """Start the decisions of a batch; `prompt_mask` is [prompts, tokens]."""
+        """Start the decisions of a batch; `prompt_mask` and `input_ids` are [prompts, tokens].
+
+        `input_ids` is for policies that draw by prompt, and may be left out for others.
+        """
         if prefill not in PREFILL_MODES:
             raise ConfigError(f"prefill is {prefill!r}; expected 'skip' or 'full'.")
         if not self.routing.attached:
@@ -239,7 +243,7 @@ class FirstModel(nn.Module):
         locked = self.routing.stack.locked
         if isinstance(policy, FixedMask):
             policy.check(self.layer_count, locked)
-        return RoutingState(policy, prompt_mask, self.layer_count, prefill, gate, locked)
+        return RoutingState(policy, prompt_mask, self.layer_count, prefill, gate, locked, input_ids)
 
     def forward(
         self,
@@ -266,7 +270,8 @@ class FirstModel(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if state is None:
-            state = self.new_state(attention_mask if prompt_mask is None else prompt_mask, policy)
+            pooled = attention_mask if prompt_mask is None else prompt_mask
+            state = self.new_state(pooled, policy, input_ids=input_ids)
         with self.routing.tracing(state):
             output = self.base(
                 input_ids=input_ids,
@@ -295,14 +300,15 @@ class FirstModel(nn.Module):
         prefill: str = "skip",
     ) -> RoutingState:
         """Run prompts [batch, tokens] through the layers only and return what was decided."""
-        state = self.new_state(attention_mask.to(self.device), policy, skip_rate, prefill)
+        mask = attention_mask.to(self.device)
+        state = self.new_state(mask, policy, skip_rate, prefill, input_ids=input_ids)
         base = self.plain_base
         with self.routing.tracing(state):
             base.base_model(
                 input_ids=input_ids.to(self.device),
-                attention_mask=attention_mask.to(self.device),
+                attention_mask=mask,
                 use_cache=False,
-                **self._positions(attention_mask.to(self.device)),
+                **self._positions(mask),
             )
         return state
 
@@ -348,7 +354,7 @@ class FirstModel(nn.Module):
         longest = longest_row(self.base.generation_config, input_ids.shape[1], generate_kwargs)
         if cache is None:
             input_ids, attention_mask = pad_on_the_left(input_ids, attention_mask)
-            state = self.new_state(attention_mask, policy, skip_rate, prefill)
+            state = self.new_state(attention_mask, policy, skip_rate, prefill, input_ids=input_ids)
             cache = make_cache(self.base.config, state, kind, longest)
         elif policy is not None or skip_rate is not None:
             raise ConfigError("A continued cache keeps its mask; leave policy and skip_rate unset.")

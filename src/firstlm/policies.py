@@ -29,6 +29,11 @@ class Prompts(Protocol):
         """Mean over each prompt's own tokens of the states entering the layer [prompts, hidden]."""
         ...
 
+    @property
+    def keys(self) -> list[int]:
+        """A number per prompt that depends on its tokens alone."""
+        ...
+
 
 class Policy(Protocol):
     """Decides, once per prompt and layer, whether the layer runs."""

@@ -104,7 +104,11 @@ class FirstTrainer(Trainer):
             with mixed_precision(self.first):
                 full = FullDepth.of(self.first, inputs)
         state = self.first.new_state(
-            inputs["prompt_mask"], self._policy(rate), prefill=self.prefill, gate=gate
+            inputs["prompt_mask"],
+            self._policy(rate),
+            prefill=self.prefill,
+            gate=gate,
+            input_ids=inputs["input_ids"],
         )
         # Checkpointed layers are replayed in backward, so the scope must outlast the forward.
         scope.enter_context(self.first.routing.tracing(state))
