@@ -9,68 +9,37 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
+
+from firstlm.report import METRICS, label
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results -->", "<!-- /results -->"
-NAMES = {
-    ("first", "base"): "base model",
-    ("lora", "run_all"): "base + LoRA, all layers",
-    ("first", "run_all"): "FiRST, all layers",
-    ("routers", "router@0.15"): "routers only, 15% asked",
-    ("routers", "router@0.25"): "routers only, 25% asked",
-    ("first", "router@0.1"): "FiRST, 10% asked",
-    ("first", "router@0.15"): "FiRST, 15% asked",
-    ("first", "router@0.25"): "FiRST, 25% asked",
-    ("first", "router@0.4"): "FiRST, 40% asked",
-}
 
 
-def load() -> dict[tuple[str, str], dict[int, dict]]:
-    """Return runs by (kind, run name), then by seed."""
-    runs: dict[tuple[str, str], dict[int, dict]] = {}
-    for file in sorted((ROOT / "results").glob("qamr-*-*.json")):
-        _, kind, seed = file.stem.split("-")
-        for name, result in json.loads(file.read_text())["runs"].items():
-            runs.setdefault((kind, name), {})[int(seed)] = result
-    return runs
-
-
-def spread(values: list[float], form: str = "{:.1f}") -> str:
-    """Return the mean, and lowest to highest where the seeds differ."""
-    middle, low, high = map(form.format, (statistics.mean(values), min(values), max(values)))
-    return middle if low == high else f"{middle} ({low}-{high})"
-
-
-def quality_table(runs: dict[tuple[str, str], dict[int, dict]]) -> list[str]:
-    """Return the quality table's lines."""
-    reference = runs.get(("lora", "run_all"), {})
-    count = next(iter(next(iter(runs.values())).values()))["count"]
+def quality_table(rows: list[dict]) -> list[str]:
+    """Return the lines of the quality table of one model and data set."""
+    first, primary = rows[0], [row for row in rows if row["primary"]]
+    others = list(dict.fromkeys(row["metric"] for row in rows if not row["primary"]))
+    metric = METRICS[primary[0]["metric"]]
     lines = [
-        f"SmolLM2-135M on qamr, {count} unseen test questions, greedy:",
+        f"{first['model']} on {first['dataset']}, {first['n_test']} unseen test items, greedy:",
         "",
-        "| model | layers skipped | p5-p95 | EM | F1 | F1 against base + LoRA | seeds |",
-        "|---|---|---|---|---|---|---|",
+        f"| model | layers skipped | p5-p95 | {' | '.join(METRICS[m] for m in others)} | {metric} "
+        f"| 95% of {metric} | of base + LoRA | seeds |",
+        "|---|---|---|" + "---|" * (len(others) + 4),
     ]
-    for key, name in NAMES.items():
-        seeds = runs.get(key)
-        if not seeds:
-            continue
-        results = list(seeds.values())
-        kept = [
-            result["f1"]["value"] / reference[seed]["f1"]["value"]
-            for seed, result in seeds.items()
-            if seed in reference
-        ]
-        rate = [100 * r["skip_rate"]["mean"] for r in results]
-        low = 100 * statistics.mean(r["skip_rate"]["p5"] for r in results)
-        high = 100 * statistics.mean(r["skip_rate"]["p95"] for r in results)
+    for row in primary:
+        same = [r for r in rows if all(r[k] == row[k] for k in ("policy", "lora_of"))]
+        same = [r for r in same if r["skip_rate_asked"] == row["skip_rate_asked"]]
+        scores = [f"{r['score']:.1f}" for m in others for r in same if r["metric"] == m]
+        asked = f", {row['skip_rate_asked']:.0%} asked" if row["skip_rate_asked"] else ""
+        low, high = row["ci95"]
+        kept = f"{row['retention']:.1%}" if row["retention"] is not None else ""
         lines.append(
-            f"| {name} | {spread(rate)}% | {low:.0f}-{high:.0f}% "
-            f"| {spread([r['em']['value'] for r in results])} "
-            f"| {spread([r['f1']['value'] for r in results])} "
-            f"| {spread(kept, '{:.1%}') if kept else ''} | {len(seeds)} |"
+            f"| {label(row['policy'], row['lora_of'])}{asked} | {row['skip_rate']:.1%} "
+            f"| {row['skip_rate_p5']:.0%}-{row['skip_rate_p95']:.0%} | {' | '.join(scores)} "
+            f"| {row['score']:.1f} | {low:.1f}-{high:.1f} | {kept} | {row['seeds']} |"
         )
     return lines
 
@@ -104,15 +73,15 @@ def timing_table(report: dict) -> list[str]:
 
 def text() -> str:
     """Return what stands between the markers."""
+    rows = json.loads((ROOT / "results" / "summary.json").read_text())
     parts: list[str] = []
-    runs = load()
-    if runs:
-        parts += [*quality_table(runs), ""]
-        parts += ["Made by `experiments/qamr.sh`.", ""]
+    for dataset, model in dict.fromkeys((row["dataset"], row["model"]) for row in rows):
+        found = [r for r in rows if (r["dataset"], r["model"]) == (dataset, model)]
+        parts += [*quality_table(found), ""]
+        parts += [f"Made by `firstlm experiment run experiments/{dataset}.yaml`.", ""]
     timing = ROOT / "results" / "timing_smollm2.json"
-    if timing.exists():
-        parts += [*timing_table(json.loads(timing.read_text())), ""]
-        parts += ["Made by `python experiments/timing.py`.", ""]
+    parts += [*timing_table(json.loads(timing.read_text())), ""]
+    parts += ["Made by `python experiments/timing.py`.", ""]
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from firstlm import FirstModel, FixedMask, RouterConfig, artifact
 from firstlm.errors import ArtifactError
+from firstlm.thresholds import Threshold
 
 NEW = 4
 
@@ -41,7 +42,12 @@ def trained(unit: str = "block", adapter: bool = True, seed: int = 1) -> FirstMo
     for router in first.routers:
         router.weight.data.normal_(0, 3)
         router.bias.data.normal_()
-    first.thresholds.table = {"skip": [(0.1, 0.5, 0.11), (0.5, -2.0, 0.52)]}
+    first.thresholds.table = {
+        "skip": [
+            Threshold(0.1, 0.5, 0.11, (0.0, 0.33, 0.11, 0.0)),
+            Threshold(0.5, -2.0, 0.52, (1.0, 0.75, 0.33, 0.0)),
+        ]
+    }
     first.training_record = {"seed": 7}
     first.results = RESULTS
     return first

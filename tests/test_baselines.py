@@ -3,14 +3,28 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from training import make_examples, make_model
+from training import config, make_examples, make_model, write_run
 
-from firstlm.baselines import OrderedSkip, RandomSkip, UnifiedSkip, random_order, truncation
+from firstlm import FirstModel, cli
+from firstlm.baselines import (
+    Baseline,
+    OrderedSkip,
+    RandomSkip,
+    UnifiedSkip,
+    random_order,
+    truncation,
+)
+from firstlm.config import BASELINES
 from firstlm.data import pad_left
-from firstlm.errors import ConfigError
+from firstlm.errors import ArtifactError, ConfigError
+from firstlm.importance import influence_order
 from firstlm.losses import mean_loss
+from firstlm.train import run
 
 LAYERS = 8
 
@@ -98,3 +112,109 @@ def test_losses_are_measured_under_them() -> None:
 def test_what_cannot_be_skipped_is_refused(make, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         make()
+
+
+def family(name: str, rate: float = 0.25, **more) -> Baseline:
+    orders = {"orders": ((0.25, (3, 1, 4, 0, 5)), (0.5, (1, 2, 6, 7, 0)))}
+    return Baseline(name, LAYERS, tuple(range(1, LAYERS)), rate, **{**orders, **more})
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_family_gives_a_policy_for_every_rate(name: str) -> None:
+    for rate in (None, 0.125, 0.5):
+        masks = [family(name).at(rate).mask(key) for key in range(40)]
+        assert {mask.count(False) for mask in masks} == {LAYERS * (rate or 0.25)}
+        assert all(mask[0] for mask in masks)  # layer 0 is not free
+        if name == "random_interior":
+            assert all(mask[-1] for mask in masks)
+    assert (len({tuple(mask) for mask in masks}) > 1) == name.startswith("random_interior") or (
+        name in ("random",)
+    )
+
+
+def test_the_nearest_rate_has_the_order() -> None:
+    assert family("majority").at(0.125).mask(0).index(False) == 3
+    assert family("majority").at(0.5).mask(0) == [
+        True, False, False, True, True, True, False, False,
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="needs an order"):
+        family("majority", orders=())
+    with pytest.raises(ConfigError, match="expected one of random, "):
+        family("best")
+
+
+def test_influence_is_how_far_a_layer_turns_the_states() -> None:
+    model, rows = make_model(), make_examples(24, 0)
+    with torch.no_grad():
+        for layer, size in ((2, 0.0), (5, 0.2), (6, 6.0)):
+            block = model.base.model.layers[layer]
+            block.self_attn.o_proj.weight.mul_(size)
+            block.mlp.down_proj.weight.mul_(size)
+    order = influence_order(model, rows, 8)
+    assert (order[0], order[1], order[-1]) == (2, 5, 6)
+    assert sorted(order) == list(range(LAYERS))
+    assert order == influence_order(model, rows, 5)
+    assert not model.routing.stack.modules[-1]._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["random", "unified", "static_importance", "majority"])
+def test_lora_learns_under_a_policy_and_the_artifact_keeps_it(
+    name: str, tmp_path: Path, byte_tokenizer, capsys
+) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    shared = {"model": str(folder), "data": str(data), "warm_start": 4, "skip_rate": 0.34}
+    more = {}
+    if name == "majority":
+        routers = config(tmp_path, **shared, router_steps=2, stage="routers")
+        assert run(routers) == 0
+        more["majority_of"] = routers.output
+    output = str(tmp_path / "policy")
+    settings = config(
+        tmp_path, **{**shared, "output": output}, lora_steps=2, policy=name, seed=3, **more
+    )
+    assert run(settings) == 0
+    model = FirstModel.from_pretrained(output)
+    assert model.baseline is not None
+    assert (model.baseline.name, model.baseline.seed, model.baseline.rate) == (name, 3, 0.34)
+    assert not (Path(output + "-run") / "checkpoints" / "routers").exists()
+    if name == "majority":
+        table = FirstModel.from_pretrained(more["majority_of"]).thresholds
+        assert model.baseline.orders == ((0.34, tuple(table.majority(0.34, "skip"))),)
+    ids = torch.randint(4, 90, (40, 6), generator=torch.Generator().manual_seed(0))
+    for rate in (None, 0.5):
+        keep = model.decide(ids, torch.ones_like(ids), skip_rate=rate).keep
+        assert float((~keep).float().mean()) == pytest.approx(rate or 0.34, abs=0.06)
+        made = model.generate(ids[:2], skip_rate=rate, max_new_tokens=2, do_sample=False)
+        assert torch.equal(made.keep, keep[:2])
+    capsys.readouterr()
+    words = ["eval", output, "--data", str(data), "--limit", "4", "--max-new-tokens", "2"]
+    words += ["--task", "qa", "--output", str(tmp_path / "scores.json")]
+    assert cli.main([*words, "--skip-rates", "0.5"]) == 0
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert list(report["runs"]) == ["base", "run_all", f"{name}@0.5"]
+    assert report["runs"][f"{name}@0.5"]["skip_rate"]["mean"] == 0.5
+    assert cli.main([*words, "--policies", "early_exit", "--skip-rates", "0.5"]) == 0
+    exits = json.loads((tmp_path / "scores.json").read_text())["runs"]["early_exit@0.5"]
+    assert exits["layer_skip_share"] == [0, 0, 0, 1, 1, 1]
+    assert cli.main([*words, "--policies", "router"]) == 2
+    assert "artifact without" in capsys.readouterr().err
+
+
+def test_policies_that_lack_something_are_refused(tmp_path: Path) -> None:
+    model = make_model()
+    with pytest.raises(ConfigError, match="train --policy static_importance"):
+        model.baseline_for("static_importance", 0.25)
+    with pytest.raises(ConfigError, match="firstlm calibrate"):
+        model.baseline_for("majority", 0.25)
+    for wrong in ({"policy": "majority"}, {"majority_of": "x"}):
+        with pytest.raises(ConfigError, match="go together"):
+            config(tmp_path, **wrong)
+    for wrong in ({"stage": "routers"}, {"skip_rate": 0.0}, {"skip_rate": None}):
+        with pytest.raises(ConfigError, match="without routers"):
+            config(tmp_path, policy="unified", **wrong)
+    model.baseline = family("unified")
+    model.save_pretrained(str(tmp_path / "a"))
+    file = tmp_path / "a" / "first_config.json"
+    file.write_text(file.read_text().replace('"unified"', '"best"'))
+    with pytest.raises(ArtifactError, match="damaged"):
+        FirstModel.from_pretrained(str(tmp_path / "a"), base=make_model().detach())

@@ -15,6 +15,8 @@ from training import config, make_examples, make_model, write_run
 from firstlm import FirstModel, cli
 from firstlm.calibration import calibrate
 from firstlm.data import pad_left
+from firstlm.errors import ConfigError
+from firstlm.policies import RouterPolicy
 from firstlm.train import run
 
 
@@ -114,3 +116,25 @@ def test_rates_between_two_numbers_of_layers_are_served() -> None:
         for rate in (0.10, 0.28):
             keep = model.decide(ids, mask, skip_rate=rate, prefill=prefill).keep
             assert float((~keep).float().mean()) == pytest.approx(rate, abs=0.125)
+
+
+@pytest.mark.parametrize("prefill", ["skip", "full"])
+def test_the_layers_most_prompts_skip_are_kept_in_mind(prefill: str) -> None:
+    model = make_model()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for router in model.routers:
+            router.weight.copy_(20 * torch.randn(router.weight.shape, generator=generator))
+    prompts = [example.prompt_ids for example in make_examples(24, 0)]
+    calibrate(model, prompts, [0.2, 0.4])
+    ids, mask = pad_left(prompts, model.pad_id)
+    for row in model.thresholds.table[prefill]:
+        policy = RouterPolicy(model.routers, row.offset)
+        share = (~model.decide(ids, mask, policy, prefill=prefill).keep).double().mean(0)
+        assert row.skipped == pytest.approx(share.tolist(), abs=1e-4)
+        assert sum(row.skipped) / len(row.skipped) == pytest.approx(row.rate, abs=1e-3)
+        order = model.thresholds.majority(row.rate, prefill)
+        assert sorted(order) == list(range(model.layer_count))
+        assert share[order].tolist() == sorted(share.tolist(), reverse=True)
+    with pytest.raises(ConfigError, match="firstlm calibrate"):
+        make_model().thresholds.majority(0.2, prefill)

@@ -18,6 +18,7 @@ from conftest import make_byte_tokenizer, tiny_llama
 from firstlm import FirstModel, cli
 from firstlm.arms import Arms, answer
 from firstlm.compare import TextPieces, decode, shorten, strip
+from firstlm.thresholds import Threshold
 
 PROMPT = "Water boils at"
 LINE = re.compile(
@@ -53,7 +54,8 @@ def artifact(tmp_path_factory):
         router.bias.data.fill_(-1.0 if layer == 2 else 2.0)
     model = with_lora(model)
     model.base_id = str(folder / "base")
-    model.thresholds.table["skip"] = [(0.0, 2.0, 0.0), (0.25, 0.0, 0.25), (0.5, -3.0, 1.0)]
+    rows = [Threshold(0.0, 2.0, 0.0), Threshold(0.25, 0.0, 0.25), Threshold(0.5, -3.0, 1.0)]
+    model.thresholds.table["skip"] = rows
     model.save_pretrained(str(folder / "artifact"))
     return str(folder / "artifact")
 

@@ -10,6 +10,7 @@ import torch
 from conftest import make_byte_tokenizer, tiny_llama
 
 from firstlm import FirstModel, cli, demo
+from firstlm.thresholds import Threshold
 
 KEYS = [
     "steps", "ce_before", "ce_after", "skip_rate", "layer_calls", "tpot_base_ms", "tpot_routed_ms",
@@ -26,7 +27,7 @@ def folders(tmp_path_factory):
     tokenizer.save_pretrained(folder / "base")
     model = FirstModel.from_base(base, tokenizer=tokenizer)
     model.base_id = str(folder / "base")
-    model.thresholds.table["skip"] = [(0.0, 9.0, 0.0), (0.5, -9.0, 0.5)]
+    model.thresholds.table["skip"] = [Threshold(0.0, 9.0, 0.0), Threshold(0.5, -9.0, 0.5)]
     model.save_pretrained(str(folder / "artifact"))
     return folder / "base", folder / "artifact"
 

@@ -20,6 +20,7 @@ from firstlm.errors import ConfigError, DataError
 from firstlm.losses import mean_loss
 from firstlm.policies import FixedMask, RouterPolicy
 from firstlm.routing import Routing
+from firstlm.thresholds import Threshold
 
 TEXTS = [PROMPTS[i][:40] for i in range(5)]
 
@@ -320,7 +321,7 @@ def test_what_is_said_about_routers_equals_a_count_by_hand():
 
 
 def test_a_rate_that_is_missed_is_named(model):
-    model.thresholds.table = {"skip": [(0.1, 1e4, 0.1), (0.9, 9e3, 0.9)]}
+    model.thresholds.table = {"skip": [Threshold(0.1, 1e4, 0.1), Threshold(0.9, 9e3, 0.9)]}
     report = report_of(model, skip_rate=0.5)
     assert level(report, "skip rate") == "WARN"
     assert "missed by more than chance" in verdicts.table(report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from firstlm.data import encode, encode_prompt
 from firstlm.errors import ConfigError, DataError
 from firstlm.evaluate import evaluate as score_policy
 from firstlm.examples import load_examples
+from firstlm.journal import Journal
 from firstlm.losses import mean_loss
 from firstlm.metrics import score_qa
 from firstlm.policies import FixedMask, RunAll
 from firstlm.tasks import find_task
+from firstlm.thresholds import Threshold
 
 SOURCES = [
     "Who runs?",
@@ -36,7 +39,7 @@ def opinionated(tokenizer):
         for router in model.routers:
             router.weight.copy_(20 * torch.randn(router.weight.shape, generator=generator))
             router.bias.zero_()
-    rows = [(0.1, 3.0, 0.1), (0.25, 0.0, 0.25), (0.5, -3.0, 0.5)]
+    rows = [Threshold(0.1, 3.0, 0.1), Threshold(0.25, 0.0, 0.25), Threshold(0.5, -3.0, 0.5)]
     model.thresholds.table = {"skip": rows, "full": rows}
     return model
 
@@ -94,7 +97,7 @@ def test_scores_are_those_of_the_metrics(model, examples, monkeypatch):
     task = find_task(examples)
     answers = iter([[task.clean(texts[i]) for i in by_length]])
     real = evaluate._answer
-    monkeypatch.setattr(evaluate, "_answer", lambda *a: (real(*a)[0], next(answers)))
+    monkeypatch.setattr(evaluate, "_answer", lambda *a: real(*a) | {"answers": next(answers)})
     result = score_policy(model, examples, "run_all", max_new_tokens=1, progress=False)
     assert [item["em"] for item in result["items"]] == [1, 0, 0, 1]
     assert [item["f1"] for item in result["items"]] == [1.0, 0.6667, 0.0, 1.0]
@@ -216,6 +219,48 @@ def test_an_interrupted_run_keeps_what_was_finished(words, monkeypatch):
     assert list(result_of(words)["runs"]) == ["base", "run_all", "router@0.25"]
 
 
+def test_an_interrupted_policy_goes_on_at_its_next_batch(words, monkeypatch):
+    words = [*words[:-1], "--batch-size", "1", words[-1]]
+    real, answered = evaluate._answer, []
+
+    def interrupted(*arguments):
+        if len(answered) == 10:  # in the third run: base and run_all have four each
+            raise KeyboardInterrupt
+        answered.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluate, "_answer", interrupted)
+    assert cli.main([*words, "0.25"]) == 130
+    journal = Path(words[words.index("--output") + 1] + ".partial")
+    assert len(journal.read_text().splitlines()) == 1 + 2
+    journal.write_text(journal.read_text() + '{"name": "router@0.25 2", "do')  # cut off
+    monkeypatch.setattr(evaluate, "_answer", lambda *a: answered.append(a[-1]) or real(*a))
+    assert cli.main([*words, "0.25"]) == 0
+    assert len(answered) == 12
+    assert not journal.exists()
+    whole = [*words, "0.25"]
+    whole[whole.index("--output") + 1] += ".whole"
+    assert cli.main(whole) == 0
+    assert plain(result_of(words)) == plain(result_of(whole))
+
+
+def plain(report):
+    """Leave out what differs from run to run: times and where it ran."""
+    if isinstance(report, dict):
+        return {k: plain(v) for k, v in report.items() if k not in ("seconds", "provenance")}
+    return report
+
+
+def test_a_journal_of_other_work_is_not_taken_up(tmp_path):
+    journal = Journal(tmp_path / "j", {"seed": 1})
+    journal.put("a", [1])
+    assert Journal(tmp_path / "j", {"seed": 1}).get("a") == [1]
+    other = Journal(tmp_path / "j", {"seed": 2})
+    assert other.get("a") is None
+    other.put("b", 2)
+    assert Journal(tmp_path / "j", {"seed": 2}).parts == {"b": 2}
+
+
 def test_results_of_other_inputs_are_not_mixed(words, data, capsys):
     assert cli.main([*words, "0.25"]) == 0
     before = result_of(words)
@@ -234,7 +279,7 @@ def test_results_of_other_inputs_are_not_mixed(words, data, capsys):
         (["0.99"], "between 0 and 0.9"),
         (["0.25", "--task", "poetry"], "qa, translation, summarization"),
         (["0.25", "--data", "/nowhere.jsonl"], "no such file"),
-        (["0.25", "--policies", "random"], "base, run_all, router"),
+        (["0.25", "--policies", "best"], "base, run_all, router, random"),
     ],
 )
 def test_wrong_input_ends_with_code_2_and_writes_nothing(words, more, says, capsys, tmp_path):

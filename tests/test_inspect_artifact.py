@@ -43,7 +43,9 @@ def artifact(tmp_path):
         "base_model": {"id": "some/base", "revision": "abc123", "fingerprint": "f00d"},
         "router_config": {"unit": "attention", "init_bias": 2.0},
         "layers": LAYERS,
-        "thresholds": {"skip": [[0.15, -0.5, 0.148], [0.25, 0.125, 0.251]]},
+        "thresholds": {
+            "skip": [[0.15, -0.5, 0.148, [0, 0, 0.6]], [0.25, 0.125, 0.251, [0, 0.2, 0.8]]]
+        },
         "training": {"options": {"lora_lr": 0.001}},
         "results": {"f1": 0.75},
     }
@@ -61,7 +63,7 @@ def test_people_see_what_is_in_it(artifact, capsys):
     shown = capsys.readouterr().out
     for part in (
         "some/base at abc123",
-        "12 of unit attention, hidden size 8",
+        "12 of unit attention, reading 8 values",
         "rank 4, alpha 16",
         "q_proj, v_proj",
         "lora_lr: 0.001",
@@ -70,8 +72,8 @@ def test_people_see_what_is_in_it(artifact, capsys):
     ):
         assert part in shown
     rows = [line.split() for line in shown.splitlines()]
-    assert ["15.0%", "14.8%", "-0.5000"] in rows
-    assert ["25.0%", "25.1%", "+0.1250"] in rows
+    assert ["15.0%", "14.8%", "-0.5000", "▁▁█"] in rows
+    assert ["25.0%", "25.1%", "+0.1250", "▁▃█"] in rows
 
 
 def test_a_plain_terminal_shows_it_too(artifact):

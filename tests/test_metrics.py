@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from firstlm.errors import ConfigError, DataError
@@ -13,6 +14,7 @@ from firstlm.metrics import (
     f1,
     means,
     normalize,
+    over_seeds,
     perplexity,
     retention,
     score_qa,
@@ -142,3 +144,31 @@ def test_perplexity_weighs_items_by_their_tokens() -> None:
     found = perplexity([2.0, 1.0], [1, 3])
     assert found.items == pytest.approx((math.exp(2), math.exp(1 / 3)))
     assert found.estimate().value == pytest.approx(math.exp(3 / 4))
+
+
+def test_over_seeds_counts_both_seeds_and_items() -> None:
+    alike = [means([1.0, 0.0, 1.0, 0.0] * 25)] * 3
+    one = over_seeds(alike)
+    assert one.value == 50.0
+    assert one == over_seeds(alike[:1])  # seeds that agree add nothing
+    assert one.low == pytest.approx(40, abs=3)
+    assert one.high == pytest.approx(60, abs=3)
+    sure = [means([share] * 100) for share in (0.2, 0.5, 0.8)]
+    several = over_seeds(sure)
+    assert several.value == pytest.approx(50.0)
+    assert (several.low, several.high) == (pytest.approx(20), pytest.approx(80))
+
+
+def test_over_seeds_pairs_ours_with_the_base() -> None:
+    rng = np.random.default_rng(0)
+    base = [means(rng.random(200) < 0.5) for _ in range(3)]
+    half = [means(np.array(scores.items) / 2) for scores in base]
+    paired = over_seeds(half, base)
+    assert (paired.value, paired.low, paired.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert over_seeds(half, base[:2]).low < 0.5  # others, so drawn for themselves
+    above = over_seeds(base, half, difference=True)
+    assert above.value == pytest.approx(over_seeds(half).value)
+    assert above.low > 15
+    with pytest.raises(DataError, match="different numbers of items"):
+        over_seeds(half, [means([1.0])])
+    assert math.isnan(over_seeds(half, [means([0.0] * 200)]).value)

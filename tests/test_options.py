@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import pytest
 import yaml
@@ -24,8 +23,6 @@ from firstlm.options import (
     save_yaml,
     to_dict,
 )
-
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,13 +241,3 @@ def test_impossible_rates_are_refused(rate):
 def test_units_are_choices():
     with pytest.raises(ConfigError, match="block, attention, mlp"):
         from_dict(RouterConfig, {"unit": "blok"})
-
-
-@pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_experiment_files_hold_only_options_that_exist(file):
-    argv = ["--config", str(file), "--data", "train.jsonl", "--output", "out"]
-    assert resolve(TrainConfig, argv, "firstlm train").model == "smollm2"
-
-
-def test_there_are_experiment_files():
-    assert len(list(EXPERIMENTS.glob("*.yaml"))) >= 3

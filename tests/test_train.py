@@ -446,3 +446,26 @@ def test_the_share_of_decisions_that_lora_flips_is_told(tmp_path: Path) -> None:
         assert record["flipped"] == pytest.approx(float((before != after).float().mean()))
         found[rate] = record["flipped"]
     assert found[1e-12] == 0 < found[0.3]
+
+
+def test_routers_that_read_the_length_see_nothing_else(tmp_path: Path) -> None:
+    base = tiny_llama(layers=4)
+    model = FirstModel.from_base(base, RouterConfig(init_bias=0.5, reads="length"))
+    examples = make_examples(64, 0)
+    settings = config(tmp_path, router_steps=4, lora_steps=2, reads="length", skip_rate=0.4)
+    train_routers(model, examples, examples[:8], settings)
+    assert {tuple(router.weight.shape) for router in model.routers} == {(1,)}
+    assert all(bool(router.weight.any()) for router in model.routers)
+    train_lora(model, examples, examples[:8], settings)
+    with torch.no_grad():  # layer i runs from 2 + 2i tokens on
+        for layer, router in enumerate(model.routers):
+            router.weight.fill_(10.0)
+            router.bias.fill_(-10.0 * torch.log(torch.tensor(1.5 + 2 * layer)).item())
+    lengths = [1, 2, 3, 4, 6, 7, 8, 12]
+    ids, mask = pad_left([[100 + i, *[97] * (n - 1)] for i, n in enumerate(lengths)], 0)
+    keep = model.decide(ids, mask).keep
+    assert keep.sum(1).tolist() == [0, 1, 1, 2, 3, 3, 4, 4]
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = FirstModel.from_pretrained(str(tmp_path / "saved"), base=tiny_llama(layers=4))
+    assert torch.equal(again.decide(ids, mask).keep, keep)
+    assert again.routers.reads == "length"

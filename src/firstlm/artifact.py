@@ -21,10 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import firstlm
-from firstlm.config import UNITS, RouterConfig
+from firstlm.baselines import Baseline
+from firstlm.config import RouterConfig
 from firstlm.errors import ArtifactError, ConfigError
 from firstlm.lora import lora_parameters, without_peft_warning
 from firstlm.model_card import model_card
+from firstlm.options import check
 from firstlm.pretrained import (
     ARTIFACT_FILE,
     SAME_BASE,
@@ -34,6 +36,7 @@ from firstlm.pretrained import (
     same_base,
 )
 from firstlm.results import atomic_dir, write_json
+from firstlm.thresholds import Threshold, Thresholds
 
 if TYPE_CHECKING:
     from firstlm.model import FirstModel
@@ -85,6 +88,7 @@ def save(model: FirstModel, path: str | Path, more_from: Path | None = None) -> 
         "layers": model.layer_count,
         "adapter": model.has_adapter,
         "thresholds": model.thresholds.table,
+        "policy": asdict(model.baseline) if model.baseline else None,
         "training": model.training_record,
         "results": model.results,
     }
@@ -177,7 +181,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_routers(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the router tensors, `{i}.weight` [hidden] and `{i}.bias` []."""
+    """Return the router tensors, `{i}.weight` [width] and `{i}.bias` []."""
     file = folder / ROUTERS_FILE
     try:
         return load_file(file)
@@ -198,7 +202,7 @@ def load(
     """Load an artifact; see `FirstModel.from_pretrained`."""
     folder = find(path_or_id)
     config = read_config(folder)
-    router_config, table = _parse(config, folder)
+    router_config, table, baseline = _parse(config, folder)
     tensors = read_routers(folder)
     wanted = config["base_model"]
     asked = base = wanted["id"] if base is None else base
@@ -222,7 +226,8 @@ def load(
             f"{folder} was made for the base model {wanted['id']!r}, not for {found_id!r} ({why}). "
             "Load it with the base it was trained on."
         )
-    _check_routers(tensors, config["layers"], base.config.get_text_config().hidden_size, folder)
+    width = router_config.width(base.config.get_text_config().hidden_size)
+    _check_routers(tensors, config["layers"], width, folder)
     adapter = folder / ADAPTER_DIR
     if config.get("adapter") and not (adapter / ADAPTER_FILE).is_file():
         raise ArtifactError(
@@ -242,7 +247,7 @@ def load(
         router.bias.data.copy_(tensors[f"{i}.bias"])
     model.base_id = found_id if isinstance(asked, str) else wanted["id"]
     model.adapter_dtype = _saved_dtype(adapter)
-    model.thresholds.table = table
+    model.thresholds.table, model.baseline = table, baseline
     model.training_record = config.get("training", {})
     model.results = config["results"]
     return model.eval()
@@ -250,12 +255,11 @@ def load(
 
 def _parse(
     config: dict[str, Any], folder: Path
-) -> tuple[RouterConfig, dict[str, list[tuple[float, float, float]]]]:
-    """Return the router config and the threshold table out of first_config.json."""
+) -> tuple[RouterConfig, dict[str, list[Threshold]], Baseline | None]:
+    """Return router config, threshold table and baseline, if any, out of first_config.json."""
     try:
         router_config = RouterConfig(**config["router_config"])
-        if router_config.unit not in UNITS:
-            raise ValueError(f"unit {router_config.unit!r}")
+        check(router_config)
         if not {"id", "fingerprint"} <= set(config["base_model"]):
             raise ValueError("base_model lacks id or fingerprint")
         if not FINGERPRINT.fullmatch(config["base_model"]["fingerprint"]):
@@ -263,14 +267,34 @@ def _parse(
         _check_results(config["results"])
         if not isinstance(config["layers"], int):
             raise ValueError("layers is no number")
-        return router_config, {
-            mode: [(float(a), float(b), float(c)) for a, b, c in rows]
+        table = {
+            mode: [
+                # Artifacts of before 2026-11-25 do not say which layers were skipped.
+                Threshold(float(asked), float(offset), float(rate), tuple(map(float, *skipped)))
+                if skipped
+                else Threshold(float(asked), float(offset), float(rate))
+                for asked, offset, rate, *skipped in rows
+            ]
             for mode, rows in config["thresholds"].items()
         }
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        return router_config, table, _parse_baseline(config.get("policy"))
+    except (TypeError, ValueError, KeyError, AttributeError, ConfigError) as error:
         raise ArtifactError(
             f"{folder / ARTIFACT_FILE} is damaged ({error}). Copy or train the artifact again."
         ) from error
+
+
+def _parse_baseline(found: dict[str, Any] | None) -> Baseline | None:
+    if found is None:
+        return None
+    orders = tuple((float(rate), tuple(map(int, order))) for rate, order in found["orders"])
+    return Baseline(**{**found, "free": tuple(map(int, found["free"])), "orders": orders})
+
+
+def read_thresholds(path_or_id: str) -> Thresholds:
+    """Return the thresholds of an artifact, without loading a model."""
+    folder = find(path_or_id)
+    return Thresholds(_parse(read_config(folder), folder)[1])
 
 
 def _check_results(results: dict[str, Any]) -> None:
@@ -366,11 +390,9 @@ def _saved_dtype(adapter: Path) -> torch.dtype | None:
     return next((tensor.dtype for tensor in load_file(file).values()), None)
 
 
-def _check_routers(
-    tensors: dict[str, torch.Tensor], layers: int, hidden: int, folder: Path
-) -> None:
+def _check_routers(tensors: dict[str, torch.Tensor], layers: int, width: int, folder: Path) -> None:
     """Refuse router tensors that do not fit the model, before anything is changed in it."""
-    wanted = {f"{i}.weight": (hidden,) for i in range(layers)}
+    wanted = {f"{i}.weight": (width,) for i in range(layers)}
     wanted |= {f"{i}.bias": () for i in range(layers)}
     for name, shape in wanted.items():
         found = tensors.get(name)

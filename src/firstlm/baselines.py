@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from firstlm.config import check_skip_rate
+from firstlm.config import BASELINES, DRAWN, check_skip_rate
 from firstlm.errors import ConfigError
 from firstlm.policies import Prompts
 
@@ -108,3 +109,51 @@ def random_order(layers: int, free: Sequence[int] | None = None, seed: int = 0) 
     """Return one draw of all layers, the same for every prompt."""
     free = list(range(layers)) if free is None else sorted(free)
     return random.Random(f"{seed} order").sample(free, len(free))
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A policy for every skip rate; what an artifact may have in place of routers.
+
+    Attributes:
+        name: one of `config.BASELINES`.
+        layers: how many layers the model has.
+        free: those that may be skipped.
+        rate: skip rate where none is asked for.
+        seed: of what is drawn.
+        orders: (skip rate, layers to skip first in front) for static_importance and majority; a
+            rate between takes the nearest one's.
+    """
+
+    name: str
+    layers: int
+    free: tuple[int, ...]
+    rate: float
+    seed: int = 0
+    orders: tuple[tuple[float, tuple[int, ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name not in BASELINES:
+            raise ConfigError(f"policy is {self.name!r}; expected one of {', '.join(BASELINES)}.")
+        if self.name not in DRAWN and not self.orders:
+            raise ConfigError(f"The policy {self.name!r} needs an order of layers.")
+        check_skip_rate(self.rate)
+
+    def at(self, rate: float | None = None) -> CountedSkip:
+        """Return the policy that skips `rate` of the layers."""
+        rate = self.rate if rate is None else rate
+        layers, free, seed = self.layers, self.free, self.seed
+        match self.name:
+            case "random":
+                return RandomSkip(layers, rate, free, seed)
+            case "random_interior":
+                inner = [layer for layer in free if 0 < layer < layers - 1]
+                return RandomSkip(layers, rate, inner, seed)
+            case "random_fixed":
+                return OrderedSkip(random_order(layers, free, seed), layers, rate, seed)
+            case "unified":
+                return UnifiedSkip(layers, rate, free, seed)
+            case "early_exit":
+                return OrderedSkip(truncation(layers, free), layers, rate, seed)
+        order = min(self.orders, key=lambda pair: abs(pair[0] - rate))[1]
+        return OrderedSkip([layer for layer in order if layer in free], layers, rate, seed)

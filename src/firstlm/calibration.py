@@ -19,6 +19,7 @@ from firstlm.data import check_room, draw, encode_prompt, load_examples, prompt_
 from firstlm.errors import DataError
 from firstlm.model import FirstModel
 from firstlm.policies import RouterPolicy
+from firstlm.thresholds import Threshold
 
 TOLERANCE = 0.004  # of the measured rate, where the search ends early
 SEARCH_STEPS = 10
@@ -58,26 +59,27 @@ def find_offsets(
     prefill: str = "skip",
     batch_size: int = 16,
     progress: bool = True,
-) -> list[tuple[float, float, float]]:
-    """Return (asked rate, logit offset, measured rate) for each rate, in rising order."""
+) -> list[Threshold]:
+    """Return what meets each rate, in rising order."""
     batches = prompt_batches(prompts, batch_size, model.pad_id)
     known: dict[float, float] = {}
+    skipped: dict[float, tuple[float, ...]] = {}
     was_training = model.training
     model.eval()
     with tqdm(disable=not progress, desc=f"calibrating {prefill}", unit="pass") as bar:
-        measure = _full_rates(model, batches, bar) if prefill == "full" else None
+        measure = _full_skips(model, batches, bar) if prefill == "full" else None
 
         def rate_at(offset: float) -> float:
             if offset not in known:
-                known[offset] = (
-                    measure(offset) if measure else _closed_loop_rate(model, batches, offset)
-                )
+                skip = measure(offset) if measure else _closed_loop_skips(model, batches, offset)
+                known[offset] = float(skip.mean())
+                skipped[offset] = tuple(round(share, 4) for share in skip.mean(0).tolist())
                 bar.update()
             return known[offset]
 
         rows = _table(rate_at, known, sorted(rates))
     model.train(was_training)
-    return rows
+    return [Threshold(asked, offset, rate, skipped[offset]) for asked, offset, rate in rows]
 
 
 def _table(
@@ -128,25 +130,22 @@ def _search(
     return best, known[best]
 
 
-def _closed_loop_rate(model: FirstModel, batches: list, offset: float) -> float:
-    skipped, count = 0.0, 0
-    for ids, mask in batches:
-        state = model.decide(ids, mask, RouterPolicy(model.routers, offset))
-        skipped += float((~state.keep).float().mean(1).sum())
-        count += len(ids)
-    return skipped / count
+def _closed_loop_skips(model: FirstModel, batches: list, offset: float) -> torch.Tensor:
+    """Return which layers each prompt skips [prompts, layers], as float64."""
+    policy = RouterPolicy(model.routers, offset)
+    return torch.cat([~model.decide(ids, mask, policy).keep for ids, mask in batches]).double()
 
 
-def _full_rates(model: FirstModel, batches: list, bar: tqdm):
-    """Score every prompt once with all layers running; return the rate as a function of offset."""
+def _full_skips(model: FirstModel, batches: list, bar: tqdm) -> Callable[[float], torch.Tensor]:
+    """Score every prompt once with all layers running; return the skips as a function of offset."""
     scores = []
     for ids, mask in batches:
         state = model.decide(ids, mask, RouterPolicy(model.routers), prefill="full")
         scores.append(torch.stack([s.cpu() for s in state.scores if s is not None], 1))
         bar.update()
     logits = torch.cat(scores)
-    free = [i for i in range(model.layer_count) if i not in model.routing.stack.locked]
-    return lambda offset: float((logits[:, free] + offset < 0).sum() / logits.numel())
+    logits[:, sorted(model.routing.stack.locked)] = torch.inf
+    return lambda offset: (logits + offset < 0).double()
 
 
 @torch.no_grad()
@@ -160,7 +159,7 @@ def serve_by_default(model: FirstModel, rate: float, prefill: str = "skip") -> N
     for router in model.routers:
         router.bias.add_(shift)
     for mode, rows in model.thresholds.table.items():
-        model.thresholds.table[mode] = [(a, offset - shift, m) for a, offset, m in rows]
+        model.thresholds.table[mode] = [row._replace(offset=row.offset - shift) for row in rows]
 
 
 def run(options: CalibrateConfig) -> int:
@@ -189,6 +188,6 @@ def run(options: CalibrateConfig) -> int:
     artifact.save(model, target, more_from=source)
     print(f"{'asked':>7} {'measured':>9} {'offset':>8}   prefill")
     for mode, rows in model.thresholds.table.items():
-        for asked, offset, measured in rows:
-            print(f"{asked:7.2f} {measured:9.3f} {offset:8.3f}   {mode}")
+        for row in rows:
+            print(f"{row.asked:7.2f} {row.rate:9.3f} {row.offset:8.3f}   {mode}")
     return 0

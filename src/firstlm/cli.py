@@ -48,6 +48,14 @@ COMMANDS = {
     "eval": Command(
         "firstlm.evaluate", "firstlm.config.EvalConfig", "score base and routed model on a task"
     ),
+    "experiment": Command(
+        "firstlm.experiment",
+        "firstlm.config.ExperimentConfig",
+        "train and score whole matrices of policies, seeds and rates",
+    ),
+    "report": Command(
+        "firstlm.report", "firstlm.config.ReportConfig", "draw results as a page to look at"
+    ),
     "demo": Command(
         "firstlm.demo", "firstlm.config.DemoConfig", "see it work: generate, then train a short run"
     ),

@@ -15,12 +15,17 @@ from firstlm.errors import ConfigError
 from firstlm.options import REQUIRED, check, option
 
 UNITS = ("block", "attention", "mlp")
+READS = ("states", "length")
 PREFILL_MODES = ("skip", "full")
 GATES = ("straight_through", "soft")
 STAGES = ("both", "routers", "lora")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40)  # that calibration serves unless told otherwise
-EVAL_POLICIES = ("base", "run_all", "router")
+# Policies to compare routers with (`baselines.py`); the first ones need no measurement.
+DRAWN = ("random", "random_interior", "random_fixed", "unified", "early_exit")
+BASELINES = (*DRAWN, "static_importance", "majority")
+POLICIES = ("router", *BASELINES)
+EVAL_POLICIES = ("base", "run_all", *POLICIES)
 TASKS = ("qa", "translation", "summarization")  # that `firstlm eval` has metrics for
 
 
@@ -50,6 +55,16 @@ class RouterConfig:
     init_bias: float = option(
         2.0, help="start value of every router's bias; positive starts with all layers kept"
     )
+    reads: str = option(
+        "states",
+        choices=READS,
+        help="what a router reads: the mean of the states that enter its layer (the paper), or, to "
+        "compare with, nothing but the prompt's length",
+    )
+
+    def width(self, hidden_size: int) -> int:
+        """Return how many numbers a router reads."""
+        return 1 if self.reads == "length" else hidden_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +113,14 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         help="folder for the artifact; logs and checkpoints go beside it, to OUTPUT-run",
     )
     stage: str = option("both", choices=STAGES, help="which phases to run")
+    policy: str = option(
+        "router",
+        choices=POLICIES,
+        help="what decides: routers, or a policy to compare them with, which gets LoRA alone",
+    )
+    majority_of: str | None = option(
+        None, path=True, help="the artifact whose routers' majority --policy majority takes"
+    )
     artifact: str | None = option(
         None,
         path=True,
@@ -193,7 +216,18 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} is {value}; expected more than 0.")
-        if self.stage == "lora" and self.artifact is None and self.skip_rate not in (None, 0.0):
+        if (self.policy == "majority") != (self.majority_of is not None):
+            raise ConfigError(
+                "policy=majority and majority_of go together: the layers that most prompts skip "
+                "are measured on an artifact's routers."
+            )
+        if self.policy != "router" and (self.stage == "routers" or not self.skip_rate):
+            raise ConfigError(
+                f"policy={self.policy} trains LoRA for layers that are skipped without routers; "
+                "expected stage both or lora, and a skip_rate above 0."
+            )
+        routed = self.policy == "router" and self.skip_rate not in (None, 0.0)
+        if self.stage == "lora" and self.artifact is None and routed:
             raise ConfigError(
                 "stage=lora trains LoRA for routers that exist: name their artifact with "
                 "--artifact, or set --skip-rate 0 for plain LoRA without skips."
@@ -334,12 +368,13 @@ class EvalConfig(AnswerOptions):
     task: str | None = option(
         None, choices=TASKS, help="which metrics to take; without it the rows' task field decides"
     )
-    policies: list[str] = option(
-        ["base", "run_all", "router"],
+    policies: list[str] | None = option(
+        None,
         choices=EVAL_POLICIES,
-        help="what to score: the base model, the artifact with all layers, the routed artifact",
+        help="what to score: the base model, the artifact with all layers, or what decides which "
+        "run (none: base, run_all and what the artifact was trained with)",
     )
-    skip_rates: list[float] = option([0.15, 0.25], help="rates at which the router is scored")
+    skip_rates: list[float] = option([0.15, 0.25], help="rates at which policies are scored")
     limit: int | None = option(None, help="use the first N examples only")
     batch_size: int = option(16, help="prompts per batch")
     max_new_tokens: int = option(32, help="longest answer, in tokens")
@@ -351,6 +386,45 @@ class EvalConfig(AnswerOptions):
             check_skip_rate(rate, "skip_rates")
         _check_answers(self.max_new_tokens, self.seed)
         _check_counts(self, "batch_size", *(("limit",) if self.limit is not None else ()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Train and score every arm of experiment files with every seed; what is done stays done."""
+
+    action: str = option(
+        REQUIRED,
+        choices=("run", "list", "summary"),
+        positional=True,
+        help="run, list what is done, or write a summary of all results to RESULTS/summary.json",
+    )
+    files: list[str] = option(
+        REQUIRED, positional=True, help="experiment files (.yaml), or folders that hold some"
+    )
+    minutes: float | None = option(
+        None, help="stop after so many minutes, such that the same command goes on"
+    )
+    only: list[str] | None = option(
+        None, help="units to run: FILE, FILE-ARM or FILE-ARM-SEED, without .yaml"
+    )
+    runs: str = option("runs", path=True, help="folder for artifacts, checkpoints and logs")
+    results: str = option("results", path=True, help="folder for results, one JSON file a unit")
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and not self.minutes > 0:
+            raise ConfigError(f"minutes is {self.minutes}; expected more than 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Draw what experiments found: one HTML page that needs nothing else, and its pictures."""
+
+    results: str = option(
+        REQUIRED, path=True, positional=True, help="folder that `firstlm experiment` wrote"
+    )
+    output: str | None = option(
+        None, path=True, help="folder for the page and its pictures (none: RESULTS/report)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

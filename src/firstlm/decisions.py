@@ -24,6 +24,11 @@ class PromptStates:
         """A number per prompt that depends on its tokens alone."""
         return self._batch.keys
 
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each prompt [prompts]."""
+        return self._batch.lengths
+
 
 class RoutingState:
     """The decisions of one batch, and how they came about.
@@ -110,6 +115,11 @@ class RoutingState:
             rows = [ids[real].tolist() for ids, real in zip(self.prompt_ids, mask, strict=True)]
             self._keys = [zlib.crc32(" ".join(map(str, row)).encode()) for row in rows]
         return self._keys
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each prompt [prompts], padding left out."""
+        return self._lengths.squeeze(1)
 
     def decided(self, layer: int) -> bool:
         """Whether the layer's decision has been taken."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from firstlm import artifact
-from firstlm.config import EVAL_POLICIES, TASKS, EvalConfig
+from firstlm.config import BASELINES, EVAL_POLICIES, POLICIES, TASKS, EvalConfig
 from firstlm.data import check_room, encode, encode_prompt, pad_left
 from firstlm.errors import ConfigError, DataError
 from firstlm.examples import Example, load_examples
+from firstlm.journal import Journal
 from firstlm.lora import is_lora
 from firstlm.losses import item_losses
 from firstlm.metrics import Scores, perplexity, retention
-from firstlm.model import FirstModel, GenerateOutput
+from firstlm.model import FirstModel
 from firstlm.options import to_dict
 from firstlm.policies import Policy, RunAll
 from firstlm.results import provenance, sha256_of, to_json, write_json
@@ -53,15 +55,16 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
     items: bool = True,
+    journal: Journal | None = None,
 ) -> dict[str, Any]:
     """Answer every example greedily under one policy, and score the answers.
 
     Args:
         model: a model with its tokenizer.
         examples: what to answer; answers are compared with each example's `references`.
-        policy: "base" (adapter off, all layers), "run_all" (adapter on, all layers), "router", or a
-            policy object.
-        skip_rate: share of layers to skip, for "router" only; None is the trained threshold.
+        policy: "base" (adapter off, all layers), "run_all" (adapter on, all layers), "router", one
+            of `config.BASELINES`, or a policy object.
+        skip_rate: share of layers to skip, for "router" and baselines; None is what was trained.
         task: what is scored, and how; default the one that the examples' rows name.
         prefill: "skip" or "full".
         batch_size: prompts per batch; batches hold prompts of similar length.
@@ -69,6 +72,7 @@ def evaluate(
         seed: seed of the bootstrap.
         progress: show a progress bar.
         items: put every answer with its scores and mask into the result.
+        journal: what an interrupted call has answered; batches in it are not answered again.
 
     Returns:
         One JSON object: each metric of the task in percent, and perplexity per token of the wanted
@@ -82,12 +86,11 @@ def evaluate(
     chosen, scope = _choose(model, policy, skip_rate, prefill)
     prompts = _prompts(model, examples, max_new_tokens)
     model.eval()
-    start = time.perf_counter()
-    with scope, tqdm(total=len(prompts), desc=name, unit="prompt", disable=not progress) as bar:
-        answers, keep, calls, steps = _answer_all(
-            model, prompts, chosen, prefill, task, max_new_tokens, batch_size, bar
+    answer = partial(_answer, model, chosen, prefill, task, max_new_tokens)
+    with scope:
+        answers, keep, totals = _answer_all(
+            prompts, answer, batch_size, journal or Journal(None), name, progress
         )
-        seconds = time.perf_counter() - start
         scores = {"perplexity": _perplexity(model, examples, chosen, batch_size, prefill)}
     scores = task.score(answers, [example.references for example in examples]) | scores
     result = {
@@ -97,18 +100,18 @@ def evaluate(
         "count": len(examples),
         **{metric: asdict(value.estimate(seed=seed)) for metric, value in scores.items()},
         **_masks(keep),
-        "layer_calls": calls,
-        "decode_steps": steps,
+        **totals,
         "batch_size": batch_size,
-        "seconds": seconds,
     }
     if items:
+        bits = _bits(keep)
         result["items"] = [
             {
                 "id": example.id,
                 "prediction": answers[i],
+                "prompt_tokens": len(prompts[i]),
                 **{metric: round(value.items[i], 4) for metric, value in scores.items()},
-                "keep": "".join("1" if kept else "0" for kept in keep[i].tolist()),
+                "keep": bits[i],
             }
             for i, example in enumerate(examples)
         ]
@@ -141,42 +144,43 @@ def _perplexity(
 
 
 def _answer_all(
-    model: FirstModel,
     prompts: Sequence[Sequence[int]],
-    policy: Policy,
-    prefill: str,
-    task: Task,
-    max_new_tokens: int,
+    answer: Callable[[Sequence[Sequence[int]]], dict[str, Any]],
     batch_size: int,
-    bar: tqdm,
-) -> tuple[list[str], torch.Tensor, dict[str, int], int]:
-    """Answer all prompts, long ones first; return answers, keep, layer calls and decode steps."""
-    answers = [""] * len(prompts)
-    keep = torch.ones(len(prompts), model.layer_count, dtype=torch.bool)
-    calls, steps = {"prefill": 0, "decode": 0}, 0
+    journal: Journal,
+    name: str,
+    progress: bool,
+) -> tuple[list[str], torch.Tensor, dict[str, Any]]:
+    """Answer all prompts, long ones first; return answers, keep and the batches' totals."""
+    answers, keep = [""] * len(prompts), [""] * len(prompts)
+    calls, steps, seconds = {"prefill": 0, "decode": 0}, 0, 0.0
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for first in range(0, len(order), batch_size):
-        picked = order[first : first + batch_size]
-        batch = [prompts[i] for i in picked]
-        output, texts = _answer(model, batch, policy, prefill, task, max_new_tokens)
-        for row, i in enumerate(picked):
-            answers[i], keep[i] = texts[row], output.keep[row]
-        calls = {phase: calls[phase] + output.layer_calls[phase] for phase in calls}
-        steps += output.sequences.shape[1] - max(map(len, batch)) - 1
-        bar.update(len(picked))
-    return answers, keep, calls, steps
+    with tqdm(total=len(prompts), desc=name, unit="prompt", disable=not progress) as bar:
+        for first in range(0, len(order), batch_size):
+            picked = order[first : first + batch_size]
+            done = journal.get(f"{name} {first}")
+            if done is None:
+                done = answer([prompts[i] for i in picked])
+                journal.put(f"{name} {first}", done)
+            for row, i in enumerate(picked):
+                answers[i], keep[i] = done["answers"][row], done["keep"][row]
+            calls = {phase: calls[phase] + done["layer_calls"][phase] for phase in calls}
+            steps, seconds = steps + done["decode_steps"], seconds + done["seconds"]
+            bar.update(len(picked))
+    masks = torch.tensor([[kept == "1" for kept in row] for row in keep])
+    return answers, masks, {"layer_calls": calls, "decode_steps": steps, "seconds": seconds}
 
 
 def _answer(
     model: FirstModel,
-    prompts: Sequence[Sequence[int]],
     policy: Policy,
     prefill: str,
     task: Task,
     max_new_tokens: int,
-) -> tuple[GenerateOutput, list[str]]:
-    """Generate for one batch; returns the output and each row's answer."""
-    tokenizer: Any = model.tokenizer
+    prompts: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    """Generate for one batch; returns what is kept of it, as JSON."""
+    tokenizer, start = model.need_tokenizer(), time.perf_counter()
     ids, mask = pad_left(prompts, model.pad_id)
     output = model.generate(
         ids.to(model.device),
@@ -192,19 +196,37 @@ def _answer(
         pad_token_id=model.pad_id,
         stopping_criteria=StoppingCriteriaList([_Ended(task, tokenizer, ids.shape[1])]),
     )
-    new = output.sequences[:, ids.shape[1] :].tolist()
-    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    return output, [task.clean(text) for text in texts]
+    new = output.sequences[:, ids.shape[1] :]
+    texts = tokenizer.batch_decode(new.tolist(), skip_special_tokens=True)
+    return {
+        "answers": [task.clean(text) for text in texts],
+        "keep": _bits(output.keep),
+        "layer_calls": output.layer_calls,
+        "decode_steps": new.shape[1] - 1,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _bits(keep: torch.Tensor) -> list[str]:
+    """Write masks [prompts, layers] as text, one a prompt; 1 = the layer ran."""
+    return ["".join("1" if kept else "0" for kept in row) for row in keep.tolist()]
 
 
 def _choose(
     model: FirstModel, policy: str | Policy, skip_rate: float | None, prefill: str
 ) -> tuple[Policy, Any]:
     """Return the policy object, and the scope in which it is measured."""
-    if policy == "router":
+    if policy == _own(model):
         return model.policy_for(skip_rate, prefill), nullcontext()
+    if policy in BASELINES and skip_rate is not None:
+        return model.baseline_for(str(policy), skip_rate, prefill).at(), nullcontext()
+    if policy in POLICIES:
+        needs = "a skip_rate" if policy in BASELINES else f"an artifact without {_own(model)!r}"
+        raise ConfigError(f"policy={policy!r} needs {needs}.")
     if skip_rate is not None:
-        raise ConfigError(f"skip_rate={skip_rate} is for policy='router'; {policy!r} has none.")
+        raise ConfigError(
+            f"skip_rate={skip_rate} is for 'router' and baselines; {policy!r} has none."
+        )
     if not isinstance(policy, str):
         return policy, nullcontext()
     known = {"base": (RunAll, model.disable_adapter), "run_all": (RunAll, nullcontext)}
@@ -236,6 +258,11 @@ def _masks(keep: torch.Tensor) -> dict[str, Any]:
     }
 
 
+def _own(model: FirstModel) -> str:
+    """Return the name of what decides in an artifact: routers, or the policy it was trained for."""
+    return model.baseline.name if model.baseline else "router"
+
+
 def _name(policy: str | Policy, skip_rate: float | None) -> str:
     """Return the name of a run, such as base or router@0.25."""
     kind = policy if isinstance(policy, str) else type(policy).__name__
@@ -259,15 +286,16 @@ def run(options: EvalConfig) -> int:
     )
     named = options.template if options.template in TASKS else None
     task = find_task(examples, options.task or named)
-    asked: list[tuple[str, float | None]] = []
-    for policy in dict.fromkeys(options.policies):
-        rates = dict.fromkeys(options.skip_rates) if policy == "router" else (None,)
-        asked += [(policy, rate) for rate in rates]
+    asked = _asked(options, _own(model))
     for policy, rate in asked:  # an impossible rate is refused before anything is run
         _choose(model, policy, rate, options.prefill)
     _prompts(model, examples, options.max_new_tokens)
     report = _start(options, model, examples, task)
     scored: dict[str, Scores] = {}
+    journal = Journal(
+        Path(f"{options.output}.partial") if options.output else None,
+        {**report["options"], **report["inputs"]},
+    )
     for policy, rate in asked:
         name = _name(policy, rate)
         if name in report["runs"]:
@@ -283,6 +311,7 @@ def run(options: EvalConfig) -> int:
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
             seed=options.seed,
+            journal=journal,
         )
         result["provenance"] = provenance(seed=options.seed)
         report["runs"][name] = result
@@ -290,10 +319,25 @@ def run(options: EvalConfig) -> int:
         if options.output is not None:
             report["provenance"] = provenance(seed=options.seed, **report["inputs"])
             write_json(options.output, report)
+        journal.close()
     print(table(report))
     if recorded_in is not None:
         artifact.record(recorded_in, task.name, summary(report))
     return 0
+
+
+def _asked(options: EvalConfig, own: str) -> list[tuple[str, float | None]]:
+    """Return each policy with each rate at which it is scored."""
+    asked: list[tuple[str, float | None]] = []
+    for policy in dict.fromkeys(options.policies or ("base", "run_all", own)):
+        rates = dict.fromkeys(options.skip_rates) if policy in POLICIES else (None,)
+        asked += [(policy, rate) for rate in rates]
+    return asked
+
+
+def run_names(options: EvalConfig) -> list[str]:
+    """Return the names under which results hold what these options ask for; they name policies."""
+    return [_name(policy, rate) for policy, rate in _asked(options, "router")]
 
 
 def _retention(
@@ -364,7 +408,9 @@ def _start(
 
 def _model_hash(model: FirstModel) -> str:
     """Return a hash of routers, thresholds and adapter: what an artifact adds to its base."""
-    digest = hashlib.sha256(to_json(model.thresholds.table).encode())
+    baseline = asdict(model.baseline) if model.baseline else None
+    decides = {"thresholds": model.thresholds.table, "policy": baseline}
+    digest = hashlib.sha256(to_json(decides).encode())
     for name, tensor in model.named_parameters():
         if name.startswith("routers.") or is_lora(name):
             values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -42,6 +42,7 @@ def describe(found: dict[str, Any]) -> str:
     """Return the text that `firstlm inspect` shows."""
     config, routers = found["config"], found["routers"]
     base = config.get("base_model", {})
+    layers = len(routers["bias"])
     revision = f" at {base['revision']}" if base.get("revision") else ""
     unit = config.get("router_config", {}).get("unit", "block")
     lines = [
@@ -52,7 +53,9 @@ def describe(found: dict[str, Any]) -> str:
             "written by",
             f"firstlm {config.get('firstlm_version', '?')}, format {config['format_version']}",
         ),
-        _line("routers", f"{len(routers['bias'])} of unit {unit}, hidden size {routers['hidden']}"),
+        _line(
+            "routers", f"{len(routers['bias'])} of unit {unit}, reading {routers['width']} values"
+        ),
         *_describe_routers(routers),
         *_describe_thresholds(config.get("thresholds") or {}),
         *_describe_adapter(found),
@@ -76,7 +79,7 @@ def _router_statistics(folder: Path, layers: int) -> dict[str, Any]:
         )
     weights = [tensors[f"{layer}.weight"].float() for layer in range(layers)]
     return {
-        "hidden": weights[0].numel(),
+        "width": weights[0].numel(),
         "weight_norm": [float(weight.norm()) for weight in weights],
         "bias": [float(tensors[f"{layer}.bias"]) for layer in range(layers)],
     }
@@ -134,10 +137,10 @@ def _describe_thresholds(thresholds: dict[str, Any]) -> list[str]:
     lines = []
     for mode, rows in thresholds.items():
         lines.append(f"skip rates with --prefill {mode}")
-        lines.append("     asked   measured    logit offset")
-        for rate, offset, measured in rows:
-            seen = "      -" if measured is None else f"{measured:7.1%}"
-            lines.append(f"  {rate:8.1%}    {seen}   {offset:+13.4f}")
+        lines.append("     asked   measured    logit offset   layers skipped, by share of prompts")
+        for asked, offset, rate, *skipped in rows:
+            shares = strip(*skipped) if skipped else ""
+            lines.append(f"  {asked:8.1%}    {rate:7.1%}   {offset:+13.4f}   {shares}".rstrip())
     return lines or ["skip rates       none measured; run 'firstlm calibrate'"]
 
 

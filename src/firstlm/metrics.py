@@ -111,6 +111,57 @@ def retention(ours: Scores, base: Scores, *, samples: int = 1000, seed: int = 0)
     return Estimate(value, float(low), float(high), len(ours.items))
 
 
+def over_seeds(
+    ours: Sequence[Scores],
+    base: Sequence[Scores] | None = None,
+    *,
+    difference: bool = False,
+    samples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Return the mean score over seeds, or its share of the base's, with a hierarchical interval.
+
+    Every draw takes seeds with replacement, then items, the same items for all: both what training
+    and what the test set leaves to chance is in the interval. A single seed leaves out the first.
+
+    Args:
+        ours: one a seed, all over the same items.
+        base: the base's, one a seed; None for the score itself. Paired with ours where there are as
+            many, drawn for themselves otherwise.
+        difference: return what it is above the base's instead of the share.
+        samples: number of draws.
+        seed: of the draws.
+    """
+    both = [list(ours), list(base or [])]
+    count = len(ours[0].items)
+    if any(len(scores.items) != count for scores in [*ours, *both[1]]):
+        raise DataError("These scores are over different numbers of items.")
+
+    def value(times: np.ndarray, picked: Sequence[np.ndarray]) -> float:
+        means = [
+            float(np.mean([scores[i].combine(times @ scores[i].statistics) for i in rows]))
+            for scores, rows in zip(both, picked, strict=True)
+            if scores
+        ]
+        if len(means) == 1:
+            return means[0]
+        if difference:
+            return means[0] - means[1]
+        return means[0] / means[1] if means[1] else float("nan")
+
+    items, seeds = (np.random.default_rng([seed, i]) for i in range(2))
+    drawn = []
+    for _ in range(samples):
+        times = np.bincount(items.integers(0, count, count), minlength=count)
+        rows = seeds.integers(0, len(ours), len(ours))
+        more = len(both[1])
+        others = rows if more == len(ours) else seeds.integers(0, more or 1, more)
+        drawn.append(value(times, [rows, others]))
+    low, high = np.nanpercentile(drawn, [2.5, 97.5]) if not np.isnan(drawn).all() else (np.nan,) * 2
+    everything = value(np.ones(count), [np.arange(len(part)) for part in both])
+    return Estimate(everything, float(low), float(high), count)
+
+
 def means(values: Sequence[float], scale: float = 100.0) -> Scores:
     """Return scores whose corpus score is the mean of the items', times `scale`."""
     array = np.asarray(values, dtype=np.float64)

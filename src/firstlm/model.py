@@ -12,15 +12,16 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from firstlm import artifact
+from firstlm.baselines import Baseline
 from firstlm.cache import SkipCache, StaticSkipCache, make_cache, take_cache
-from firstlm.config import PREFILL_MODES, RouterConfig, check_skip_rate
+from firstlm.config import DRAWN, PREFILL_MODES, RouterConfig, check_skip_rate
 from firstlm.decisions import RoutingState
 from firstlm.errors import ConfigError
 from firstlm.inputs import (
@@ -84,10 +85,12 @@ class FirstModel(nn.Module):
         self.tokenizer = tokenizer
         self.routing = Routing(base, config.unit)
         stack = self.routing.stack
-        self.routers = Routers(len(stack), stack.hidden_size, config.init_bias)
+        width = config.width(stack.hidden_size)
+        self.routers = Routers(len(stack), width, config.init_bias, config.reads)
         for router, module in zip(self.routers, stack.modules, strict=True):
             router.to(next(module.parameters()).device)
         self.thresholds = Thresholds()
+        self.baseline: Baseline | None = None  # decides in the routers' place
         self.base_id: str | None = getattr(base.config, "_name_or_path", None) or None
         self.adapter_dtype: torch.dtype | None = None  # number format in which LoRA is saved
         self.training_record: dict[str, Any] = {}
@@ -206,15 +209,41 @@ class FirstModel(nn.Module):
         return self
 
     def policy_for(self, skip_rate: float | None = None, prefill: str = "skip") -> Policy:
-        """Return the policy that meets a wanted skip rate (None: the trained threshold of 0.5)."""
+        """Return the policy that meets a wanted skip rate (None: what was trained for)."""
         if id(self) in _RUN_ALL.get():
             return RunAll()
+        if skip_rate is not None and check_skip_rate(skip_rate) == 0:
+            return RunAll()
+        if self.baseline is not None:
+            return self.baseline.at(skip_rate)
         if skip_rate is None:
             return RouterPolicy(self.routers)
-        check_skip_rate(skip_rate)
-        if skip_rate == 0:
-            return RunAll()
         return RouterPolicy(self.routers, self.thresholds.offset(skip_rate, prefill))
+
+    def baseline_for(self, name: str, skip_rate: float, prefill: str = "skip") -> Baseline:
+        """Return a policy to compare with, on this model.
+
+        Args:
+            name: one of `config.BASELINES`. Static importance is only known to artifacts that were
+                trained with it; the majority is that of this model's routers.
+            skip_rate: share of layers to skip.
+            prefill: prefill mode whose majority is meant.
+
+        Raises:
+            ConfigError: the model lacks what the policy needs.
+        """
+        if self.baseline is not None and self.baseline.name == name:
+            return replace(self.baseline, rate=skip_rate)
+        orders = ()
+        if name == "majority":
+            orders = ((skip_rate, tuple(self.thresholds.majority(skip_rate, prefill))),)
+        elif name not in DRAWN:
+            raise ConfigError(
+                f"This model knows no order for the policy {name!r}; train LoRA for it with "
+                f"`firstlm train --policy {name}`."
+            )
+        free = tuple(i for i in range(self.layer_count) if i not in self.routing.stack.locked)
+        return Baseline(name, self.layer_count, free, skip_rate, orders=orders)
 
     def new_state(
         self,

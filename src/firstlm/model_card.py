@@ -46,5 +46,5 @@ def model_card(config: dict[str, Any]) -> str:
     for mode, rows in config["thresholds"].items():
         lines += [f"Calibrated skip rates (prefill={mode}):", "", "| asked | measured | offset |"]
         lines += ["|---|---|---|"]
-        lines += [f"| {a:.2f} | {m:.3f} | {o:.3f} |" for a, o, m in rows] + [""]
+        lines += [f"| {a:.2f} | {m:.3f} | {o:.3f} |" for a, o, m, *_ in rows] + [""]
     return "\n".join(lines)

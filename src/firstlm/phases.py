@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from firstlm.importance import SPACING, removal_order, start_from_order
 from firstlm.interrupts import Interrupts
 from firstlm.lora import lora_parameters, without_peft_warning
 from firstlm.model import FirstModel
-from firstlm.policies import Policy, RouterPolicy, RunAll
+from firstlm.policies import Policy, RouterPolicy, RunAll, router_input
 from firstlm.rates import RateDriver
 from firstlm.trainer import FirstTrainer, last_checkpoint, mixed_precision
 
@@ -69,7 +70,8 @@ def train_routers(
         driver.start(SPACING * model.layer_count)
         record["removal_order"] = order
     _standardise(model, draw(train, STATISTICS_PROMPTS, config.seed))
-    record.update(_fit(model, train, validation, config, "routers", driver, resume))
+    policy_at = _routed(model, driver)
+    record.update(_fit(model, train, validation, config, "routers", driver, policy_at, resume))
     model.routers.fold()
     return record
 
@@ -84,13 +86,14 @@ def train_lora(
 ) -> dict[str, Any]:
     """Phase 2: train LoRA on attention and FFN projections, routers frozen, the penalty kept.
 
-    With `skip_rate` 0 all layers run: plain LoRA, for comparison. The checkpoint with the lowest
+    With `skip_rate` 0 all layers run: plain LoRA, for comparison. Where the model has a `baseline`,
+    that decides in the routers' place. The checkpoint with the lowest
     validation cross-entropy is kept. Arguments as for `train_routers`, and `routers`, what that
     returned, to go on with its alpha.
 
     Returns:
-        As `train_routers`, and `flipped`: the share of decisions about validation prompts that are
-        others now, at the same thresholds, because LoRA moved what routers read.
+        As `train_routers`, and with routers `flipped`: the share of decisions about validation
+        prompts that are others now, at the same thresholds, because LoRA moved what they read.
     """
     config = config or TrainConfig()
     train, validation = _begin(model, train, validation, config, resume)
@@ -99,15 +102,18 @@ def train_lora(
     model.requires_grad_(False)
     for parameter in lora_parameters(model).values():
         parameter.requires_grad_(True)
+    fit = partial(_fit, model, train, validation, config, "lora", resume=resume)
     if config.skip_rate == 0:
-        return _fit(model, train, validation, config, "lora", None, resume)
+        return fit(None, lambda _: RunAll())
     driver = RateDriver(config)
+    if model.baseline is not None:
+        return fit(driver, model.baseline.at)
     driver.alpha = max((routers or {}).get("alpha") or config.alpha, 0.0)
     if config.skip_rate is not None:
         driver.hold(_offsets(model, train, config))
     policy = RouterPolicy(model.routers, driver.offset(config.skip_rate))
     before = _decisions(model, validation, policy, config)
-    record = _fit(model, train, validation, config, "lora", driver, resume)
+    record = fit(driver, _routed(model, driver))
     flipped = _decisions(model, validation, policy, config) != before
     record["flipped"] = float(flipped.float().mean())
     return record
@@ -154,7 +160,7 @@ def _standardise(model: FirstModel, rows: list[Encoded]) -> None:
 
     class Recorder(RunAll):
         def decide(self, layer, prompts):
-            seen[layer].append(prompts.mean)
+            seen[layer].append(router_input(prompts, model.routers.reads))
             return super().decide(layer, prompts)
 
     seen: list[list[torch.Tensor]] = [[] for _ in range(model.layer_count)]
@@ -188,8 +194,8 @@ def _offsets(model: FirstModel, train: list[Encoded], config: TrainConfig) -> di
     rates = sorted({config.skip_rate or 0.0, *(config.skip_rates or ())})
     with mixed_precision(model):
         rows = find_offsets(model, prompts, rates, config.prefill, config.batch_size)
-    measured = [row[2] for row in rows]
-    return {r: float(np.interp(r, measured, [row[1] for row in rows])) for r in rates}
+    measured = [row.rate for row in rows]
+    return {r: float(np.interp(r, measured, [row.offset for row in rows])) for r in rates}
 
 
 @torch.no_grad()
@@ -207,6 +213,11 @@ def _decisions(
     return torch.cat([state.keep for state in states])
 
 
+def _routed(model: FirstModel, driver: RateDriver) -> Callable[[float | None], Policy]:
+    """Let routers decide, at the offset that the driver has for a rate."""
+    return lambda rate: RouterPolicy(model.routers, driver.offset(rate))
+
+
 def _fit(
     model: FirstModel,
     train: list[Encoded],
@@ -214,6 +225,7 @@ def _fit(
     config: TrainConfig,
     phase: str,
     driver: RateDriver | None,
+    policy_at: Callable[[float | None], Policy],
     resume: bool,
 ) -> dict[str, Any]:
     """Run Trainer over what requires gradients; an interrupted run is resumed."""
@@ -229,6 +241,7 @@ def _fit(
         trainer = FirstTrainer(
             model,
             driver,
+            policy_at,
             gate=config.gate if phase == "routers" else "hard",
             prefill=config.prefill,
             l2=config.l2 if phase == "routers" else 0.0,

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from firstlm.errors import ConfigError
+from firstlm.routers import Routers
 
 
 class Prompts(Protocol):
@@ -32,6 +32,11 @@ class Prompts(Protocol):
     @property
     def keys(self) -> list[int]:
         """A number per prompt that depends on its tokens alone."""
+        ...
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each prompt [prompts]."""
         ...
 
 
@@ -92,19 +97,26 @@ class FixedMask:
             )
 
 
+def router_input(prompts: Prompts, reads: str) -> torch.Tensor:
+    """Return what routers read of prompts [prompts, width]; see `config.READS`."""
+    if reads == "length":
+        return prompts.lengths.to(prompts.mean.device).float().log().unsqueeze(1)
+    return prompts.mean
+
+
 class RouterPolicy:
     """The trained routers; `offset` shifts all their logits to skip more (negative) or fewer.
 
     Args:
-        routers: `routers[i]` maps pooled prompts [prompts, hidden] to logits [prompts].
+        routers: `routers[i]` maps what it reads of prompts [prompts, width] to logits [prompts].
         offset: added to every logit. 0 is the paper's threshold rho = 0.5.
     """
 
-    def __init__(self, routers: nn.ModuleList, offset: float = 0.0) -> None:
+    def __init__(self, routers: Routers, offset: float = 0.0) -> None:
         self.routers = routers
         self.offset = offset
 
     def decide(self, layer: int, prompts: Prompts) -> torch.Tensor:
         """Return the router's logits plus the offset."""
-        logits = self.routers[layer](prompts.mean)
+        logits = self.routers[layer](router_input(prompts, self.routers.reads))
         return logits + self.offset if self.offset else logits

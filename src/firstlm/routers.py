@@ -25,15 +25,15 @@ class Router(nn.Module):
     center: torch.Tensor | None
     scale: torch.Tensor | None
 
-    def __init__(self, hidden_size: int, init_bias: float = 2.0) -> None:
+    def __init__(self, width: int, init_bias: float = 2.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden_size))
+        self.weight = nn.Parameter(torch.zeros(width))
         self.bias = nn.Parameter(torch.tensor(float(init_bias)))
         self.register_buffer("center", None, persistent=False)
         self.register_buffer("scale", None, persistent=False)
 
     def forward(self, mean: torch.Tensor) -> torch.Tensor:
-        """Map pooled prompts [prompts, hidden] to logits [prompts], in float32."""
+        """Map what is read of prompts [prompts, width] to logits [prompts], in float32."""
         mean = mean.to(self.weight.device, torch.float32)
         if self.center is not None and self.scale is not None:
             mean = (mean - self.center) * self.scale
@@ -46,7 +46,7 @@ class Router(nn.Module):
     def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Read the input as (x - mean) / std from now on; the logits stay the same.
 
-        `mean` and `std` are [hidden].
+        `mean` and `std` are [width].
         """
         self.fold()
         # A floor keeps features that hardly vary over prompts from being blown up into noise.
@@ -67,10 +67,13 @@ class Router(nn.Module):
 
 
 class Routers(nn.ModuleList):
-    """The routers of a model; `routers[i]` decides about layer i."""
+    """The routers of a model; `routers[i]` decides about layer i, from what `reads` names."""
 
-    def __init__(self, layers: int, hidden_size: int, init_bias: float = 2.0) -> None:
-        super().__init__(Router(hidden_size, init_bias) for _ in range(layers))
+    def __init__(
+        self, layers: int, width: int, init_bias: float = 2.0, reads: str = "states"
+    ) -> None:
+        super().__init__(Router(width, init_bias) for _ in range(layers))
+        self.reads = reads
 
     if TYPE_CHECKING:  # what an nn.ModuleList holds is not known to type checkers
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,14 +13,41 @@ from firstlm.errors import ConfigError
 NEAR_ENOUGH = 0.01  # a rate this little outside the calibrated ones gets the nearest of them
 
 
+class Threshold(NamedTuple):
+    """What one logit offset did to the validation prompts.
+
+    Attributes:
+        asked: the skip rate that was wanted.
+        offset: the logit offset that comes closest to it.
+        rate: the skip rate that was measured with it.
+        skipped: share of the prompts that skipped each layer [layers].
+    """
+
+    asked: float
+    offset: float
+    rate: float
+    skipped: tuple[float, ...] = ()
+
+
 @dataclass
 class Thresholds:
     """Logit offsets that meet wanted skip rates, measured on validation prompts.
 
-    `table[prefill]` lists (asked rate, offset, measured rate), rates rising, offsets falling.
+    `table[prefill]` holds them with rates rising and offsets falling.
     """
 
-    table: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
+    table: dict[str, list[Threshold]] = field(default_factory=dict)
+
+    def majority(self, rate: float, prefill: str) -> list[int]:
+        """Return all layers, those first that most prompts skipped at the rate nearest to this."""
+        rows = [row for row in self.table.get(prefill, []) if row.skipped]
+        if not rows:
+            raise ConfigError(
+                f"Which layers most prompts skip was not measured for prefill={prefill!r}. Run "
+                "`firstlm calibrate` (or firstlm.calibrate) on validation prompts."
+            )
+        skipped = min(rows, key=lambda row: abs(row.rate - rate)).skipped
+        return sorted(range(len(skipped)), key=lambda layer: -skipped[layer])
 
     def offset(self, rate: float, prefill: str) -> float:
         """Return the logit offset for a wanted skip rate, interpolated between measured ones."""
@@ -29,10 +57,10 @@ class Thresholds:
                 f"This model has no thresholds for prefill={prefill!r}, so skip_rate={rate} cannot "
                 "be promised. Run `firstlm calibrate` (or firstlm.calibrate) on validation prompts."
             )
-        rates = [row[2] for row in rows]
+        rates = [row.rate for row in rows]
         if not rates[0] - NEAR_ENOUGH <= rate <= rates[-1] + NEAR_ENOUGH:
             raise ConfigError(
                 f"skip_rate={rate} is outside what was calibrated: {rates[0]:.2f} to "
                 f"{rates[-1]:.2f}. Ask for a rate in between, or calibrate for more."
             )
-        return float(np.interp(rate, rates, [row[1] for row in rows]))
+        return float(np.interp(rate, rates, [row.offset for row in rows]))

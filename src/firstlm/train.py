@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from firstlm import artifact
+from firstlm.baselines import Baseline
 from firstlm.calibration import calibrate, serve_by_default
 from firstlm.config import PREFILL_MODES, RATES, RouterConfig, TrainConfig
 from firstlm.data import Encoded, draw, encode_all, load_examples, split_validation
 from firstlm.errors import ConfigError
+from firstlm.importance import influence_order
 from firstlm.lora import is_lora, lora_parameters
 from firstlm.model import FirstModel
 from firstlm.options import load_yaml, save_yaml, to_dict
@@ -33,10 +35,11 @@ from firstlm.phases import (
 )
 from firstlm.pretrained import SMOLLM2, load_base, resolve_device
 from firstlm.results import atomic_dir, provenance, sha256_of, write_json
-from firstlm.trainer import WEIGHTS_FILE, take_weights
+from firstlm.trainer import WEIGHTS_FILE, mixed_precision, take_weights
 
 VALIDATION_SHARE = 0.1
 CALIBRATION_PROMPTS = 128
+INFLUENCE_ROWS = 64  # on which block influence is measured
 RECORD_FILE = "record.json"
 HASH_FILE = "data_sha256.json"
 # Options that may differ between a run and its resumption: they change no result.
@@ -49,6 +52,7 @@ def run(config: TrainConfig) -> int:
         raise ConfigError("Nothing to train on: name a file or a hub dataset with --data.")
     artifact.check_target(config.output)
     model, train, validation = prepare(config)
+    model.baseline = _baseline(model, train, config)
     hashes = _data_hash(config)
     _claim(config, hashes)
     record: dict[str, Any] = {
@@ -57,7 +61,7 @@ def run(config: TrainConfig) -> int:
     }
     arguments = (model, train, validation, config)
     try:
-        if config.stage in ("both", "routers"):
+        if config.stage in ("both", "routers") and model.baseline is None:
             record["routers"] = _once(
                 model, config, "routers", lambda: train_routers(*arguments, resume=True)
             )
@@ -116,7 +120,7 @@ def finish(
     """
     if config.stage != "routers" and model.has_adapter:
         _round_adapter(model)
-    if config.skip_rate == 0:
+    if config.skip_rate == 0 or model.baseline is not None:
         return
     trained = [rate for rate in (config.skip_rate, *(config.skip_rates or ())) if rate is not None]
     prompts = [row.prompt_ids for row in rows]
@@ -138,11 +142,13 @@ def prepare(config: TrainConfig) -> tuple[FirstModel, list[Encoded], list[Encode
     base, tokenizer = load_base(name, **load_options(config))
     if config.artifact is not None:
         model = FirstModel.from_pretrained(config.artifact, base=base, tokenizer=tokenizer)
-        if model.router_config.unit != config.unit:
-            raise ConfigError(
-                f"{config.artifact} routes the unit {model.router_config.unit!r}, but "
-                f"{config.unit!r} was asked for; give --unit {model.router_config.unit}."
-            )
+        for name in ("unit", "reads"):
+            found, asked = getattr(model.router_config, name), getattr(config, name)
+            if found != asked:
+                raise ConfigError(
+                    f"{config.artifact} has {name} {found!r}, but {asked!r} was asked for; give "
+                    f"--{name} {found}."
+                )
         rank = model.base.peft_config["default"].r if model.has_adapter else config.lora_rank
         if rank != config.lora_rank:
             raise ConfigError(
@@ -167,6 +173,25 @@ def prepare(config: TrainConfig) -> tuple[FirstModel, list[Encoded], list[Encode
     longest = min(config.max_length, model.context_length or config.max_length)
     encoded = [encode_all(part, tokenizer, longest)[1] for part in (train, validation)]
     return model, encoded[0], encoded[1]
+
+
+def _baseline(model: FirstModel, train: list[Encoded], config: TrainConfig) -> Baseline | None:
+    """Return what decides in the routers' place, if options name it."""
+    if config.policy == "router":
+        return None
+    assert config.skip_rate is not None
+    orders: tuple[tuple[float, tuple[int, ...]], ...] = ()
+    if config.policy == "static_importance":
+        rows = draw(train, INFLUENCE_ROWS, config.seed)
+        with mixed_precision(model):
+            orders = ((config.skip_rate, tuple(influence_order(model, rows, config.batch_size))),)
+    elif config.majority_of is not None:
+        known = artifact.read_thresholds(config.majority_of)
+        rates = sorted({config.skip_rate, *(config.skip_rates or ())})
+        orders = tuple((rate, tuple(known.majority(rate, config.prefill))) for rate in rates)
+    free = tuple(i for i in range(model.layer_count) if i not in model.routing.stack.locked)
+    name, rate = config.policy, config.skip_rate
+    return Baseline(name, model.layer_count, free, rate, config.seed, orders)
 
 
 def load_options(config: TrainConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from firstlm.decisions import RoutingState
 from firstlm.errors import FirstError
 from firstlm.losses import FullDepth, answer_cross_entropy, answer_pass, non_skip_penalty
 from firstlm.model import FirstModel
-from firstlm.policies import Policy, RouterPolicy, RunAll
+from firstlm.policies import Policy
 from firstlm.rates import RateDriver
 
 WEIGHTS_FILE = "trainable.safetensors"
@@ -56,7 +56,8 @@ class FirstTrainer(Trainer):
 
     Args:
         first: the model; what requires gradients is trained.
-        driver: chooses rates and holds alpha; None trains with all layers running.
+        driver: chooses rates and holds alpha; None where there is but one way to train.
+        policy_at: what decides about a batch that is trained at a rate.
         gate: gate mode of the forward pass.
         prefill: "skip" or "full".
         l2: weight of the squared router weights.
@@ -69,6 +70,7 @@ class FirstTrainer(Trainer):
         self,
         first: FirstModel,
         driver: RateDriver | None,
+        policy_at: Callable[[float | None], Policy],
         gate: str,
         prefill: str,
         l2: float,
@@ -77,6 +79,7 @@ class FirstTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.first, self.driver, self.gate = first, driver, gate
+        self.policy_at = policy_at
         self.prefill, self.log_path = prefill, log_path
         self.l2, self.distill = l2, distill
         self._sums: dict[str, float] = {}
@@ -84,11 +87,6 @@ class FirstTrainer(Trainer):
         self._batches = 0
         super().__init__(model=first, **kwargs)
         self.model_accepts_loss_kwargs = False
-
-    def _policy(self, rate: float | None) -> Policy:
-        if self.driver is None:
-            return RunAll()
-        return RouterPolicy(self.first.routers, self.driver.offset(rate))
 
     def _run(
         self,
@@ -105,7 +103,7 @@ class FirstTrainer(Trainer):
                 full = FullDepth.of(self.first, inputs)
         state = self.first.new_state(
             inputs["prompt_mask"],
-            self._policy(rate),
+            self.policy_at(rate),
             prefill=self.prefill,
             gate=gate,
             input_ids=inputs["input_ids"],
@@ -237,11 +235,11 @@ class FirstTrainer(Trainer):
         if self.optimizer is None:
             rate = self.args.learning_rate
             routers = {id(p) for router in self.first.routers for p in [router.weight]}
-            hidden = self.first.routing.stack.hidden_size
+            width = self.first.routers[0].weight.numel()
             trained = [p for p in self.first.parameters() if p.requires_grad]
             groups = [
                 {"params": [p for p in trained if id(p) not in routers], "lr": rate},
-                {"params": [p for p in trained if id(p) in routers], "lr": rate / hidden**0.5},
+                {"params": [p for p in trained if id(p) in routers], "lr": rate / width**0.5},
             ]
             self.optimizer = torch.optim.AdamW(
                 [g for g in groups if g["params"]], lr=rate, weight_decay=0.0

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What long work has done so far, one JSON object a line, so that it goes on after an interrupt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from firstlm.results import to_json
+
+
+class Journal:
+    """Parts of one piece of work by name; kept in memory alone without a file.
+
+    Args:
+        path: the file; None keeps nothing for later.
+        work: what the parts belong to. Parts of other work that the file holds are dropped.
+    """
+
+    def __init__(self, path: Path | None, work: Any = None) -> None:
+        self.path, self.parts = path, {}
+        self._head = to_json({"work": work})
+        if path is None:
+            return
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if lines and lines[0] == self._head:
+            for line in lines[1:]:
+                try:
+                    part = json.loads(line)
+                except ValueError:  # cut off when it was written
+                    break
+                self.parts[part["name"]] = part["done"]
+
+    def get(self, name: str) -> Any:
+        """Return what `put` was given under this name, or None."""
+        return self.parts.get(name)
+
+    def put(self, name: str, done: Any) -> None:
+        """Keep a part."""
+        if self.path is not None:
+            if not self.parts:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.write_text(self._head + "\n", encoding="utf-8")
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(to_json({"name": name, "done": done}) + "\n")
+        self.parts[name] = done
+
+    def close(self) -> None:
+        """Forget all parts: the work is done and written elsewhere."""
+        self.parts = {}
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One row per arm, policy and skip rate over all seeds, from the results of experiments.
+
+Reads what `firstlm experiment run` wrote and the test sets' references; needs no model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from firstlm.config import BASELINES, EvalConfig, TrainConfig
+from firstlm.errors import DataError
+from firstlm.examples import load_examples
+from firstlm.metrics import Scores, over_seeds
+from firstlm.tasks import Task, find_task
+
+# Below this the reference itself has hardly learnt the task: a share of it would mean nothing.
+LOWEST = {"bleu": 5.0, "f1": 20.0}
+
+
+class Arm:
+    """The results of one arm, seed by seed.
+
+    Args:
+        train: options of its training (of any seed).
+        score: options of its evaluation.
+        reports: what `firstlm eval` wrote, by seed.
+    """
+
+    def __init__(
+        self, train: TrainConfig, score: EvalConfig, reports: Mapping[int, dict[str, Any]]
+    ) -> None:
+        self.train, self.reports = train, dict(sorted(reports.items()))
+        counts = {run["count"] for report in reports.values() for run in report["runs"].values()}
+        if len(counts) != 1:
+            raise DataError(f"The results of {train.output} are over {sorted(counts)} items.")
+        (self.count,) = counts
+        examples = load_examples(score.data, template=score.template, limit=score.limit)
+        if len(examples) != self.count:
+            raise DataError(
+                f"The results of {train.output} are over {self.count} items, but {score.data} has "
+                f"{len(examples)}."
+            )
+        self.task: Task = find_task(examples, score.task)
+        self._references = [example.references for example in examples]
+
+    @property
+    def lora(self) -> bool:
+        """Whether LoRA was trained."""
+        return self.train.stage != "routers" and self.train.lora_steps > 0
+
+    @property
+    def names(self) -> list[str]:
+        """The runs, in order."""
+        return list(dict.fromkeys(n for report in self.reports.values() for n in report["runs"]))
+
+    def runs(self, name: str) -> dict[int, dict[str, Any]]:
+        """Return one run's results by seed."""
+        return {s: r["runs"][name] for s, r in self.reports.items() if name in r["runs"]}
+
+    def scores(self, name: str) -> dict[str, list[Scores]]:
+        """Return each metric's scores of a run, one a seed."""
+        found: dict[str, list[Scores]] = {}
+        for run in self.runs(name).values():
+            predictions = [item["prediction"] for item in run["items"]]
+            for metric, scores in self.task.score(predictions, self._references).items():
+                found.setdefault(metric, []).append(scores)
+        return found
+
+
+def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Return one row per arm, run and metric; retention is against plain LoRA with all layers.
+
+    Args:
+        arms: of one model and data set.
+    """
+    plain = next((arm for arm in arms if arm.train.skip_rate == 0), None)
+    reference = plain.scores("run_all") if plain and "run_all" in plain.names else {}
+    found = []
+    for arm in arms:
+        for name in arm.names:
+            runs = list(arm.runs(name).values())
+            majority = arm.scores(name.replace("router@", "majority@"))
+            for metric, scores in arm.scores(name).items():
+                score = over_seeds(scores)
+                base = reference.get(metric)
+                enough = base and over_seeds(base, samples=1).value >= LOWEST.get(metric, 0.0)
+                kept = over_seeds(scores, base) if base and enough else None
+                own = majority.get(metric) if name.startswith("router@") else None
+                gain = over_seeds(scores, own, difference=True) if own else None
+                found.append(
+                    {
+                        "task": arm.task.name,
+                        "dataset": Path(arm.train.data or "").parent.name,
+                        "model": arm.train.model,
+                        **_policy(arm, name, runs[0]["policy"]),
+                        "unit": arm.train.unit,
+                        "prefill": runs[0]["prefill"],
+                        "skip_rate": _mean([run["skip_rate"]["mean"] for run in runs]),
+                        "skip_rate_p5": _mean([run["skip_rate"]["p5"] for run in runs]),
+                        "skip_rate_p95": _mean([run["skip_rate"]["p95"] for run in runs]),
+                        "skip_rate_asked": runs[0]["asked_skip_rate"] or 0.0,
+                        **adaptivity(runs),
+                        "gain_over_majority": gain.value if gain else None,
+                        "gain_over_majority_ci95": [gain.low, gain.high] if gain else None,
+                        "metric": metric,
+                        "primary": metric == arm.task.primary,
+                        "score": score.value,
+                        "ci95": [score.low, score.high],
+                        "by_seed": [over_seeds([one], samples=1).value for one in scores],
+                        "retention": kept.value if kept else None,
+                        "retention_ci95": [kept.low, kept.high] if kept else None,
+                        "seeds": len(scores),
+                        "n_test": score.count,
+                        "tpot_ratio": None,
+                    }
+                )
+    return found
+
+
+def adaptivity(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Say how much masks differ from prompt to prompt; means over runs.
+
+    Returns:
+        distinct_masks; mask_entropy, in bits; length_correlation, Pearson's, of a prompt's skip
+        rate with the logarithm of its tokens (None where either is constant or was not noted).
+    """
+    entropies, correlations = [], []
+    for run in runs:
+        masks = [item["keep"] for item in run["items"]]
+        shares = np.array(list(Counter(masks).values())) / len(masks)
+        entropies.append(float(-(shares * np.log2(shares)).sum()))
+        rates = [mask.count("0") / len(mask) for mask in masks]
+        lengths = [np.log(item.get("prompt_tokens", 1)) for item in run["items"]]
+        if np.std(rates) > 0 and np.std(lengths) > 0:
+            correlations.append(float(np.corrcoef(rates, lengths)[0, 1]))
+    return {
+        "distinct_masks": _mean([run["distinct_masks"] for run in runs]),
+        "mask_entropy": _mean(entropies),
+        "length_correlation": _mean(correlations) if correlations else None,
+    }
+
+
+def _policy(arm: Arm, name: str, policy: str) -> dict[str, Any]:
+    """Return what decided in a run, in the words of the summary, and whether LoRA was on."""
+    routed = "length_only" if arm.train.reads == "length" else "first"
+    trained_for = routed if arm.train.policy == "router" else arm.train.policy
+    if policy == "base":
+        return {"policy": "base", "lora": False, "lora_of": None}
+    if policy == "run_all" and arm.train.skip_rate == 0:
+        return {"policy": "base", "lora": arm.lora, "lora_of": "base" if arm.lora else None}
+    shown = policy if policy in BASELINES else trained_for
+    return {"policy": shown, "lora": arm.lora, "lora_of": trained_for if arm.lora else None}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """Return a report of `firstlm eval`, or None where there is none yet."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experiment files: every arm and seed trained and scored once, in slices, and clear refusals."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from training import write_run
+
+from firstlm import FirstModel, cli, evaluate, experiment
+from firstlm.errors import ConfigError
+from firstlm.experiment import units_of
+
+FILE = """
+data: {data}
+train: {{model: {model}, skip_rate: 0.34, batch_size: 8, lora_steps: 2, tensorboard: false}}
+eval: {{max_new_tokens: 2, limit: 4, task: qa, skip_rates: [0.34]}}
+arms:
+  first:
+    seeds: [0, 1]
+    train: {{router_steps: 2, warm_start: 4}}
+    eval: {{policies: [base, run_all, router, majority]}}
+  majority:
+    train: {{policy: majority, majority_of: "arm:first"}}
+    eval: {{policies: [majority]}}
+"""
+UNITS = ["tiny-first-0", "tiny-first-1", "tiny-majority-0"]
+
+
+@pytest.fixture
+def words(tmp_path: Path, byte_tokenizer) -> list[str]:
+    """Words of a command line for an experiment file over a tiny model and data set."""
+    model, rows = write_run(tmp_path, byte_tokenizer)
+    data = tmp_path / "set"
+    data.mkdir()
+    for split in ("train", "validation", "test"):
+        (data / f"{split}.jsonl").write_text(rows.read_text())
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "tiny.yaml").write_text(FILE.format(data=data, model=model))
+    places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    return ["experiment", "run", str(folder), *places]
+
+
+def results(words: list[str]) -> dict[str, list[str]]:
+    folder = Path(words[words.index("--results") + 1])
+    found = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
+    return {name: list(report["runs"]) for name, report in sorted(found.items())}
+
+
+def test_every_arm_and_seed_is_trained_and_scored_once(words, capsys, monkeypatch, tmp_path):
+    assert cli.main(words) == 0
+    ours = ["base", "run_all", "router@0.34", "majority@0.34"]
+    assert results(words) == dict(zip(UNITS, [ours, ours, ["majority@0.34"]], strict=True))
+    made = FirstModel.from_pretrained(str(tmp_path / "runs" / "tiny-majority-0")).baseline
+    known = FirstModel.from_pretrained(str(tmp_path / "runs" / "tiny-first-0")).thresholds
+    assert made is not None
+    assert list(made.orders[0][1]) == known.majority(0.34, "skip")
+    seeds = [
+        json.loads((tmp_path / "runs" / unit / "first_config.json").read_text())["training"]["run"]
+        for unit in UNITS
+    ]
+    assert [run["seed"] for run in seeds] == [0, 1, 0]
+    monkeypatch.setattr(experiment.Unit, "run", lambda self: pytest.fail(f"{self.name} again"))
+    assert cli.main(words) == 0
+    capsys.readouterr()
+    assert cli.main([words[0], "list", *words[2:]]) == 0
+    assert capsys.readouterr().out.split() == [part for unit in UNITS for part in (unit, "scored")]
+
+
+def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys):
+    file = Path(words[2]) / "tiny.yaml"
+    plain = "  lora: {train: {stage: lora, skip_rate: 0.0}, eval: {policies: [run_all]}}\n"
+    file.write_text(file.read_text() + plain)
+    assert cli.main(words) == 0
+    assert cli.main([words[0], "summary", *words[2:]]) == 0
+    folder = Path(words[words.index("--results") + 1])
+    found = json.loads((folder / "summary.json").read_text())
+    kinds = [(r["policy"], r["lora"], r["lora_of"], r["skip_rate_asked"]) for r in found[::2]]
+    assert kinds == [
+        ("base", False, None, 0.0),
+        ("first", True, "first", 0.0),
+        ("first", True, "first", 0.34),
+        ("majority", True, "first", 0.34),
+        ("majority", True, "majority", 0.34),
+        ("base", True, "base", 0.0),
+    ]
+    assert [row["metric"] for row in found] == ["em", "f1"] * 6
+    assert {row["primary"] for row in found[1::2]} == {True}
+    assert [row["seeds"] for row in found[1::2]] == [2, 2, 2, 2, 1, 1]
+    reports = [json.loads((folder / f"{unit}.json").read_text()) for unit in UNITS[:2]]
+    scores = [report["runs"]["router@0.34"]["f1"]["value"] for report in reports]
+    assert found[5]["by_seed"] == pytest.approx(scores)
+    assert found[5]["score"] == pytest.approx(sum(scores) / 2)
+    assert found[5]["retention"] is None  # plain LoRA has an F1 under 20 here
+    see_the_report(folder, found, capsys)
+    Path(json.loads((folder / f"{UNITS[0]}.json").read_text())["inputs"]["data"]).write_text(
+        '{"prompt": "a", "completion": "b"}\n'
+    )
+    assert cli.main([words[0], "summary", *words[2:]]) == 2
+    assert "over 4 items" in capsys.readouterr().err
+
+
+def see_the_report(folder: Path, rows: list[dict], capsys) -> None:
+    """The page holds every score and its pictures, and asks no other machine for anything."""
+    assert cli.main(["report", str(folder)]) == 0
+    assert "with 3 pictures" in capsys.readouterr().out
+    page = (folder / "report" / "index.html").read_text()
+    pictures = {file.stem: file.read_bytes() for file in (folder / "report").glob("*.png")}
+    assert set(pictures) == {
+        "quality-set-base",
+        "layers-tiny-first-0-router-0.34",
+        "layers-tiny-first-1-router-0.34",
+    }
+    inside = [base64.b64decode(code) for code in re.findall(r"base64,([^\"]+)", page)]
+    assert sorted(inside) == sorted(pictures.values())
+    assert all(png.startswith(b"\x89PNG") and len(png) > 5000 for png in inside)
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+    for row in rows:
+        assert f"<td>{row['score']:.1f}</td>" in page
+    for name in ("FiRST", "majority, LoRA of FiRST", "base + LoRA, all layers", "Beside the paper"):
+        assert name in page
+
+
+def test_a_report_needs_a_summary(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "firstlm experiment summary" in capsys.readouterr().err
+    (tmp_path / "summary.json").write_text('[{"score": 1}]')
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "no summary of experiments" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_units_can_be_picked(words):
+    assert cli.main([*words, "--only", "tiny-first-1"]) == 0
+    assert list(results(words)) == ["tiny-first-1"]
+    assert cli.main([*words, "--only", "tiny-fir"]) == 2
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_time_that_is_up_ends_it_and_the_same_command_goes_on(words, monkeypatch, capsys, ignored):
+    """As in the background too, where shells let jobs ignore Ctrl-C."""
+    real = evaluate._answer
+
+    def slow(*arguments):
+        time.sleep(3)
+        return real(*arguments)
+
+    before = signal.getsignal(signal.SIGINT)
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        only = ["--only", "tiny-first-0"]
+        assert cli.main([*words, *only, "--minutes", "0.0001"]) == 0
+        assert "1 of 1 are left" in capsys.readouterr().out
+        assert results(words) == {}
+        assert (signal.getsignal(signal.SIGINT) is signal.SIG_IGN) == ignored
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert cli.main([*words, *only]) == 0
+    assert list(results(words)) == ["tiny-first-0"]
+    Path(words[words.index("--results") + 1], "tiny-first-0.json").unlink()
+    monkeypatch.setattr(evaluate, "_answer", slow)
+    assert cli.main([*words, *only, "--minutes", "0.05"]) == 0
+    assert "1 of 1 are left" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
+    monkeypatch.setattr(experiment.Unit, "run", lambda self: signal.raise_signal(signal.SIGINT))
+    assert cli.main(words) == 130
+    assert cli.main([*words, "--minutes", "5"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("lora_steps", "lora_stpes", "unknown option 'lora_stpes' in .*tiny.yaml: arm first"),
+        ("eval: {max", "evals: {max", "'eval', 'evals' missing or too much"),
+        ("arm:first", "arm:frist", "names the arm 'frist'"),
+        ("{policies: [majority]}", "{}", "arm majority does not say which policies"),
+        ("policies: [majority]", "policies: [best]", "expected one of base, run_all"),
+        ("seeds", "seed", "arm first has 'seed', 'seeds' missing or too much|'seed'"),
+        ("arms:", "arms: [", "is not YAML"),
+    ],
+)
+def test_wrong_files_say_what_is_wrong(words, old, new, says):
+    file = Path(words[2]) / "tiny.yaml"
+    file.write_text(file.read_text().replace(old, new, 1))
+    with pytest.raises(ConfigError, match=says):
+        units_of(file, "runs", "results")
+
+
+def test_the_experiments_of_this_repository_are_sound():
+    files = sorted((Path(__file__).resolve().parent.parent / "experiments").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert units_of(file, "runs", "results")
+
+
+def test_a_folder_without_files_is_refused(tmp_path, capsys):
+    assert cli.main(["experiment", "run", str(tmp_path)]) == 2
+    assert "no experiment file" in capsys.readouterr().err
