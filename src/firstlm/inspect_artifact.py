@@ -53,9 +53,7 @@ def describe(found: dict[str, Any]) -> str:
             "written by",
             f"firstlm {config.get('firstlm_version', '?')}, format {config['format_version']}",
         ),
-        _line(
-            "routers", f"{len(routers['bias'])} of unit {unit}, reading {routers['width']} values"
-        ),
+        _line("routers", f"{layers} of unit {unit}, reading {routers['width']} values"),
         *_describe_routers(routers),
         *_describe_thresholds(config.get("thresholds") or {}),
         *_describe_adapter(found),
