@@ -186,7 +186,7 @@ def _quality(rows: Sequence[Row]) -> bytes:
             label=shown,
         )
     axes.set_xlabel("layers skipped, %")
-    axes.set_ylabel(METRICS.get(rows[0]["metric"], rows[0]["metric"]))
+    axes.set_ylabel(_metric(rows[0]["metric"]))
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="#e5e7eb")
     axes.legend(fontsize="small", frameon=False, loc="lower left")
@@ -207,6 +207,11 @@ def _layers(items: Sequence[Row]) -> bytes:
     axes.set_xlabel("layer")
     figure.colorbar(image, ax=axes, label="runs it")
     return _png(figure)
+
+
+def _metric(name: str) -> str:
+    """Return how a metric is written."""
+    return METRICS.get(name, name)
 
 
 def label(policy: str, lora_of: str | None) -> str:
@@ -278,8 +283,8 @@ def _scores(rows: Sequence[Row]) -> str:
             ]
         )
     primary = next(row["metric"] for row in rows if row["primary"])
-    head = ["policy", "layers skipped (p5 to p95)", *(METRICS.get(m, m) for m in metrics)]
-    head += [f"95% of {METRICS.get(primary, primary)}", "of base + LoRA", "seeds x items"]
+    head = ["policy", "layers skipped (p5 to p95)", *(_metric(m) for m in metrics)]
+    head += [f"95% of {_metric(primary)}", "of base + LoRA", "seeds x items"]
     return _table(head, lines)
 
 
@@ -327,7 +332,7 @@ def _paper(rows: Sequence[Row]) -> str:
             lines.append(
                 [
                     f"{task} ({dataset}), {model}",
-                    METRICS.get(row["metric"], row["metric"]),
+                    _metric(row["metric"]),
                     f"{plain[0]:.1f}" if plain else "-",
                     f"{row['score']:.1f}",
                     "-" if row["retention"] is None else f"{row['retention']:.0%}",
