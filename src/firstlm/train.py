@@ -142,12 +142,12 @@ def prepare(config: TrainConfig) -> tuple[FirstModel, list[Encoded], list[Encode
     base, tokenizer = load_base(name, **load_options(config))
     if config.artifact is not None:
         model = FirstModel.from_pretrained(config.artifact, base=base, tokenizer=tokenizer)
-        for name in ("unit", "reads"):
-            found, asked = getattr(model.router_config, name), getattr(config, name)
+        for field in ("unit", "reads"):
+            found, asked = getattr(model.router_config, field), getattr(config, field)
             if found != asked:
                 raise ConfigError(
-                    f"{config.artifact} has {name} {found!r}, but {asked!r} was asked for; give "
-                    f"--{name} {found}."
+                    f"{config.artifact} has {field} {found!r}, but {asked!r} was asked for; give "
+                    f"--{field} {found}."
                 )
         rank = model.base.peft_config["default"].r if model.has_adapter else config.lora_rank
         if rank != config.lora_rank:
