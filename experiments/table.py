@@ -11,7 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from firstlm.report import METRICS, label
+from firstlm.report import groups, label
+from firstlm.scoreboard import LABELS
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results -->", "<!-- /results -->"
@@ -21,11 +22,11 @@ def quality_table(rows: list[dict]) -> list[str]:
     """Return the lines of the quality table of one model and data set."""
     first, primary = rows[0], [row for row in rows if row["primary"]]
     others = list(dict.fromkeys(row["metric"] for row in rows if not row["primary"]))
-    metric = METRICS[primary[0]["metric"]]
+    metric = LABELS[primary[0]["metric"]]
     lines = [
         f"{first['model']} on {first['dataset']}, {first['n_test']} unseen test items, greedy:",
         "",
-        f"| model | layers skipped | p5-p95 | {' | '.join(METRICS[m] for m in others)} | {metric} "
+        f"| model | layers skipped | p5-p95 | {' | '.join(LABELS[m] for m in others)} | {metric} "
         f"| 95% of {metric} | of base + LoRA | seeds |",
         "|---|---|---|" + "---|" * (len(others) + 4),
     ]
@@ -75,8 +76,7 @@ def text() -> str:
     """Return what stands between the markers."""
     rows = json.loads((ROOT / "results" / "summary.json").read_text())
     parts: list[str] = []
-    for dataset, model in dict.fromkeys((row["dataset"], row["model"]) for row in rows):
-        found = [r for r in rows if (r["dataset"], r["model"]) == (dataset, model)]
+    for (_, dataset, _), found in groups(rows).items():
         parts += [*quality_table(found), ""]
         parts += [f"Made by `firstlm experiment run experiments/{dataset}.yaml`.", ""]
     timing = ROOT / "results" / "timing_smollm2.json"

@@ -270,10 +270,8 @@ def _parse(
         table = {
             mode: [
                 # Artifacts of before 2026-11-25 do not say which layers were skipped.
-                Threshold(float(asked), float(offset), float(rate), tuple(map(float, *skipped)))
-                if skipped
-                else Threshold(float(asked), float(offset), float(rate))
-                for asked, offset, rate, *skipped in rows
+                Threshold(float(asked), float(offset), float(rate), tuple(map(float, skipped)))
+                for asked, offset, rate, skipped, *_ in ((*row, ()) for row in rows)
             ]
             for mode, rows in config["thresholds"].items()
         }

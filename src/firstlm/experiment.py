@@ -17,12 +17,10 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import yaml
-
 from firstlm import evaluate, train
 from firstlm.config import EvalConfig, ExperimentConfig, TrainConfig
 from firstlm.errors import ConfigError
-from firstlm.options import from_dict
+from firstlm.options import from_dict, read_yaml
 from firstlm.pretrained import ARTIFACT_FILE
 from firstlm.results import write_json
 from firstlm.summary import Arm, read, rows
@@ -143,11 +141,7 @@ def units_of(file: Path, runs: str, results: str) -> list[Unit]:
     Raises:
         ConfigError: the file holds what is no experiment, or options that do not exist.
     """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-    content = _known(content, KEYS, str(file))
+    content = _known(read_yaml(file), KEYS, str(file))
     arms = _known(content["arms"], None, f"{file}: arms")
     data = _data(str(content["data"]))
     units = []

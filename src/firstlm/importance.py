@@ -55,7 +55,7 @@ def removal_order(
         for i in range(0, len(rows), batch_size)
     ]
     count = model.layer_count
-    free = [i for i in range(count) if i not in model.routing.stack.locked]
+    free = model.free_layers
     order: list[int] = []
     rounds = min(max(round(share * count), 1), len(free) - 1)
     # A layer that cost much in an earlier round is not measured again while others are cheaper.

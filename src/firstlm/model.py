@@ -143,6 +143,11 @@ class FirstModel(nn.Module):
         return len(self.routing.stack)
 
     @property
+    def free_layers(self) -> tuple[int, ...]:
+        """The layers that may be skipped."""
+        return tuple(i for i in range(self.layer_count) if i not in self.routing.stack.locked)
+
+    @property
     def config(self) -> Any:
         """The base model's config."""
         return self.base.config
@@ -242,8 +247,7 @@ class FirstModel(nn.Module):
                 f"This model knows no order for the policy {name!r}; train LoRA for it with "
                 f"`firstlm train --policy {name}`."
             )
-        free = tuple(i for i in range(self.layer_count) if i not in self.routing.stack.locked)
-        return Baseline(name, self.layer_count, free, skip_rate, orders=orders)
+        return Baseline(name, self.layer_count, self.free_layers, skip_rate, orders=orders)
 
     def new_state(
         self,

@@ -182,13 +182,7 @@ def _value(cls: type, name: str, value: Any, shown: str) -> Any:
 
 def _read_yaml(cls: type, path: str | Path) -> dict[str, Any]:
     """Return the checked options that a YAML file sets."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"can't read the options file {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not YAML: {problem}") from error
+    content = read_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -196,6 +190,17 @@ def _read_yaml(cls: type, path: str | Path) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__}; expected lines such as 'skip_rate: 0.25'."
         )
     return _check(cls, content, f" in {path}")
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Return what a YAML file holds; one that cannot be read is a `ConfigError`."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"can't read the options file {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not YAML: {problem}") from error
 
 
 def _convert(hint: Any, value: Any, name: str, choices: Sequence[Any] | None) -> Any:

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from firstlm.config import ReportConfig
 from firstlm.errors import ConfigError, DataError
 from firstlm.results import write_text
+from firstlm.scoreboard import LABELS
 
 Row = Mapping[str, Any]
 
@@ -31,16 +33,6 @@ COLORS = {
     "unified": "#15803d",
     "early_exit": "#be123c",
     "static_importance": "#4d7c0f",
-}
-METRICS = {
-    "f1": "F1",
-    "em": "EM",
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "bleu1": "BLEU-1",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
 }
 # arXiv 2410.12513, Llama-3-8B, about 15% of 32 layers skipped: score over that of base + LoRA.
 PAPER = (
@@ -63,7 +55,7 @@ figcaption, .small { color: #4b5563; font-size: .9rem; }
 """
 
 
-def run(options: Any) -> int:
+def run(options: ReportConfig) -> int:
     """Write the page and its pictures (`firstlm report`)."""
     folder = Path(options.results)
     rows, reports = _read(folder)
@@ -211,7 +203,7 @@ def _layers(items: Sequence[Row]) -> bytes:
 
 def _metric(name: str) -> str:
     """Return how a metric is written."""
-    return METRICS.get(name, name)
+    return LABELS.get(name, name)
 
 
 def label(policy: str, lora_of: str | None) -> str:

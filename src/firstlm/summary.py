@@ -81,18 +81,22 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
         arms: of one model and data set.
     """
     plain = next((arm for arm in arms if arm.train.skip_rate == 0), None)
-    reference = plain.scores("run_all") if plain and "run_all" in plain.names else {}
+    reference = {
+        metric: scores
+        for metric, scores in (plain.scores("run_all") if plain else {}).items()
+        if over_seeds(scores, samples=1).value >= LOWEST.get(metric, 0.0)
+    }
     found = []
     for arm in arms:
         for name in arm.names:
             runs = list(arm.runs(name).values())
-            majority = arm.scores(name.replace("router@", "majority@"))
+            routed = name.startswith("router@")
+            majority = arm.scores(name.replace("router@", "majority@")) if routed else {}
             for metric, scores in arm.scores(name).items():
                 score = over_seeds(scores)
                 base = reference.get(metric)
-                enough = base and over_seeds(base, samples=1).value >= LOWEST.get(metric, 0.0)
-                kept = over_seeds(scores, base) if base and enough else None
-                own = majority.get(metric) if name.startswith("router@") else None
+                kept = over_seeds(scores, base) if base else None
+                own = majority.get(metric)
                 gain = over_seeds(scores, own, difference=True) if own else None
                 found.append(
                     {

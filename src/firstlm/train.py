@@ -189,9 +189,8 @@ def _baseline(model: FirstModel, train: list[Encoded], config: TrainConfig) -> B
         known = artifact.read_thresholds(config.majority_of)
         rates = sorted({config.skip_rate, *(config.skip_rates or ())})
         orders = tuple((rate, tuple(known.majority(rate, config.prefill))) for rate in rates)
-    free = tuple(i for i in range(model.layer_count) if i not in model.routing.stack.locked)
     name, rate = config.policy, config.skip_rate
-    return Baseline(name, model.layer_count, free, rate, config.seed, orders)
+    return Baseline(name, model.layer_count, model.free_layers, rate, config.seed, orders)
 
 
 def load_options(config: TrainConfig) -> dict[str, Any]:
