@@ -157,7 +157,7 @@ class FirstHarness(TemplateLM):
         """Return the log-likelihood of whole texts, window by window."""
         rows: list[tuple[Any, list[int], list[int]]] = []
         ends: list[int] = []
-        for (text,) in (request.args for request in requests):
+        for text in (request.args[0] for request in requests):
             windows = get_rolling_token_windows(
                 self.tok_encode(text, add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
