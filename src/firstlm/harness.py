@@ -172,7 +172,8 @@ class FirstHarness(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer prompts until one of their stop texts."""
-        asked = [(self.tok_encode(r.args[0]), r.args[1]) for r in requests]
+        arguments: list[Any] = [request.args for request in requests]
+        asked = [(self.tok_encode(text), options) for text, options in arguments]
         # One batch has one set of stops and one way to draw.
         kinds = [repr(sorted(options.items())) for _, options in asked]
         order = sorted(range(len(asked)), key=lambda i: (kinds[i], -len(asked[i][0])))
