@@ -57,6 +57,15 @@ def test_paths_may_begin_at_home(tmp_path, monkeypatch):
     assert resolve(Sample, ["~/here"], "t").place == str(tmp_path / "here")
 
 
+def test_a_saved_run_finds_the_data_of_another_machine(tmp_path, monkeypatch):
+    file = tmp_path / "run.yaml"
+    monkeypatch.setenv("FIRSTLM_DATA", "/here/data")
+    save_yaml(Sample(place="/here/data/qa/a.jsonl", note="/here/data/note"), file)
+    assert "/here/data/qa" not in file.read_text()
+    monkeypatch.setenv("FIRSTLM_DATA", "/there")
+    assert load_yaml(Sample, file) == Sample(place="/there/qa/a.jsonl", note="/here/data/note")
+
+
 COMMAND_OPTIONS = [
     getattr(config, name)
     for name in dir(config)

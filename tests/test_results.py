@@ -18,7 +18,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firstlm.results import atomic_dir, provenance, sha256_of, to_json, write_json, write_text
+from firstlm.results import (
+    atomic_dir,
+    portable,
+    provenance,
+    sha256_of,
+    to_json,
+    write_json,
+    write_text,
+)
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -249,4 +257,15 @@ def test_provenance_says_where_a_number_comes_from():
         torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
     ]
     assert record["date"].endswith("+00:00")
-    assert record["argv"] == sys.argv
+    assert record["argv"][1:] == sys.argv[1:]
+
+
+def test_provenance_names_no_folders_of_this_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("FIRSTLM_DATA", str(tmp_path))
+    monkeypatch.setattr(
+        sys, "argv", ["/x/bin/firstlm", "eval", f"{tmp_path}/qa/a.jsonl", "b.jsonl"]
+    )
+    assert provenance()["argv"] == ["firstlm", "eval", "$FIRSTLM_DATA/qa/a.jsonl", "b.jsonl"]
+    assert portable(f"{tmp_path}more/a.jsonl") == f"{tmp_path}more/a.jsonl"
+    monkeypatch.delenv("FIRSTLM_DATA")
+    assert portable("/qa/a.jsonl") == "/qa/a.jsonl"

@@ -34,7 +34,7 @@ from firstlm.metrics import Scores, perplexity, retention
 from firstlm.model import FirstModel
 from firstlm.options import to_dict
 from firstlm.policies import Policy, RunAll
-from firstlm.results import provenance, sha256_of, to_json, write_json
+from firstlm.results import portable, provenance, sha256_of, to_json, write_json
 from firstlm.scoreboard import summary, table
 from firstlm.tasks import Task, find_task
 
@@ -374,7 +374,7 @@ def _start(
         "artifact": options.artifact,
         "artifact_sha256": _model_hash(model),
         "weights": str(model.base.dtype),
-        "data": options.data,
+        "data": portable(options.data),
         "data_sha256": _data_hash(options.data, examples),
     }
     report = {

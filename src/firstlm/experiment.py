@@ -22,10 +22,9 @@ from firstlm.config import EvalConfig, ExperimentConfig, TrainConfig
 from firstlm.errors import ConfigError
 from firstlm.options import from_dict, read_yaml
 from firstlm.pretrained import ARTIFACT_FILE
-from firstlm.results import write_json
+from firstlm.results import DATA_VARIABLE, write_json
 from firstlm.summary import Arm, read, rows
 
-DATA_VARIABLE = "FIRSTLM_DATA"
 SUMMARY = "summary.json"
 KEYS = {"data", "train", "eval", "arms"}
 ARM_KEYS = {"seeds", "train", "eval"}

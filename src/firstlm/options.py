@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 
 from firstlm.errors import ConfigError
-from firstlm.results import write_text
+from firstlm.results import portable, write_text
 
 T = TypeVar("T")
 REQUIRED = dataclasses.MISSING
@@ -40,7 +41,7 @@ def option(
 ) -> Any:
     """Declare a dataclass field with what its users need to know; `REQUIRED` has no default.
 
-    A `path` may begin with ~, which no shell expands in YAML or after --flag=.
+    A `path` may hold ~ and $NAMES, which no shell expands in YAML.
     """
     info = {"help": help, "choices": choices, "positional": positional, "path": path}
     if isinstance(default, list):
@@ -72,8 +73,13 @@ def resolve(cls: type[T], argv: Sequence[str], prog: str) -> T:
 
 def to_dict(cfg: Any) -> dict[str, Any]:
     """Return the fields of a dataclass instance as plain values for JSON or YAML."""
-    values = dataclasses.asdict(cfg)
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    values = {}
+    for name, field in _fields(type(cfg)).items():
+        value = getattr(cfg, name)
+        if field.metadata.get("path") and isinstance(value, str):
+            value = portable(value)
+        values[name] = list(value) if isinstance(value, tuple) else value
+    return values
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
@@ -175,8 +181,9 @@ def _value(cls: type, name: str, value: Any, shown: str) -> Any:
     """Return the value of a field as its type says; `shown` names it in errors."""
     metadata = _fields(cls)[name].metadata
     found = _convert(_hints(cls)[name], value, shown, metadata.get("choices"))
-    if metadata.get("path") and isinstance(found, str) and found.startswith("~"):
-        return str(Path(found).expanduser())
+    if metadata.get("path") and isinstance(found, str):
+        found = os.path.expandvars(found)
+        return str(Path(found).expanduser()) if found.startswith("~") else found
     return found
 
 

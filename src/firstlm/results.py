@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+DATA_VARIABLE = "FIRSTLM_DATA"  # names the folder with data outside the project
 RECORDED_PACKAGES = ("firstlm", "torch", "transformers", "peft", "accelerate", "numpy")
 
 
@@ -95,9 +96,10 @@ def sha256_of(path: str | Path) -> str:
 
 def provenance(seed: int | None = None, **extra: Any) -> dict[str, Any]:
     """Return what is needed to place a number: versions, commit, hardware, command, seed, date."""
+    command = Path(sys.argv[0]).name.replace("__main__.py", "firstlm")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "argv": list(sys.argv),
+        "argv": [command, *map(portable, sys.argv[1:])],
         "seed": seed,
         "python": platform.python_version(),
         **{name: _version(name) for name in RECORDED_PACKAGES},
@@ -105,6 +107,16 @@ def provenance(seed: int | None = None, **extra: Any) -> dict[str, Any]:
         "hardware": _hardware(),
         **extra,
     }
+
+
+def portable(path: str) -> str:
+    """Return a path with the data folder's place on this machine written as `$FIRSTLM_DATA`.
+
+    Options expand it again, so that a saved run can be repeated elsewhere.
+    """
+    folder = os.environ.get(DATA_VARIABLE, "").rstrip("/")
+    inside = bool(folder) and path.startswith(f"{folder}/")
+    return f"${DATA_VARIABLE}{path[len(folder) :]}" if inside else path
 
 
 def _jsonable(obj: Any) -> Any:
