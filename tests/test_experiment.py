@@ -99,6 +99,13 @@ def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys)
     assert found[5]["by_seed"] == pytest.approx(scores)
     assert found[5]["score"] == pytest.approx(sum(scores) / 2)
     assert found[5]["retention"] is None  # plain LoRA has an F1 under 20 here
+    for report in reports:
+        counts = report["runs"]["router@0.34"]["rho_histogram"]
+        assert [sum(layer) for layer in counts] == [4] * 6
+        assert "rho_histogram" not in report["runs"]["majority@0.34"]
+        below = [sum(layer[:10]) / 4 for layer in counts]
+        assert below == report["runs"]["router@0.34"]["layer_skip_share"]
+        assert [step for step, _ in report["training"]["lora"]["curve"]["eval_loss"]] == [0, 2]
     see_the_report(folder, found, capsys)
     Path(json.loads((folder / f"{UNITS[0]}.json").read_text())["inputs"]["data"]).write_text(
         '{"prompt": "a", "completion": "b"}\n'
@@ -110,13 +117,16 @@ def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys)
 def see_the_report(folder: Path, rows: list[dict], capsys) -> None:
     """The page holds every score and its pictures, and asks no other machine for anything."""
     assert cli.main(["report", str(folder)]) == 0
-    assert "with 3 pictures" in capsys.readouterr().out
+    assert "with 6 pictures" in capsys.readouterr().out
     page = (folder / "report" / "index.html").read_text()
     pictures = {file.stem: file.read_bytes() for file in (folder / "report").glob("*.png")}
     assert set(pictures) == {
         "quality-set-base",
         "layers-tiny-first-0-router-0.34",
         "layers-tiny-first-1-router-0.34",
+        "outputs-tiny-first-0-router-0.34",
+        "outputs-tiny-first-1-router-0.34",
+        "training-set",
     }
     inside = [base64.b64decode(code) for code in re.findall(r"base64,([^\"]+)", page)]
     assert sorted(inside) == sorted(pictures.values())

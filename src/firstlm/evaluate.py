@@ -38,6 +38,7 @@ from firstlm.results import portable, provenance, sha256_of, to_json, write_json
 from firstlm.scoreboard import summary, table
 from firstlm.tasks import Task, find_task
 
+RHO_BINS = 20  # of the histogram of router outputs
 # Options that change no number of a run that is done, or that are compared by content instead.
 FREE_OPTIONS = ("artifact", "data", "output", "record", "policies", "skip_rates", "device")
 
@@ -77,7 +78,8 @@ def evaluate(
     Returns:
         One JSON object: each metric of the task in percent, and perplexity per token of the wanted
         answers, with 95% intervals; skip rates per prompt and layer, number of distinct masks,
-        layer calls, and the items in the order of `examples`.
+        layer calls, `rho_histogram` [layers, bins] where routers decide, and the items in the order
+        of `examples`.
     """
     if not examples:
         raise DataError("There are no examples to score.")
@@ -154,6 +156,7 @@ def _answer_all(
     """Answer all prompts, long ones first; return answers, keep and the batches' totals."""
     answers, keep = [""] * len(prompts), [""] * len(prompts)
     calls, steps, seconds = {"prefill": 0, "decode": 0}, 0, 0.0
+    rho: list[list[float]] = []
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     with tqdm(total=len(prompts), desc=name, unit="prompt", disable=not progress) as bar:
         for first in range(0, len(order), batch_size):
@@ -166,9 +169,18 @@ def _answer_all(
                 answers[i], keep[i] = done["answers"][row], done["keep"][row]
             calls = {phase: calls[phase] + done["layer_calls"][phase] for phase in calls}
             steps, seconds = steps + done["decode_steps"], seconds + done["seconds"]
+            rho += done["rho"]
             bar.update(len(picked))
     masks = torch.tensor([[kept == "1" for kept in row] for row in keep])
-    return answers, masks, {"layer_calls": calls, "decode_steps": steps, "seconds": seconds}
+    totals = {"layer_calls": calls, "decode_steps": steps, "seconds": seconds}
+    if rho:
+        totals["rho_histogram"] = _histogram(np.array(rho))
+    return answers, masks, totals
+
+
+def _histogram(rho: np.ndarray) -> list[list[int]]:
+    """Count router outputs [prompts, layers] in equal bins from 0 to 1, layer by layer."""
+    return [np.histogram(layer, RHO_BINS, (0, 1))[0].tolist() for layer in rho.T]
 
 
 def _answer(
@@ -196,11 +208,12 @@ def _answer(
         pad_token_id=model.pad_id,
         stopping_criteria=StoppingCriteriaList([_Ended(task, tokenizer, ids.shape[1])]),
     )
-    new = output.sequences[:, ids.shape[1] :]
+    new, rho = output.sequences[:, ids.shape[1] :], output.cache.state.rho
     texts = tokenizer.batch_decode(new.tolist(), skip_special_tokens=True)
     return {
         "answers": [task.clean(text) for text in texts],
         "keep": _bits(output.keep),
+        "rho": [] if rho is None else [[round(x, 4) for x in row] for row in rho.tolist()],
         "layer_calls": output.layer_calls,
         "decode_steps": new.shape[1] - 1,
         "seconds": time.perf_counter() - start,
@@ -382,6 +395,7 @@ def _start(
         "primary": task.primary,
         "options": compared,
         "inputs": inputs,
+        "training": model.training_record,
         "runs": {},
         "retention": {},
     }

@@ -35,6 +35,7 @@ RUN_FILE = "run.yaml"  # in a work folder that `firstlm train` has claimed
 STATISTICS_PROMPTS = 64  # prompts on which router inputs are standardised
 OFFSET_PROMPTS = 32  # on which phase 2 finds its first offsets
 DECISION_PROMPTS = 64  # on which it is counted how many decisions LoRA flips
+CURVES = {"ce", "skip_rate", "eval_loss", "eval_skip_rate"}  # that a run's record keeps
 STEPS = {"routers": "router_steps", "lora": "lora_steps"}
 
 
@@ -56,7 +57,8 @@ def train_routers(
         resume: go on from the last checkpoint of an interrupted call with the same arguments.
 
     Returns:
-        Cross-entropy before and after (hard gates), skip rate, alpha and the removal order.
+        Cross-entropy before and after (hard gates), skip rate, alpha, the removal order, and how
+        cross-entropy and skip rate went from step to step (`curve`).
     """
     config = config or TrainConfig()
     train, validation = _begin(model, train, validation, config, resume)
@@ -259,6 +261,7 @@ def _fit(
         if interrupts.asked:
             print(f"\nInterrupted at step {trainer.state.global_step} of {steps} ({phase}).")
             raise KeyboardInterrupt
+        curve = _curve([{"step": 0, **before}, *trainer.state.log_history])
         after = trainer.evaluate()
     model.eval()
     return {
@@ -268,7 +271,17 @@ def _fit(
         "skip_rate": after["eval_skip_rate"],
         "alpha": driver.alpha if driver else None,
         "offsets": driver.offsets if driver else {},
+        "curve": curve,
     }
+
+
+def _curve(history: list[dict[str, float]]) -> dict[str, list[list[float]]]:
+    """Return what was logged at the rate asked for, each as [step, value] pairs."""
+    found: dict[str, list[list[float]]] = {}
+    for entry in history:
+        for name in CURVES & entry.keys():
+            found.setdefault(name, []).append([entry["step"], round(entry[name], 4)])
+    return found
 
 
 def _train(trainer: FirstTrainer, steps: int, checkpoint: Path | None) -> None:

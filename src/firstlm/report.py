@@ -133,7 +133,32 @@ def draw(rows: Sequence[Row], reports: Mapping[str, Any]) -> list[Picture]:
                 name = f"layers-{file}-{run.replace('@', '-')}"
                 caption = f"{file}, {run}: share of prompts that run each layer, by their length."
                 pictures.append(Picture(name, dataset, None, _layers(result["items"]), caption))
+            if "rho_histogram" in result:
+                name = f"outputs-{file}-{run.replace('@', '-')}"
+                caption = (
+                    f"{file}, {run}: what routers say about each layer, as a share of the prompts. "
+                    "Below 0.5 the layer is skipped."
+                )
+                png = _outputs(np.array(result["rho_histogram"]))
+                pictures.append(Picture(name, dataset, None, png, caption))
+    for dataset, found in curves(reports).items():
+        caption = (
+            f"{dataset}: cross-entropy while LoRA trains, of batches (faint) and validation rows, "
+            "at the skip rate asked for; one line a seed."
+        )
+        pictures.append(Picture(f"training-{dataset}", dataset, None, _training(found), caption))
     return pictures
+
+
+def curves(reports: Mapping[str, Any]) -> dict[str, dict[str, list[Row]]]:
+    """Return how training went, by data set and arm; one entry a seed."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for file, report in reports.items():
+        curve = report.get("training", {}).get("lora", {}).get("curve")
+        if curve:
+            dataset, arm = Path(report["inputs"]["data"]).parent.name, file.rpartition("-")[0]
+            found.setdefault(dataset, {}).setdefault(arm, []).append(curve)
+    return found
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -198,6 +223,44 @@ def _layers(items: Sequence[Row]) -> bytes:
     axes.set_yticklabels([f"{tokens[part].min()}-{tokens[part].max()} tokens" for part in parts])
     axes.set_xlabel("layer")
     figure.colorbar(image, ax=axes, label="runs it")
+    return _png(figure)
+
+
+def _outputs(counts: np.ndarray) -> bytes:
+    """Draw a histogram of router outputs [layers, bins], one column a layer."""
+    figure, axes = _figure(9, 3)
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    image = axes.imshow(
+        shares.T,
+        cmap="Blues",
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+        origin="lower",
+        extent=(-0.5, len(counts) - 0.5, 0, 1),
+    )
+    axes.axhline(0.5, color="#b91c1c", linewidth=1, linestyle="--")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("router output")
+    figure.colorbar(image, ax=axes, label="prompts")
+    return _png(figure)
+
+
+def _training(arms: Mapping[str, Sequence[Row]]) -> bytes:
+    """Draw cross-entropy over steps, a colour an arm."""
+    figure, axes = _figure(8, 4.5)
+    for number, (arm, seeds) in enumerate(arms.items()):
+        for seed, curve in enumerate(seeds):
+            color = f"C{number % 10}"
+            for name, style in (("ce", {"alpha": 0.25}), ("eval_loss", {"marker": "o"})):
+                if name in curve:
+                    shown = arm if name == "eval_loss" and seed == 0 else None
+                    axes.plot(*zip(*curve[name], strict=True), color=color, label=shown, **style)
+    axes.set_xlabel("LoRA step")
+    axes.set_ylabel("cross-entropy, nats per answer token")
+    axes.set_yscale("log")
+    axes.grid(axis="y", color="#e5e7eb", which="both")
+    axes.legend(fontsize="small", frameon=False)
     return _png(figure)
 
 

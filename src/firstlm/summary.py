@@ -80,7 +80,7 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     Args:
         arms: of one model and data set.
     """
-    plain = next((arm for arm in arms if arm.train.skip_rate == 0), None)
+    plain = next((arm for arm in arms if arm.lora and arm.train.skip_rate == 0), None)
     reference = {
         metric: scores
         for metric, scores in (plain.scores("run_all") if plain else {}).items()
