@@ -94,8 +94,10 @@ def test_resume_continues_exactly(tmp_path: Path, phase: str, step: int, monkeyp
         return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, record
 
     (whole, record), (resumed, again) = train_with("whole", None), train_with("broken", step)
-    assert again.pop("offsets") == pytest.approx(record.pop("offsets"))
-    assert again == pytest.approx(record)
+    for kept in (record, again):  # what a log averages begins anew when training goes on
+        kept["curve"] = {k: v for k, v in kept["curve"].items() if k.startswith("eval_")}
+        assert [step for step, _ in kept["curve"]["eval_loss"]] == [0, 6, 12]
+    torch.testing.assert_close(again, record)
     assert whole.keys() == resumed.keys()
     for name in whole:
         torch.testing.assert_close(resumed[name], whole[name], msg=name)
