@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from firstlm.report import groups, label
+from firstlm.report import groups, labelled
 from firstlm.scoreboard import LABELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +20,8 @@ START, END = "<!-- results -->", "<!-- /results -->"
 
 def quality_table(rows: list[dict]) -> list[str]:
     """Return the lines of the quality table of one model and data set."""
-    first, primary = rows[0], [row for row in rows if row["primary"]]
+    first, named = rows[0], labelled(rows)
+    primary = [row for row in rows if row["primary"]]
     others = list(dict.fromkeys(row["metric"] for row in rows if not row["primary"]))
     metric = LABELS[primary[0]["metric"]]
     lines = [
@@ -30,15 +31,17 @@ def quality_table(rows: list[dict]) -> list[str]:
         f"| 95% of {metric} | of base + LoRA | seeds |",
         "|---|---|---|" + "---|" * (len(others) + 4),
     ]
-    for row in primary:
-        same = [r for r in rows if all(r[k] == row[k] for k in ("policy", "lora_of"))]
+    for shown, row in named:
+        if not row["primary"]:
+            continue
+        same = [r for name, r in named if name == shown]
         same = [r for r in same if r["skip_rate_asked"] == row["skip_rate_asked"]]
         scores = [f"{r['score']:.1f}" for m in others for r in same if r["metric"] == m]
         asked = f", {row['skip_rate_asked']:.0%} asked" if row["skip_rate_asked"] else ""
         low, high = row["ci95"]
         kept = f"{row['retention']:.1%}" if row["retention"] is not None else ""
         lines.append(
-            f"| {label(row['policy'], row['lora_of'])}{asked} | {row['skip_rate']:.1%} "
+            f"| {shown}{asked} | {row['skip_rate']:.1%} "
             f"| {row['skip_rate_p5']:.0%}-{row['skip_rate_p95']:.0%} | {' | '.join(scores)} "
             f"| {row['score']:.1f} | {low:.1f}-{high:.1f} | {kept} | {row['seeds']} |"
         )

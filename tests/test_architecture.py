@@ -41,6 +41,7 @@ FLOORS = {
     "examples": "work",
     "corpus": "work",
     "data": "work",
+    "masks": "work",
     "metrics": "work",
     "tasks": "work",
     "scoreboard": "work",

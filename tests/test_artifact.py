@@ -207,6 +207,23 @@ def test_other_base_models_are_refused(saved: Path) -> None:
         load(saved, make_model("llama", torch.float32, num_hidden_layers=6))
 
 
+def test_the_base_is_taken_at_the_revision_it_was_trained_at(saved: Path, monkeypatch) -> None:
+    asked = []
+
+    def load_base(name: str, **options: Any) -> tuple[Any, Any]:
+        asked.append((name, options.get("revision")))
+        return make_model("llama", torch.float32), None
+
+    monkeypatch.setattr(artifact, "load_base", load_base)
+    wanted = {"id": "some/base", "revision": "abc123"}
+    fingerprint = json.loads((saved / "first_config.json").read_text())["base_model"]["fingerprint"]
+    change_config(saved, base_model=wanted | {"fingerprint": fingerprint})
+    FirstModel.from_pretrained(str(saved))
+    FirstModel.from_pretrained(str(saved), base="some/base")
+    FirstModel.from_pretrained(str(saved), base="copy/of-it")
+    assert asked == [("some/base", "abc123"), ("some/base", "abc123"), ("copy/of-it", None)]
+
+
 def test_the_same_base_in_other_clothes_is_taken(saved: Path) -> None:
     assert load(saved, make_model("llama", torch.bfloat16)).has_adapter
     tuned = make_model("llama", torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_byte_tokenizer, tiny_llama
@@ -124,7 +125,7 @@ def test_constant_routers_give_the_same_mask_for_every_input(model):
     assert level(report, "stuck near 0.5") == "ok"
     assert report["routers"]["distinct_masks"] == 1
     assert report["routers"]["mask_entropy"] == 0
-    assert report["routers"]["rate_length_correlation"] is None
+    assert report["routers"]["length_correlation"] is None
 
 
 def test_routers_that_skip_nothing_are_named_so(model):
@@ -307,14 +308,16 @@ def test_what_is_said_about_routers_equals_a_count_by_hand():
     logits = torch.tensor([[2.0, -1.0], [2.0, 1.0], [2.0, 1.0], [2.0, -1.0]])
     found = describe_routers(logits, logits >= 0, 0.0, [1, 2, 3, 4])
     assert found["layer_skip_share"] == [0, 0.5]
-    assert found["mask_entropy"] == pytest.approx(0.5)  # one layer 0 bits, one layer 1 bit
+    assert found["mask_entropy"] == pytest.approx(1)  # two masks, half of the prompts each
     assert found["skip_rate"]["mean"] == 0.25
     assert (found["skip_rate"]["p5"], found["skip_rate"]["p95"]) == (0, 0.5)
     assert found["commonest_mask_share"] == 0.5
     assert found["rho_mean"][0] == pytest.approx(0.8808, abs=1e-4)
     assert found["rho_histogram"][0] == [0] * 8 + [4, 0]
     assert found["rho_histogram"][1] == [0, 0, 2, 0, 0, 0, 0, 2, 0, 0]
-    assert found["rate_length_correlation"] == pytest.approx(0)
+    assert found["length_correlation"] == pytest.approx(
+        np.corrcoef([0.5, 0, 0, 0.5], np.log([1, 2, 3, 4]))[0, 1]
+    )
     shifted = describe_routers(logits - 1, logits - 1 >= 0, -1.0, [1, 2, 3, 4])
     assert shifted["rho_mean"] == pytest.approx(found["rho_mean"])
     assert shifted["threshold"] == pytest.approx(0.7311, abs=1e-4)

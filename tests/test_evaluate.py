@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ def test_layer_calls_are_counted_by_hand(model, examples, monkeypatch):
     # Two batches; 3 layers run each time, once for the prompt and once for each of 4 more tokens.
     assert result["layer_calls"] == {"prefill": 2 * 3, "decode": 2 * 3 * 4}
     assert result["decode_steps"] == 2 * 4
-    assert result["skip_rate"] == {"mean": 0.25, "p5": 0.25, "p95": 0.25}
+    assert result["skip_rate"] == {"mean": 0.25, "std": 0, "p5": 0.25, "p95": 0.25}
     assert result["layer_skip_share"] == [0, 1, 0, 0]
 
 
@@ -158,9 +159,13 @@ def test_base_is_the_model_without_adapter_and_run_all_with_it(model, examples, 
     assert base["skip_rate"]["mean"] == adapted["skip_rate"]["mean"] == 0
 
 
-def test_a_prompt_longer_than_the_context_is_named(model, examples):
+def test_what_is_longer_than_the_context_is_named(model, examples, monkeypatch):
     with pytest.raises(DataError, match=r"id q0.*context of 512"):
         score_policy(model, examples, max_new_tokens=500, progress=False)
+    long = replace(examples[-1], completion=" word" * 200)
+    monkeypatch.setattr(evaluate, "_answer", lambda *_: pytest.fail("answered before it was seen"))
+    with pytest.raises(DataError, match="more than max_length 512"):
+        score_policy(model, [*examples, long], max_new_tokens=5, progress=False)
     with pytest.raises(ConfigError, match="router"):
         score_policy(model, examples, "run_all", 0.25, progress=False)
     with pytest.raises(ConfigError, match="base, run_all, router"):
@@ -259,6 +264,18 @@ def test_a_journal_of_other_work_is_not_taken_up(tmp_path):
     assert other.get("a") is None
     other.put("b", 2)
     assert Journal(tmp_path / "j", {"seed": 2}).parts == {"b": 2}
+
+
+def test_a_journal_survives_being_cut_off_again_and_again(tmp_path):
+    """Also with texts that hold line ends which are none in a file of lines."""
+    file = tmp_path / "j"
+    for turn in range(3):
+        journal = Journal(file, "work")
+        assert journal.parts == {str(i): ["a\u2028b\x85c"] for i in range(turn)}
+        journal.put(str(turn), ["a\u2028b\x85c"])
+        with file.open("a") as stream:
+            stream.write('{"name": "torn", "do')
+    assert len(Journal(file, "work").parts) == 3
 
 
 def test_results_of_other_inputs_are_not_mixed(words, data, capsys):

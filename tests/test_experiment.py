@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from training import write_run
 
 from firstlm import FirstModel, cli, evaluate, experiment
 from firstlm.errors import ConfigError
 from firstlm.experiment import units_of
+from firstlm.report import labelled
 
 FILE = """
 data: {data}
@@ -138,6 +140,15 @@ def see_the_report(folder: Path, rows: list[dict], capsys) -> None:
         assert name in page
 
 
+def test_arms_with_one_policy_are_told_apart():
+    def row(arm, policy="first"):
+        return {"arm": arm, "policy": policy, "lora_of": policy}
+
+    rows = [row("qamr-first"), row("qamr-full"), row("qamr-unified", "unified")]
+    names = [name for name, _ in labelled(rows)]
+    assert names == ["FiRST (qamr-first)", "FiRST (qamr-full)", "unified"]
+
+
 def test_a_report_needs_a_summary(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "firstlm experiment summary" in capsys.readouterr().err
@@ -181,6 +192,36 @@ def test_time_that_is_up_ends_it_and_the_same_command_goes_on(words, monkeypatch
     assert "1 of 1 are left" in capsys.readouterr().out
 
 
+def test_what_was_made_with_other_options_is_not_taken_for_done(words, capsys):
+    assert cli.main([*words, "--only", "tiny-first-0"]) == 0
+    file = Path(words[2]) / "tiny.yaml"
+    before = file.read_text()
+    for old, new, named in (
+        ("router_steps: 2", "router_steps: 3", "router_steps"),
+        ("max_new_tokens: 2", "max_new_tokens: 3", "max_new_tokens"),
+    ):
+        file.write_text(before.replace(old, new))
+        capsys.readouterr()
+        assert cli.main(words) == 2
+        said = capsys.readouterr().err
+        assert f"tiny-first-0 was made with other options than its file has now ({named})" in said
+        assert list(results(words)) == ["tiny-first-0"]
+        assert cli.main([words[0], "list", *words[2:]]) == 0
+        assert f"made with other options: {named}" in capsys.readouterr().out
+    file.write_text(before.replace("tensorboard: false", "tensorboard: false, logging_steps: 7"))
+    assert cli.main([*words, "--only", "tiny-first"]) == 0
+
+
+def test_gradients_are_on_again_after_an_interrupt(words, monkeypatch):
+    def stuck(self):
+        torch.set_grad_enabled(False)
+        time.sleep(30)
+
+    monkeypatch.setattr(experiment.Unit, "run", stuck)
+    assert cli.main([*words, "--minutes", "0.01"]) == 0
+    assert torch.is_grad_enabled()
+
+
 def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
     monkeypatch.setattr(experiment.Unit, "run", lambda self: signal.raise_signal(signal.SIGINT))
     assert cli.main(words) == 130
@@ -195,6 +236,8 @@ def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
         ("arm:first", "arm:frist", "names the arm 'frist'"),
         ("{policies: [majority]}", "{}", "arm majority does not say which policies"),
         ("policies: [majority]", "policies: [best]", "expected one of base, run_all"),
+        ("[0, 1]", "3", r"arm first: seeds is 3; expected a list"),
+        ("[0, 1]", "null", r"arm first: seeds is None; expected a list"),
         ("seeds", "seed", "arm first has 'seed', 'seeds' missing or too much|'seed'"),
         ("arms:", "arms: [", "is not YAML"),
     ],

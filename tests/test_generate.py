@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -196,8 +197,9 @@ def test_options_that_cannot_work(llama, wrong):
 )
 def test_masks_that_do_not_fit_are_refused(mask: torch.Tensor, says: str) -> None:
     model = FirstModel.from_base(tiny_llama())
-    with pytest.raises(ConfigError, match=says):
-        model.generate(torch.arange(5)[None], attention_mask=mask.long(), max_new_tokens=2)
+    for door in (model.generate, model.decide, partial(prefill, model)):
+        with pytest.raises(ConfigError, match=says):
+            door(torch.arange(5)[None], attention_mask=mask.long())
 
 
 def test_a_detached_model_says_so() -> None:

@@ -56,6 +56,7 @@ def test_likelihoods_are_those_of_the_layers_that_run(model, lm):
         assert value == pytest.approx(wanted(model, ids, lm.tok_encode(ending, False)), abs=1e-4)
         assert greedy is False
     assert lm.skip_rates == [0.5] * len(pairs)
+    assert lm.loglikelihood([ask("Why", "")], disable_tqdm=True) == [(0.0, True)]
     assert lm.layer_calls == {"prefill": 2 * 3, "decode": 0}  # 2 layers of 4, 3 batches of 2
 
 

@@ -123,14 +123,14 @@ def test_translation_scores_are_sacrebleus_own() -> None:
 
 def test_chinese_is_scored_by_characters() -> None:
     texts, references = ["他喜欢喝茶。"], [["他很喜欢喝茶。"]]
-    assert tokenizer_for("zh") == "zh"
+    assert tokenizer_for("zh") == tokenizer_for("zh-CN") == tokenizer_for("zh_TW") == "zh"
     assert tokenizer_for("de") == tokenizer_for(None) == "13a"
     whole = score_translation(texts, references)["bleu1"].estimate().value
     parts = score_translation(texts, references, "zh")["bleu1"].estimate().value
     assert whole == 0
     assert parts == pytest.approx(100 * math.exp(1 - 7 / 6))  # each of 6 is in it; 7 were wanted
     with pytest.raises(ConfigError, match="segmenter"):
-        tokenizer_for("ja")
+        tokenizer_for("ja-JP")
 
 
 def test_summaries_are_scored_against_the_best_reference() -> None:

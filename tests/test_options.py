@@ -20,8 +20,8 @@ from firstlm.options import (
     load_yaml,
     option,
     resolve,
-    save_yaml,
     to_dict,
+    to_yaml,
 )
 
 
@@ -60,7 +60,9 @@ def test_paths_may_begin_at_home(tmp_path, monkeypatch):
 def test_a_saved_run_finds_the_data_of_another_machine(tmp_path, monkeypatch):
     file = tmp_path / "run.yaml"
     monkeypatch.setenv("FIRSTLM_DATA", "/here/data")
-    save_yaml(Sample(place="/here/data/qa/a.jsonl", note="/here/data/note"), file)
+    file.write_text(
+        to_yaml(Sample(place="/here/data/qa/a.jsonl", note="/here/data/note")), encoding="utf-8"
+    )
     assert "/here/data/qa" not in file.read_text()
     monkeypatch.setenv("FIRSTLM_DATA", "/there")
     assert load_yaml(Sample, file) == Sample(place="/there/qa/a.jsonl", note="/here/data/note")
@@ -98,7 +100,7 @@ def parse(*argv):
 def test_dict_and_yaml_give_back_what_was_saved(tmp_path_factory, sample):
     assert from_dict(Sample, to_dict(sample)) == sample
     file = tmp_path_factory.mktemp("options") / "run.yaml"
-    save_yaml(sample, file)
+    file.write_text(to_yaml(sample), encoding="utf-8")
     assert load_yaml(Sample, file) == sample
     assert resolve(Sample, ["--config", str(file)], "firstlm sample") == sample
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -72,6 +73,8 @@ def test_resume_continues_exactly(tmp_path: Path, phase: str, step: int, monkeyp
     """Stopping amid the steps, or in the last, and running again ends as an unbroken run does."""
     train, validation = make_examples(64, 0), make_examples(16, 1)
 
+    log = tmp_path / "broken" / "artifact-run" / f"log_{phase}.jsonl"
+
     def train_with(folder: str, break_at: int | None) -> tuple[dict[str, torch.Tensor], dict]:
         model = make_model()
         settings = config(
@@ -90,6 +93,8 @@ def test_resume_continues_exactly(tmp_path: Path, phase: str, step: int, monkeyp
                 with pytest.raises(KeyboardInterrupt):
                     fit(model, train, validation, settings)
             model = make_model()
+            with log.open("a") as file:  # as if killed after the checkpoint
+                file.write('{"step": 99}\n{"st')
         record = fit(model, train, validation, settings, resume=True)
         return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, record
 
@@ -98,6 +103,7 @@ def test_resume_continues_exactly(tmp_path: Path, phase: str, step: int, monkeyp
         kept["curve"] = {k: v for k, v in kept["curve"].items() if k.startswith("eval_")}
         assert [step for step, _ in kept["curve"]["eval_loss"]] == [0, 6, 12]
     torch.testing.assert_close(again, record)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [5, 10]
     assert whole.keys() == resumed.keys()
     for name in whole:
         torch.testing.assert_close(resumed[name], whole[name], msg=name)
@@ -130,6 +136,17 @@ def test_an_interrupted_command_resumes(tmp_path: Path, byte_tokenizer) -> None:
     assert saved
     step = max(int(f.parent.name.split("-")[1]) for f in saved)
     assert 0 < step < 400
+
+
+def test_several_processes_are_refused(tmp_path: Path, byte_tokenizer) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    words = f"-m firstlm train --model {folder} --data {data} --output {tmp_path / 'out'}"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch += ["--master-port", "29611", *words.split(), "--warm-start", "0"]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode != 0
+    assert "2 processes train together" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -62,13 +62,19 @@ def check_target(path: str | Path) -> None:
         )
 
 
-def save(model: FirstModel, path: str | Path, more_from: Path | None = None) -> None:
+def save(
+    model: FirstModel,
+    path: str | Path,
+    more_from: Path | None = None,
+    more: Mapping[str, str] | None = None,
+) -> None:
     """Write an artifact beside `path`, then swap it in; on any failure the old one stays whole.
 
     Args:
         model: what to save.
         path: folder; an artifact that is there is replaced.
         more_from: an artifact whose other files (its run file) are taken along.
+        more: texts of further files by name.
     """
     check_target(path)
     if model.merged:
@@ -99,6 +105,8 @@ def save(model: FirstModel, path: str | Path, more_from: Path | None = None) -> 
     try:
         with atomic_dir(path) as folder:
             _write(model, config, tensors, folder)
+            for name, text in (more or {}).items():
+                (folder / name).write_text(text, encoding="utf-8")
             for item in more_from.iterdir() if more_from else ():
                 if (folder / item.name).exists():
                     continue
@@ -210,7 +218,9 @@ def load(
         raise ArtifactError(f"{folder} does not name its base model; pass one as base=.")
     if isinstance(base, str):
         found_id = base
-        base, found_tokenizer = load_base(base, dtype=dtype, device=device)
+        named = base == wanted["id"] and wanted.get("revision")
+        revision = {"revision": wanted["revision"]} if named else {}
+        base, found_tokenizer = load_base(base, dtype=dtype, device=device, **revision)
         tokenizer = tokenizer or found_tokenizer
     else:
         found_id = getattr(getattr(base, "config", None), "_name_or_path", None) or wanted["id"]
@@ -286,7 +296,8 @@ def _parse_baseline(found: dict[str, Any] | None) -> Baseline | None:
     if found is None:
         return None
     orders = tuple((float(rate), tuple(map(int, order))) for rate, order in found["orders"])
-    return Baseline(**{**found, "free": tuple(map(int, found["free"])), "orders": orders})
+    counts = {name: tuple(map(int, found.get(name, ()))) for name in ("free", "answers")}
+    return Baseline(**{**found, **counts, "orders": orders})
 
 
 def read_thresholds(path_or_id: str) -> Thresholds:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies to compare routers with: they look at no state, and meet a skip rate exactly.
+"""Policies to compare routers with: they look at no state, and meet a skip rate by counting.
 
 A rate between two numbers of layers is met by giving some prompts one layer more; which ones, a
 hash of the prompt says, so that a prompt always gets the same mask.
@@ -8,6 +8,7 @@ hash of the prompt says, so that a prompt always gets the same mask.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,12 +93,71 @@ class RandomSkip(CountedSkip):
 class UnifiedSkip(CountedSkip):
     """Evenly spaced layers between the first and the last, which run (arXiv 2404.06954)."""
 
+    def __init__(
+        self, layers: int, rate: float, free: Sequence[int] | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(layers, rate, interior(layers, free), seed)
+
     def skipped(self, count: int, key: int) -> Sequence[int]:
         """Return `count` layers, evenly spaced."""
-        inner = [layer for layer in self.free if 0 < layer < self.layers - 1]
-        if count > len(inner):
-            raise ConfigError(f"{count} layers are to go, but only {len(inner)} lie in between.")
-        return [inner[(2 * i + 1) * len(inner) // (2 * count)] for i in range(count)]
+        size = len(self.free)
+        return [self.free[(2 * i + 1) * size // (2 * count)] for i in range(count)]
+
+
+class SkipDecode:
+    """Lets lower layers go one by one as the answer grows (SkipDecode, arXiv 2307.02628).
+
+    The prompt runs all layers, and so do the first and the last layer always. The others go from
+    below at an even pace, such that `rate` of the layers is skipped on average over all tokens of
+    answers as long as those given.
+
+    Args:
+        layers: how many layers the model has.
+        rate: share of them to skip, over all decode steps.
+        answers: how many answers take n decode steps, for n = 0, 1, ...
+        free: layers that may be skipped; default all.
+    """
+
+    def __init__(
+        self, layers: int, rate: float, answers: Sequence[int], free: Sequence[int] | None = None
+    ) -> None:
+        self.layers, self.rate = layers, check_skip_rate(rate)
+        self.order = interior(layers, free)
+        if rate * layers > len(self.order):
+            raise ConfigError(
+                f"A skip rate of {rate} is {rate * layers:g} of {layers} layers, but only "
+                f"{len(self.order)} lie in between and may be skipped."
+            )
+        if not sum(answers[1:]):
+            raise ConfigError("SkipDecode needs answers of more than one token to set its pace by.")
+        paces = (self._lifetimes(2.0 ** (power / 8)) for power in range(160, -160, -1))
+        self._lives = min(paces, key=lambda lives: abs(self._expected(lives, answers) - rate))
+
+    def _lifetimes(self, pace: float) -> dict[int, int]:
+        """Return each layer's decode steps when `pace` layers go with every step."""
+        return {layer: int((rank + 0.5) / pace) for rank, layer in enumerate(self.order)}
+
+    def _expected(self, lives: dict[int, int], answers: Sequence[int]) -> float:
+        steps = sum(n * count for n, count in enumerate(answers))
+        gone = sum(
+            count * sum(max(n - life, 0) for life in lives.values())
+            for n, count in enumerate(answers)
+            if count
+        )
+        return gone / (steps * self.layers)
+
+    def decide(self, layer: int, prompts: Prompts) -> torch.Tensor:
+        """Keep the layer for all prompts."""
+        return torch.ones(prompts.count, dtype=torch.bool)
+
+    def lifetime(self, layer: int) -> int:
+        """Return for how many decode steps the layer runs."""
+        return self._lives.get(layer, sys.maxsize)
+
+
+def interior(layers: int, free: Sequence[int] | None = None) -> list[int]:
+    """Return the layers between the first and the last, of those that may be skipped."""
+    return [i for i in range(1, layers - 1) if free is None or i in free]
 
 
 def truncation(layers: int, free: Sequence[int] | None = None) -> list[int]:
@@ -123,6 +183,7 @@ class Baseline:
         seed: of what is drawn.
         orders: (skip rate, layers to skip first in front) for static_importance and majority; a
             rate between takes the nearest one's.
+        answers: how many answers of the training data take n decode steps, for skip_decode.
     """
 
     name: str
@@ -131,15 +192,19 @@ class Baseline:
     rate: float
     seed: int = 0
     orders: tuple[tuple[float, tuple[int, ...]], ...] = ()
+    answers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.name not in BASELINES:
             raise ConfigError(f"policy is {self.name!r}; expected one of {', '.join(BASELINES)}.")
-        if self.name not in DRAWN and not self.orders:
+        if self.name == "skip_decode":
+            if not self.answers:
+                raise ConfigError("The policy 'skip_decode' needs the lengths of answers.")
+        elif self.name not in DRAWN and not self.orders:
             raise ConfigError(f"The policy {self.name!r} needs an order of layers.")
         check_skip_rate(self.rate)
 
-    def at(self, rate: float | None = None) -> CountedSkip:
+    def at(self, rate: float | None = None) -> CountedSkip | SkipDecode:
         """Return the policy that skips `rate` of the layers."""
         rate = self.rate if rate is None else rate
         layers, free, seed = self.layers, self.free, self.seed
@@ -147,13 +212,14 @@ class Baseline:
             case "random":
                 return RandomSkip(layers, rate, free, seed)
             case "random_interior":
-                inner = [layer for layer in free if 0 < layer < layers - 1]
-                return RandomSkip(layers, rate, inner, seed)
+                return RandomSkip(layers, rate, interior(layers, free), seed)
             case "random_fixed":
                 return OrderedSkip(random_order(layers, free, seed), layers, rate, seed)
             case "unified":
                 return UnifiedSkip(layers, rate, free, seed)
             case "early_exit":
                 return OrderedSkip(truncation(layers, free), layers, rate, seed)
+            case "skip_decode":
+                return SkipDecode(layers, rate, self.answers, free)
         order = min(self.orders, key=lambda pair: abs(pair[0] - rate))[1]
         return OrderedSkip([layer for layer in order if layer in free], layers, rate, seed)

@@ -43,6 +43,7 @@ def calibrate(
         batch_size: prompts per forward pass.
         progress: show a progress bar.
     """
+    model.need_routers()
     if not prompts:
         raise DataError("Calibration needs prompts, but there are none.")
     for mode in prefill_modes:
@@ -176,6 +177,7 @@ def run(options: CalibrateConfig) -> int:
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )
+    model.need_routers()
     tokenizer = model.need_tokenizer()
     examples = load_examples(options.data, template=options.template, tokenizer=tokenizer)
     examples = draw(examples, options.limit)

@@ -173,7 +173,7 @@ class Collator:
         ids, mask = pad_left([e.prompt_ids + e.answer_ids for e in batch], self.pad_token_id)
         answer = torch.zeros_like(mask, dtype=torch.bool)
         for i, item in enumerate(batch):
-            answer[i, -len(item.answer_ids) :] = True
+            answer[i, answer.shape[1] - len(item.answer_ids) :] = True
         return {
             "input_ids": ids,
             "attention_mask": mask,

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import torch
 
 from firstlm.errors import ConfigError
-from firstlm.policies import Policy
+from firstlm.policies import Policy, SteppedPolicy
 
 
 class PromptStates:
@@ -54,8 +55,10 @@ class RoutingState:
         prompt_ids: torch.Tensor | None = None,
     ) -> None:
         self.policy = policy
+        self.stepped = policy if isinstance(policy, SteppedPolicy) else None
         self.prompt_ids = prompt_ids
         self._keys: list[int] | None = None
+        self._steps: torch.Tensor | None = None
         self.prompt_mask = prompt_mask.bool()
         self.prompt_length = prompt_mask.shape[1]
         self.layers = layers
@@ -199,6 +202,45 @@ class RoutingState:
                 device = rows.device if rows is not None else index.device
                 self._set_rows(layer, [keep[row] for row in order], device)
         self.row_count = len(index)
+
+    def retire(self, layer: int, step: int, device: torch.device) -> bool:
+        """Let a layer go for the rest of the answer, if it is time; True where it just went.
+
+        Args:
+            layer: index of the layer.
+            step: of decoding, from 0.
+            device: of the layer.
+        """
+        if self.stepped is None or step < self.stepped.lifetime(layer):
+            return False
+        if not any(self.row_keep(layer)):
+            return False
+        self._set_rows(layer, [False] * self.row_count, device)
+        return True
+
+    def runs_at(self, layer: int) -> torch.Tensor:
+        """Return where in whole sequences [prompts, tokens] a layer runs, for a stepped policy."""
+        assert self.stepped is not None, "asked of a policy that keeps to one mask"
+        if self._steps is None:
+            tokens = torch.arange(self.prompt_mask.shape[1], device=self.prompt_mask.device)
+            ends = torch.where(self.prompt_mask, tokens, -1).amax(1, keepdim=True)
+            self._steps = tokens - ends - 1
+        return self._steps < self.stepped.lifetime(layer)
+
+    def keep_after(self, steps: Sequence[int]) -> torch.Tensor:
+        """Return keep [prompts, layers] at the last of so many decode steps of each prompt."""
+        if self.stepped is None:
+            return self.keep
+        lives = [self.stepped.lifetime(layer) for layer in range(self.layers)]
+        return self.keep & torch.tensor([[n - 1 < life for life in lives] for n in steps])
+
+    def skip_rates(self, steps: Sequence[int]) -> list[float]:
+        """Return each prompt's skip rate over so many decode steps; 0 where there was none."""
+        if self.stepped is None:
+            return (1 - self.keep.double().mean(1)).tolist()
+        lives = [self.stepped.lifetime(layer) for layer in range(self.layers)]
+        gone = [sum(max(n - life, 0) for life in lives) for n in steps]
+        return [g / (n * self.layers) if n else 0.0 for g, n in zip(gone, steps, strict=True)]
 
     def count_call(self) -> None:
         """Count one unit that really runs."""

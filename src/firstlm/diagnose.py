@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +23,7 @@ from firstlm.data import Encoded, check_room, encode_all, encode_prompt
 from firstlm.errors import ConfigError, DataError
 from firstlm.examples import load_examples
 from firstlm.losses import mean_loss
+from firstlm.masks import describe_masks, describe_rates, length_correlation
 from firstlm.model import FirstModel
 from firstlm.options import to_dict
 from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
@@ -69,6 +69,7 @@ def diagnose(
     Returns:
         A JSON object: `sound`, the `checks`, and the numbers behind them.
     """
+    model.need_routers()
     policy = model.policy_for(skip_rate, prefill)
     if not isinstance(policy, RouterPolicy):
         raise ConfigError("skip_rate=0 runs all layers, so there are no routers to diagnose.")
@@ -126,10 +127,6 @@ def describe_routers(
     """
     rho = torch.sigmoid(logits.double() - offset)
     rates = 1 - keep.double().mean(1).numpy()
-    shares = (~keep).double().mean(0)
-    masks = Counter(tuple(row) for row in keep.tolist())
-    low, high = np.percentile(rates, [5, 95])
-    varied = rates.std() > 0 and np.std(lengths) > 0
     return {
         "prompts": len(keep),
         "threshold": float(torch.sigmoid(torch.tensor(-offset, dtype=torch.float64))),
@@ -137,23 +134,10 @@ def describe_routers(
         "rho_std": rho.std(0, correction=0).tolist(),
         "rho_histogram": [torch.histc(r, BINS, 0, 1).int().tolist() for r in rho.T.contiguous()],
         "near_half": float(((rho - 0.5).abs() <= verdicts.STUCK_WIDTH).double().mean()),
-        "skip_rate": {
-            "mean": float(rates.mean()),
-            "std": float(rates.std()),
-            "p5": float(low),
-            "p95": float(high),
-        },
-        "layer_skip_share": shares.tolist(),
-        "distinct_masks": len(masks),
-        "commonest_mask_share": max(masks.values()) / len(keep),
-        "mask_entropy": float(_entropy(shares).mean()),
-        "rate_length_correlation": float(np.corrcoef(rates, lengths)[0, 1]) if varied else None,
+        "skip_rate": describe_rates(rates),
+        **describe_masks(keep.numpy()),
+        "length_correlation": length_correlation(rates.tolist(), lengths),
     }
-
-
-def _entropy(shares: torch.Tensor) -> torch.Tensor:
-    """Return bits per decision of each layer: 1 where half of the prompts skip it, 0 where all."""
-    return -(torch.xlogy(shares, shares) + torch.xlogy(1 - shares, 1 - shares)) / math.log(2)
 
 
 def _spread(prompts: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:

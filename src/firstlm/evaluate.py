@@ -24,12 +24,13 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from firstlm import artifact
 from firstlm.config import BASELINES, EVAL_POLICIES, POLICIES, TASKS, EvalConfig
-from firstlm.data import check_room, encode, encode_prompt, pad_left
+from firstlm.data import Encoded, check_room, encode, pad_left
 from firstlm.errors import ConfigError, DataError
 from firstlm.examples import Example, load_examples
 from firstlm.journal import Journal
 from firstlm.lora import is_lora
 from firstlm.losses import item_losses
+from firstlm.masks import describe_masks, describe_rates
 from firstlm.metrics import Scores, perplexity, retention
 from firstlm.model import FirstModel
 from firstlm.options import to_dict
@@ -70,7 +71,7 @@ def evaluate(
         prefill: "skip" or "full".
         batch_size: prompts per batch; batches hold prompts of similar length.
         max_new_tokens: longest answer; where the task's answers have one line, they end with it.
-        seed: seed of the bootstrap.
+        seed: seed of the bootstrap, and of the policies that draw layers.
         progress: show a progress bar.
         items: put every answer with its scores and mask into the result.
         journal: what an interrupted call has answered; batches in it are not answered again.
@@ -85,15 +86,16 @@ def evaluate(
         raise DataError("There are no examples to score.")
     name = _name(policy, skip_rate)
     task = task or find_task(examples)
-    chosen, scope = _choose(model, policy, skip_rate, prefill)
-    prompts = _prompts(model, examples, max_new_tokens)
+    chosen, scope = _choose(model, policy, skip_rate, prefill, seed)
+    rows = _encoded(model, examples, max_new_tokens)
+    prompts = [row.prompt_ids for row in rows]
     model.eval()
     answer = partial(_answer, model, chosen, prefill, task, max_new_tokens)
     with scope:
-        answers, keep, totals = _answer_all(
+        answers, keep, rates, totals = _answer_all(
             prompts, answer, batch_size, journal or Journal(None), name, progress
         )
-        scores = {"perplexity": _perplexity(model, examples, chosen, batch_size, prefill)}
+        scores = {"perplexity": _perplexity(model, rows, chosen, batch_size, prefill)}
     scores = task.score(answers, [example.references for example in examples]) | scores
     result = {
         "policy": policy if isinstance(policy, str) else type(policy).__name__,
@@ -101,7 +103,8 @@ def evaluate(
         "prefill": prefill,
         "count": len(examples),
         **{metric: asdict(value.estimate(seed=seed)) for metric, value in scores.items()},
-        **_masks(keep),
+        "skip_rate": describe_rates(*rates.T),
+        **describe_masks(keep.numpy()),
         **totals,
         "batch_size": batch_size,
     }
@@ -133,14 +136,12 @@ class _Ended(StoppingCriteria):
 
 
 def _perplexity(
-    model: FirstModel, examples: Sequence[Example], policy: Policy, batch_size: int, prefill: str
+    model: FirstModel, rows: Sequence[Encoded], policy: Policy, batch_size: int, prefill: str
 ) -> Scores:
     """Return the perplexity of the wanted answers."""
-    tokenizer = model.need_tokenizer()
-    encoded = [encode(example, tokenizer, model.context_length) for example in examples]
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].prompt_ids))
-    rows = [encoded[i] for i in order]
-    losses, tokens, _ = item_losses(model, rows, policy, batch_size, prefill)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
+    by_length = [rows[i] for i in order]
+    losses, tokens, _ = item_losses(model, by_length, policy, batch_size, prefill)
     back = torch.tensor(order).argsort()
     return perplexity(losses[back].tolist(), tokens[back].tolist())
 
@@ -152,9 +153,15 @@ def _answer_all(
     journal: Journal,
     name: str,
     progress: bool,
-) -> tuple[list[str], torch.Tensor, dict[str, Any]]:
-    """Answer all prompts, long ones first; return answers, keep and the batches' totals."""
+) -> tuple[list[str], torch.Tensor, np.ndarray, dict[str, Any]]:
+    """Answer all prompts, long ones first.
+
+    Returns:
+        The answers, keep [prompts, layers], each prompt's skip rate and what it weighs
+        [prompts, 2], and the batches' totals.
+    """
     answers, keep = [""] * len(prompts), [""] * len(prompts)
+    rates = np.empty((len(prompts), 2))
     calls, steps, seconds = {"prefill": 0, "decode": 0}, 0, 0.0
     rho: list[list[float]] = []
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -167,6 +174,7 @@ def _answer_all(
                 journal.put(f"{name} {first}", done)
             for row, i in enumerate(picked):
                 answers[i], keep[i] = done["answers"][row], done["keep"][row]
+                rates[i] = done["skip_rates"][row]
             calls = {phase: calls[phase] + done["layer_calls"][phase] for phase in calls}
             steps, seconds = steps + done["decode_steps"], seconds + done["seconds"]
             rho += done["rho"]
@@ -175,7 +183,7 @@ def _answer_all(
     totals = {"layer_calls": calls, "decode_steps": steps, "seconds": seconds}
     if rho:
         totals["rho_histogram"] = _histogram(np.array(rho))
-    return answers, masks, totals
+    return answers, masks, rates, totals
 
 
 def _histogram(rho: np.ndarray) -> list[list[int]]:
@@ -208,16 +216,35 @@ def _answer(
         pad_token_id=model.pad_id,
         stopping_criteria=StoppingCriteriaList([_Ended(task, tokenizer, ids.shape[1])]),
     )
-    new, rho = output.sequences[:, ids.shape[1] :], output.cache.state.rho
-    texts = tokenizer.batch_decode(new.tolist(), skip_special_tokens=True)
+    new, state = output.sequences[:, ids.shape[1] :], output.cache.state
+    texts, rho = tokenizer.batch_decode(new.tolist(), skip_special_tokens=True), state.rho
+    steps = _decode_steps(new, [task.ended(text) for text in texts], model)
+    # A mask that holds for the whole answer counts once a prompt, others by tokens.
+    weights = steps if state.stepped is not None else [1] * len(steps)
     return {
         "answers": [task.clean(text) for text in texts],
-        "keep": _bits(output.keep),
+        "keep": _bits(state.keep_after(steps)),
+        "skip_rates": list(zip(state.skip_rates(steps), weights, strict=True)),
         "rho": [] if rho is None else [[round(x, 4) for x in row] for row in rho.tolist()],
         "layer_calls": output.layer_calls,
         "decode_steps": new.shape[1] - 1,
         "seconds": time.perf_counter() - start,
     }
+
+
+def _decode_steps(new: torch.Tensor, ended: Sequence[bool], model: FirstModel) -> list[int]:
+    """Return how many decode steps each row's answer took; the first token comes from the prompt.
+
+    Args:
+        new: [prompts, tokens], rows that are done filled up with the pad token.
+        ended: rows whose answer ended by itself, without an end token.
+        model: says which tokens end a row.
+    """
+    ends = model.base.generation_config.eos_token_id
+    stops = torch.tensor(np.append(model.pad_id, [] if ends is None else ends), device=new.device)
+    said = (~torch.isin(new, stops.long())).sum(1).tolist()
+    found = [n - 1 + (not done) for n, done in zip(said, ended, strict=True)]
+    return [min(max(n, 0), new.shape[1] - 1) for n in found]
 
 
 def _bits(keep: torch.Tensor) -> list[str]:
@@ -226,13 +253,13 @@ def _bits(keep: torch.Tensor) -> list[str]:
 
 
 def _choose(
-    model: FirstModel, policy: str | Policy, skip_rate: float | None, prefill: str
+    model: FirstModel, policy: str | Policy, skip_rate: float | None, prefill: str, seed: int
 ) -> tuple[Policy, Any]:
     """Return the policy object, and the scope in which it is measured."""
     if policy == _own(model):
         return model.policy_for(skip_rate, prefill), nullcontext()
     if policy in BASELINES and skip_rate is not None:
-        return model.baseline_for(str(policy), skip_rate, prefill).at(), nullcontext()
+        return model.baseline_for(str(policy), skip_rate, prefill, seed).at(), nullcontext()
     if policy in POLICIES:
         needs = "a skip_rate" if policy in BASELINES else f"an artifact without {_own(model)!r}"
         raise ConfigError(f"policy={policy!r} needs {needs}.")
@@ -249,26 +276,14 @@ def _choose(
     return make(), scope()
 
 
-def _prompts(
-    model: FirstModel, examples: Sequence[Example], max_new_tokens: int
-) -> list[list[int]]:
+def _encoded(model: FirstModel, examples: Sequence[Example], max_new_tokens: int) -> list[Encoded]:
+    """Return prompts with their wanted answers; those that do not fit the context are refused."""
     tokenizer = model.need_tokenizer()
-    prompts = [encode_prompt(example, tokenizer) for example in examples]
-    for example, ids in zip(examples, prompts, strict=True):
+    rows = [encode(example, tokenizer, model.context_length) for example in examples]
+    for example, row in zip(examples, rows, strict=True):
         where = f"{example.where or 'example'} (id {example.id})"
-        check_room(ids, max_new_tokens, model.context_length, where)
-    return prompts
-
-
-def _masks(keep: torch.Tensor) -> dict[str, Any]:
-    """Describe the masks [prompts, layers] of a run."""
-    rates = 1 - keep.double().mean(1).numpy()
-    low, high = np.percentile(rates, [5, 95])
-    return {
-        "skip_rate": {"mean": float(rates.mean()), "p5": float(low), "p95": float(high)},
-        "layer_skip_share": [round(x, 4) for x in (~keep).double().mean(0).tolist()],
-        "distinct_masks": len(torch.unique(keep, dim=0)),
-    }
+        check_room(row.prompt_ids, max_new_tokens, model.context_length, where)
+    return rows
 
 
 def _own(model: FirstModel) -> str:
@@ -301,8 +316,8 @@ def run(options: EvalConfig) -> int:
     task = find_task(examples, options.task or named)
     asked = _asked(options, _own(model))
     for policy, rate in asked:  # an impossible rate is refused before anything is run
-        _choose(model, policy, rate, options.prefill)
-    _prompts(model, examples, options.max_new_tokens)
+        _choose(model, policy, rate, options.prefill, options.seed)
+    _encoded(model, examples, options.max_new_tokens)
     report = _start(options, model, examples, task)
     scored: dict[str, Scores] = {}
     journal = Journal(
@@ -348,6 +363,11 @@ def _asked(options: EvalConfig, own: str) -> list[tuple[str, float | None]]:
     return asked
 
 
+def compared_options(options: EvalConfig) -> dict[str, Any]:
+    """Return the options that results hold, and that must be the same to add to them."""
+    return {k: v for k, v in to_dict(options).items() if k not in FREE_OPTIONS}
+
+
 def run_names(options: EvalConfig) -> list[str]:
     """Return the names under which results hold what these options ask for; they name policies."""
     return [_name(policy, rate) for policy, rate in _asked(options, "router")]
@@ -382,7 +402,7 @@ def _start(
     options: EvalConfig, model: FirstModel, examples: Sequence[Example], task: Task
 ) -> dict[str, Any]:
     """Return a new report, or what --output holds of the same one."""
-    compared = {k: v for k, v in to_dict(options).items() if k not in FREE_OPTIONS}
+    compared = compared_options(options)
     inputs = {
         "artifact": options.artifact,
         "artifact_sha256": _model_hash(model),

@@ -17,7 +17,9 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from firstlm import evaluate, train
+import torch
+
+from firstlm import artifact, evaluate, train
 from firstlm.config import EvalConfig, ExperimentConfig, TrainConfig
 from firstlm.errors import ConfigError
 from firstlm.options import from_dict, read_yaml
@@ -68,6 +70,17 @@ class Unit:
         report = self.report
         return report is not None and set(evaluate.run_names(self.score)) <= set(report["runs"])
 
+    @property
+    def changed(self) -> list[str]:
+        """Options with which its artifact or results were made, and that the file has otherwise."""
+        trained = artifact.read_config(Path(self.train.output))["training"] if self.trained else {}
+        report = self.report or {}
+        runs = [made.get("run", {}) for made in (trained, report.get("training", {}))]
+        found = [name for run in runs for name in train.changed_options(run, self.train)]
+        scored, asked = report.get("options", {}), evaluate.compared_options(self.score)
+        found += [name for name in asked if name in scored and asked[name] != scored[name]]
+        return list(dict.fromkeys(found))
+
     def run(self) -> None:
         """Train and score, as far as that is not done."""
         if not self.trained:
@@ -89,8 +102,16 @@ def run(options: ExperimentConfig) -> int:
         raise ConfigError(f"No arm of these files is named {' or '.join(options.only or ())}.")
     if options.action == "list":
         for unit in units:
-            print(f"{unit.name:40} {'scored' if unit.scored else 'to do'}")
+            stale = f"made with other options: {', '.join(unit.changed)}" if unit.changed else ""
+            print(f"{unit.name:40} {stale or ('scored' if unit.scored else 'to do')}")
         return 0
+    for unit in units:
+        if unit.changed:
+            raise ConfigError(
+                f"What is there of {unit.name} was made with other options than its file has now "
+                f"({', '.join(unit.changed)}). Remove {unit.train.output}, its -run folder and "
+                f"{unit.score.output}, or name other folders with --runs and --results."
+            )
     if options.action == "summary":
         return _summary(units, Path(options.results) / SUMMARY)
     end = None if options.minutes is None else monotonic() + 60 * options.minutes
@@ -116,7 +137,10 @@ def _summary(units: list[Unit], file: Path) -> int:
         found = {u.train.seed: u.report for u in units if (u.file, u.arm) == (unit.file, unit.arm)}
         reports = {seed: report for seed, report in found.items() if report is not None}
         if reports and unit.arm not in arms.setdefault(unit.file, {}):
-            arms[unit.file][unit.arm] = Arm(unit.train, unit.score, reports)
+            name = f"{unit.file}-{unit.arm}"
+            arm = arms[unit.file][unit.arm] = Arm(name, unit.train, unit.score, reports)
+            if len(arm.commits) > 1:
+                print(f"Note: {name} was scored at several commits: {', '.join(arm.commits)}.")
     found = [row for group in arms.values() for row in rows(list(group.values()))]
     write_json(file, found)
     print(f"{len(found)} rows are in {file}.")
@@ -128,7 +152,7 @@ def _files(paths: list[str]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         inside = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
-        if not inside or not inside[0].is_file():
+        if not inside or not all(file.is_file() for file in inside):
             raise ConfigError(f"{path} is no experiment file, nor a folder with any (*.yaml).")
         found += inside
     return found
@@ -147,6 +171,8 @@ def units_of(file: Path, runs: str, results: str) -> list[Unit]:
     for arm, said in arms.items():
         where = f"{file}: arm {arm}"
         said = _known({"seeds": [0], "train": {}, "eval": {}} | (said or {}), ARM_KEYS, where)
+        if not (isinstance(said["seeds"], list) and all(type(s) is int for s in said["seeds"])):
+            raise ConfigError(f"{where}: seeds is {said['seeds']!r}; expected a list: [0, 1, 2].")
         for seed in said["seeds"]:
             name = f"{file.stem}-{arm}-{seed}"
             output = f"{runs}/{name}"
@@ -221,7 +247,9 @@ def _interrupted_after(minutes: float | None) -> Iterator[None]:
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     signal.setitimer(signal.ITIMER_REAL, max(60 * minutes, 1e-3))
     try:
-        yield
+        # An interrupt may strike while torch enters or leaves a scope without gradients.
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGINT, before)

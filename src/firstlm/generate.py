@@ -19,7 +19,7 @@ import torch
 from firstlm.cache import SkipCache, StaticSkipCache, make_cache
 from firstlm.decisions import RoutingState
 from firstlm.errors import ConfigError
-from firstlm.inputs import infer_mask, pad_on_the_left, position_ids
+from firstlm.inputs import pad_on_the_left, position_ids, take_prompts
 from firstlm.model import FirstModel
 from firstlm.policies import Policy
 
@@ -86,10 +86,8 @@ def prefill(
         cache: "dynamic" or "static".
         max_new_tokens: decode steps that a static cache has room for.
     """
-    input_ids = input_ids.to(model.device)
-    if attention_mask is None:
-        attention_mask = infer_mask(model.base.generation_config, input_ids)
-    input_ids, attention_mask = pad_on_the_left(input_ids, attention_mask.to(model.device))
+    prompts = take_prompts(input_ids, attention_mask, model.base.generation_config, model.device)
+    input_ids, attention_mask = pad_on_the_left(*prompts)
     state = model.new_state(attention_mask, policy, skip_rate, prefill, input_ids=input_ids)
     longest = input_ids.shape[1] + max_new_tokens
     kv = make_cache(model.base.config, state, cache, longest)

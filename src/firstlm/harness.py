@@ -115,9 +115,10 @@ class FirstHarness(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Return each continuation's log-likelihood, and whether greedy decoding gives it."""
         rows = [self._fit(context, answer) for _, context, answer in requests]
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
-        found = [(0.0, False)] * len(rows)
-        with tqdm(total=len(rows), desc="scoring", disable=disable_tqdm) as bar:
+        asked = [i for i, row in enumerate(rows) if row.answer_ids]
+        order = sorted(asked, key=lambda i: -len(rows[i].prompt_ids))
+        found = [(0.0, True)] * len(rows)  # nothing at all is sure to follow
+        with tqdm(total=len(order), desc="scoring", disable=disable_tqdm) as bar:
             for start in range(0, len(order), self.batch_size):
                 picked = order[start : start + self.batch_size]
                 for i, scored in zip(picked, self._score([rows[i] for i in picked]), strict=True):

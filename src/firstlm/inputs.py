@@ -10,7 +10,34 @@ import torch
 from firstlm.errors import ConfigError
 
 
-def check_prompts(input_ids: Any) -> None:
+def take_prompts(
+    input_ids: Any,
+    attention_mask: torch.Tensor | None,
+    generation_config: Any,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a batch of prompts and its mask [batch, tokens] on a device.
+
+    Args:
+        input_ids: [batch, tokens], padded on either side.
+        attention_mask: [batch, tokens]; without it, pad tokens are taken for padding where the
+            model has a pad token that is not also EOS.
+        generation_config: the model's, for that.
+        device: where both shall be.
+
+    Raises:
+        ConfigError: this is no batch of token ids, or the mask does not fit.
+    """
+    _check_prompts(input_ids)
+    input_ids = input_ids.to(device)
+    if attention_mask is None:
+        attention_mask = _infer_mask(generation_config, input_ids)
+    attention_mask = attention_mask.to(device)
+    _check_mask(attention_mask, input_ids)
+    return input_ids, attention_mask
+
+
+def _check_prompts(input_ids: Any) -> None:
     """Refuse what is no batch of token ids."""
     if not isinstance(input_ids, torch.Tensor):
         raise ConfigError(
@@ -24,7 +51,7 @@ def check_prompts(input_ids: Any) -> None:
         )
 
 
-def check_mask(attention_mask: torch.Tensor, input_ids: torch.Tensor) -> None:
+def _check_mask(attention_mask: torch.Tensor, input_ids: torch.Tensor) -> None:
     """Refuse a mask that does not fit its prompts [batch, tokens], or hides a whole prompt."""
     if attention_mask.shape != input_ids.shape:
         raise ConfigError(
@@ -63,7 +90,7 @@ def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     return positions.masked_fill(attention_mask == 0, 0)
 
 
-def infer_mask(generation_config: Any, input_ids: torch.Tensor) -> torch.Tensor:
+def _infer_mask(generation_config: Any, input_ids: torch.Tensor) -> torch.Tensor:
     """Take pad tokens for padding, where the model has a pad token that is not also EOS."""
     pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
     eos_ids = eos if isinstance(eos, list) else [eos]

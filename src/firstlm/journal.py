@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from firstlm.results import to_json
+from firstlm.results import to_json, write_text
 
 
 class Journal:
@@ -23,14 +23,15 @@ class Journal:
         self._head = to_json({"work": work})
         if path is None:
             return
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        if lines and lines[0] == self._head:
-            for line in lines[1:]:
-                try:
-                    part = json.loads(line)
-                except ValueError:  # cut off when it was written
-                    break
-                self.parts[part["name"]] = part["done"]
+        # A line ends with a line feed alone: texts may hold Unicode's other line ends.
+        head, *lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+        if head != self._head:
+            return
+        for line in lines[:-1]:
+            part = json.loads(line)
+            self.parts[part["name"]] = part["done"]
+        if lines and lines[-1]:  # cut off when it was written; what follows gets a line of its own
+            write_text(path, "\n".join([head, *lines[:-1], ""]))
 
     def get(self, name: str) -> Any:
         """Return what `put` was given under this name, or None."""

@@ -237,17 +237,18 @@ def score_summaries(
 
 
 def tokenizer_for(language: str | None) -> str:
-    """Return sacrebleu's tokenizer for a target language.
+    """Return sacrebleu's tokenizer for a target language, such as de, zh or zh-CN.
 
     Raises:
         ConfigError: it would need a package that is not installed.
     """
-    if language in ("ja", "ko"):
+    code = re.split(r"[-_]", (language or "").lower())[0]
+    if code in ("ja", "ko"):
         raise ConfigError(
             f"BLEU in {language!r} needs a word segmenter that firstlm does not bring; expected "
             "another target language."
         )
-    return "zh" if language == "zh" else "13a"
+    return "zh" if code == "zh" else "13a"
 
 
 def _pairs(

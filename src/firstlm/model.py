@@ -25,13 +25,11 @@ from firstlm.config import DRAWN, PREFILL_MODES, RouterConfig, check_skip_rate
 from firstlm.decisions import RoutingState
 from firstlm.errors import ConfigError
 from firstlm.inputs import (
-    check_mask,
-    check_prompts,
-    infer_mask,
     longest_row,
     pad_on_the_left,
     position_ids,
     refuse_rollback,
+    take_prompts,
 )
 from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
 from firstlm.routers import Routers
@@ -201,6 +199,19 @@ class FirstModel(nn.Module):
             raise ConfigError("The model has no tokenizer, so text can't become a prompt.")
         return self.tokenizer
 
+    def need_routers(self) -> Routers:
+        """Return the routers.
+
+        Raises:
+            ConfigError: another policy decides in their place, so they were not trained.
+        """
+        if self.baseline is not None:
+            raise ConfigError(
+                f"This model was trained for the policy {self.baseline.name!r}, and its routers "
+                "decide nothing; expected one that was trained with --policy router."
+            )
+        return self.routers
+
     @property
     def has_adapter(self) -> bool:
         """Whether LoRA is on the base model."""
@@ -225,7 +236,9 @@ class FirstModel(nn.Module):
             return RouterPolicy(self.routers)
         return RouterPolicy(self.routers, self.thresholds.offset(skip_rate, prefill))
 
-    def baseline_for(self, name: str, skip_rate: float, prefill: str = "skip") -> Baseline:
+    def baseline_for(
+        self, name: str, skip_rate: float, prefill: str = "skip", seed: int = 0
+    ) -> Baseline:
         """Return a policy to compare with, on this model.
 
         Args:
@@ -233,6 +246,7 @@ class FirstModel(nn.Module):
                 trained with it; the majority is that of this model's routers.
             skip_rate: share of layers to skip.
             prefill: prefill mode whose majority is meant.
+            seed: of what is drawn; one that the model was trained with keeps its own.
 
         Raises:
             ConfigError: the model lacks what the policy needs.
@@ -247,7 +261,7 @@ class FirstModel(nn.Module):
                 f"This model knows no order for the policy {name!r}; train LoRA for it with "
                 f"`firstlm train --policy {name}`."
             )
-        return Baseline(name, self.layer_count, self.free_layers, skip_rate, orders=orders)
+        return Baseline(name, self.layer_count, self.free_layers, skip_rate, seed, orders)
 
     def new_state(
         self,
@@ -333,12 +347,14 @@ class FirstModel(nn.Module):
         prefill: str = "skip",
     ) -> RoutingState:
         """Run prompts [batch, tokens] through the layers only and return what was decided."""
-        mask = attention_mask.to(self.device)
+        input_ids, mask = take_prompts(
+            input_ids, attention_mask, self.base.generation_config, self.device
+        )
         state = self.new_state(mask, policy, skip_rate, prefill, input_ids=input_ids)
         base = self.plain_base
         with self.routing.tracing(state):
             base.base_model(
-                input_ids=input_ids.to(self.device),
+                input_ids=input_ids,
                 attention_mask=mask,
                 use_cache=False,
                 **self._positions(mask),
@@ -372,15 +388,12 @@ class FirstModel(nn.Module):
             ConfigError: options that cannot work together.
         """
         start = time.perf_counter()
-        check_prompts(input_ids)
         refuse_rollback(generate_kwargs)
         for name in ("use_cache", "return_dict_in_generate"):
             generate_kwargs.pop(name, None)
-        input_ids = input_ids.to(self.device)
-        if attention_mask is None:
-            attention_mask = infer_mask(self.base.generation_config, input_ids)
-        attention_mask = attention_mask.to(self.device)
-        check_mask(attention_mask, input_ids)
+        input_ids, attention_mask = take_prompts(
+            input_ids, attention_mask, self.base.generation_config, self.device
+        )
         cache = take_cache(generate_kwargs)
         asked = getattr(generate_kwargs.get("generation_config"), "cache_implementation", None)
         kind = generate_kwargs.pop("cache_implementation", None) or asked or "dynamic"

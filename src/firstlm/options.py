@@ -23,7 +23,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 
 from firstlm.errors import ConfigError
-from firstlm.results import portable, write_text
+from firstlm.results import portable
 
 T = TypeVar("T")
 REQUIRED = dataclasses.MISSING
@@ -92,13 +92,13 @@ def check(cfg: Any) -> None:
     _check(type(cfg), {field: getattr(cfg, field) for field in _fields(type(cfg))}, "")
 
 
-def save_yaml(cfg: Any, path: str | Path) -> None:
-    """Write every field of `cfg` to a YAML file that `--config` and `load_yaml` read back."""
+def to_yaml(cfg: Any) -> str:
+    """Return every field of `cfg` as YAML, which `--config` and `load_yaml` read back."""
     values = to_dict(cfg)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
     if yaml.safe_load(text) != values:  # PyYAML reads some line ends as others unless escaped
         text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
-    write_text(path, text)
+    return text
 
 
 def load_yaml(cls: type[T], path: str | Path) -> T:

@@ -347,6 +347,11 @@ def _arguments(
         use_cpu=model.device.type == "cpu",
         dataloader_pin_memory=model.device.type == "cuda",
     )
+    if arguments.world_size > 1:
+        raise ConfigError(
+            f"{arguments.world_size} processes train together, but skip rates and the best "
+            "checkpoint are measured in one; start `firstlm train` once, without a launcher."
+        )
     if arguments.device.type == "cuda":  # DataParallel would split a batch from its decisions
         torch.cuda.set_device(model.device)
         arguments._n_gpu = 1

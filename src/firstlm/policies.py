@@ -8,7 +8,7 @@ and names none.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -45,6 +45,18 @@ class Policy(Protocol):
 
     def decide(self, layer: int, prompts: Prompts) -> torch.Tensor:
         """Return [prompts]: bool (True = the layer runs), or float logits (>= 0 runs)."""
+        ...
+
+
+@runtime_checkable
+class SteppedPolicy(Policy, Protocol):
+    """Lets layers go as the answer grows; one that has gone does not come back.
+
+    So no token needs keys and values that an earlier one did not leave.
+    """
+
+    def lifetime(self, layer: int) -> int:
+        """Return for how many decode steps the layer runs; the prompt comes before all of them."""
         ...
 
 

@@ -179,11 +179,11 @@ def _png(figure: Any) -> bytes:
 def _quality(rows: Sequence[Row]) -> bytes:
     """Draw score over skip rate, one line a policy and LoRA; plain LoRA is a dashed line."""
     figure, axes = _figure(8, 4.5)
-    lines: dict[tuple[str, str | None], list[Row]] = {}
-    for row in rows:
-        lines.setdefault((row["policy"], row["lora_of"]), []).append(row)
-    for (policy, lora_of), points in lines.items():
-        shown = label(policy, lora_of)
+    lines: dict[str, list[Row]] = {}
+    for shown, row in labelled(rows):
+        lines.setdefault(shown, []).append(row)
+    for shown, points in lines.items():
+        policy, lora_of = points[0]["policy"], points[0]["lora_of"]
         if policy == "base":
             style = "--" if lora_of else ":"
             axes.axhline(points[0]["score"], color="#6b7280", linestyle=style, label=shown)
@@ -279,6 +279,18 @@ def label(policy: str, lora_of: str | None) -> str:
     return shown if lora_of == policy else f"{shown}, LoRA of {label(lora_of, lora_of)}"
 
 
+def labelled(rows: Sequence[Row]) -> list[tuple[str, Row]]:
+    """Return rows with their labels; where arms share one, it says which arm is meant."""
+    arms: dict[str, set[str]] = {}
+    names = [label(row["policy"], row["lora_of"]) for row in rows]
+    for name, row in zip(names, rows, strict=True):
+        arms.setdefault(name, set()).add(row["arm"])
+    return [
+        (f"{name} ({row['arm']})" if len(arms[name]) > 1 else name, row)
+        for name, row in zip(names, rows, strict=True)
+    ]
+
+
 def page(rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
     """Return the HTML page."""
     title = "firstlm: what was measured"
@@ -318,18 +330,17 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]], caption: str = "
 
 def _scores(rows: Sequence[Row]) -> str:
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    found: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
-        key = (row["policy"], row["lora_of"], row["skip_rate_asked"])
-        found.setdefault(key, {})[row["metric"]] = row
+    found: dict[tuple[str, float], dict[str, Row]] = {}
+    for shown, row in labelled(rows):
+        found.setdefault((shown, row["skip_rate_asked"]), {})[row["metric"]] = row
     lines = []
-    for (policy, lora_of, _), by_metric in found.items():
+    for (shown, _), by_metric in found.items():
         row = next(r for r in by_metric.values() if r["primary"])
         kept = "" if row["retention"] is None else f"{row['retention']:.1%}"
         spread = f"{row['skip_rate_p5']:.0%} to {row['skip_rate_p95']:.0%}"
         lines.append(
             [
-                label(policy, lora_of),
+                shown,
                 f"{row['skip_rate']:.1%} ({spread})",
                 *(f"{by_metric[m]['score']:.1f}" for m in metrics),
                 "{:.1f} to {:.1f}".format(*row["ci95"]),
@@ -345,14 +356,14 @@ def _scores(rows: Sequence[Row]) -> str:
 
 def _adaptivity(rows: Sequence[Row]) -> str:
     lines = []
-    for row in rows:
+    for shown, row in labelled(rows):
         if not (row["primary"] and row["policy"] == "first" and row["skip_rate_asked"]):
             continue
         gain, length = row["gain_over_majority"], row["length_correlation"]
         interval = row["gain_over_majority_ci95"] or (0.0, 0.0)
         lines.append(
             [
-                f"{row['skip_rate_asked']:.0%}",
+                f"{shown}, {row['skip_rate_asked']:.0%}",
                 f"{row['distinct_masks']:.1f}",
                 f"{row['mask_entropy']:.2f}",
                 "-" if length is None else f"{length:+.2f}",

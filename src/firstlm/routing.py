@@ -98,6 +98,10 @@ class Routing:
         state.in_prefill = first < state.prompt_length
         if layer == 0 and not state.in_prefill and state.first_token_at is None:
             state.first_token_at = time.perf_counter()
+        if cache is not None and not state.in_prefill:
+            gone = state.retire(layer, first - state.prompt_length, hidden.device)
+            if gone and self.unit != "mlp":
+                cache.keep_rows(layer, state.rows(layer))
         deferred = cache is not None and state.prefill == "full"
         whole = True
         if not state.decided(layer) or (state.traced and torch.is_grad_enabled()):
@@ -164,7 +168,7 @@ class Routing:
             state.count_call()
             return original(*args, **kwargs)
         rows = state.rows(layer)
-        if state.traced and (state.gate != "hard" or state.prefill == "full"):
+        if state.traced and (state.gate != "hard" or state.prefill == "full" or state.stepped):
             state.count_call()
             return _replace_hidden(
                 original(*args, **kwargs),
@@ -223,6 +227,9 @@ def _blend(
 
 
 def _choice(state: RoutingState, layer: int, out: torch.Tensor) -> torch.Tensor:
+    """Return which rows, or with a stepped policy which of their tokens, run the layer."""
+    if state.stepped is not None:
+        return state.runs_at(layer).unsqueeze(-1).to(out.device)
     return torch.tensor(state.row_keep(layer), device=out.device).view(-1, 1, 1)
 
 

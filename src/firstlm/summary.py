@@ -7,7 +7,6 @@ Reads what `firstlm experiment run` wrote and the test sets' references; needs n
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from firstlm.config import BASELINES, EvalConfig, TrainConfig
 from firstlm.errors import DataError
 from firstlm.examples import load_examples
+from firstlm.masks import describe_masks, length_correlation
 from firstlm.metrics import Scores, over_seeds
 from firstlm.tasks import Task, find_task
 
@@ -28,15 +28,20 @@ class Arm:
     """The results of one arm, seed by seed.
 
     Args:
+        name: FILE-ARM.
         train: options of its training (of any seed).
         score: options of its evaluation.
         reports: what `firstlm eval` wrote, by seed.
     """
 
     def __init__(
-        self, train: TrainConfig, score: EvalConfig, reports: Mapping[int, dict[str, Any]]
+        self,
+        name: str,
+        train: TrainConfig,
+        score: EvalConfig,
+        reports: Mapping[int, dict[str, Any]],
     ) -> None:
-        self.train, self.reports = train, dict(sorted(reports.items()))
+        self.name, self.train, self.reports = name, train, dict(sorted(reports.items()))
         counts = {run["count"] for report in reports.values() for run in report["runs"].values()}
         if len(counts) != 1:
             raise DataError(f"The results of {train.output} are over {sorted(counts)} items.")
@@ -54,6 +59,17 @@ class Arm:
     def lora(self) -> bool:
         """Whether LoRA was trained."""
         return self.train.stage != "routers" and self.train.lora_steps > 0
+
+    @property
+    def commits(self) -> list[str]:
+        """The versions of the code at which its runs were scored."""
+        made = [
+            run.get("provenance", {}).get("git")
+            for r in self.reports.values()
+            for run in r["runs"].values()
+        ]
+        known = [f"{git['commit'][:7]}{'+' * git['dirty']}" for git in made if git]
+        return list(dict.fromkeys(known))
 
     @property
     def names(self) -> list[str]:
@@ -103,6 +119,7 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "task": arm.task.name,
                         "dataset": Path(arm.train.data or "").parent.name,
                         "model": arm.train.model,
+                        "arm": arm.name,
                         **_policy(arm, name, runs[0]["policy"]),
                         "unit": arm.train.unit,
                         "prefill": runs[0]["prefill"],
@@ -132,22 +149,21 @@ def adaptivity(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Say how much masks differ from prompt to prompt; means over runs.
 
     Returns:
-        distinct_masks; mask_entropy, in bits; length_correlation, Pearson's, of a prompt's skip
-        rate with the logarithm of its tokens (None where either is constant or was not noted).
+        distinct_masks, mask_entropy and length_correlation; see `masks`. The last is None where
+        no run has one.
     """
-    entropies, correlations = [], []
+    found, correlations = [], []
     for run in runs:
-        masks = [item["keep"] for item in run["items"]]
-        shares = np.array(list(Counter(masks).values())) / len(masks)
-        entropies.append(float(-(shares * np.log2(shares)).sum()))
-        rates = [mask.count("0") / len(mask) for mask in masks]
-        lengths = [np.log(item.get("prompt_tokens", 1)) for item in run["items"]]
-        if np.std(rates) > 0 and np.std(lengths) > 0:
-            correlations.append(float(np.corrcoef(rates, lengths)[0, 1]))
+        keep = np.array([[kept == "1" for kept in item["keep"]] for item in run["items"]])
+        found.append(describe_masks(keep))
+        # Results of before 2026-11-25 do not say how long prompts are.
+        lengths = [item.get("prompt_tokens", 1) for item in run["items"]]
+        correlations.append(length_correlation((1 - keep.mean(1)).tolist(), lengths))
+    known = [value for value in correlations if value is not None]
     return {
-        "distinct_masks": _mean([run["distinct_masks"] for run in runs]),
-        "mask_entropy": _mean(entropies),
-        "length_correlation": _mean(correlations) if correlations else None,
+        "distinct_masks": _mean([one["distinct_masks"] for one in found]),
+        "mask_entropy": _mean([one["mask_entropy"] for one in found]),
+        "length_correlation": _mean(known) if known else None,
     }
 
 

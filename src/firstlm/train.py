@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +26,7 @@ from firstlm.errors import ConfigError
 from firstlm.importance import influence_order
 from firstlm.lora import is_lora, lora_parameters
 from firstlm.model import FirstModel
-from firstlm.options import load_yaml, save_yaml, to_dict
+from firstlm.options import load_yaml, to_dict, to_yaml
 from firstlm.phases import (
     RUN_FILE,
     add_lora,
@@ -34,7 +35,7 @@ from firstlm.phases import (
     work_folder,
 )
 from firstlm.pretrained import SMOLLM2, load_base, resolve_device
-from firstlm.results import atomic_dir, provenance, sha256_of, write_json
+from firstlm.results import atomic_dir, provenance, sha256_of, write_json, write_text
 from firstlm.trainer import WEIGHTS_FILE, mixed_precision, take_weights
 
 VALIDATION_SHARE = 0.1
@@ -78,8 +79,7 @@ def run(config: TrainConfig) -> int:
         raise
     finish(model, draw(validation, CALIBRATION_PROMPTS, config.seed), config)
     model.training_record, model.results = record, {}
-    model.save_pretrained(config.output)
-    save_yaml(config, Path(config.output) / RUN_FILE)
+    artifact.save(model, config.output, more={RUN_FILE: to_yaml(config)})
     print(f"Saved the artifact to {config.output}; logs are in {work_folder(config)}.")
     return 0
 
@@ -181,16 +181,19 @@ def _baseline(model: FirstModel, train: list[Encoded], config: TrainConfig) -> B
         return None
     assert config.skip_rate is not None
     orders: tuple[tuple[float, tuple[int, ...]], ...] = ()
+    answers: tuple[int, ...] = ()
     if config.policy == "static_importance":
         rows = draw(train, INFLUENCE_ROWS, config.seed)
         with mixed_precision(model):
             orders = ((config.skip_rate, tuple(influence_order(model, rows, config.batch_size))),)
+    elif config.policy == "skip_decode":
+        answers = tuple(np.bincount([len(row.answer_ids) - 1 for row in train]).tolist())
     elif config.majority_of is not None:
         known = artifact.read_thresholds(config.majority_of)
         rates = sorted({config.skip_rate, *(config.skip_rates or ())})
         orders = tuple((rate, tuple(known.majority(rate, config.prefill))) for rate in rates)
     name, rate = config.policy, config.skip_rate
-    return Baseline(name, model.layer_count, model.free_layers, rate, config.seed, orders)
+    return Baseline(name, model.layer_count, model.free_layers, rate, config.seed, orders, answers)
 
 
 def load_options(config: TrainConfig) -> dict[str, Any]:
@@ -214,8 +217,7 @@ def _claim(config: TrainConfig, hashes: dict[str, str]) -> None:
     if not config.resume:
         shutil.rmtree(work, ignore_errors=True)
     elif file.is_file():
-        before, now = to_dict(load_yaml(TrainConfig, file)), to_dict(config)
-        changed = [name for name in now if name not in FREE and now[name] != before[name]]
+        changed = changed_options(to_dict(load_yaml(TrainConfig, file)), config)
         if changed:
             raise ConfigError(
                 f"{work} holds a run with other options ({', '.join(changed)}; see {file}). Name "
@@ -227,8 +229,14 @@ def _claim(config: TrainConfig, hashes: dict[str, str]) -> None:
                 "the data back to resume it, or start over with --no-resume."
             )
     work.mkdir(parents=True, exist_ok=True)
-    save_yaml(config, file)
+    write_text(file, to_yaml(config))
     write_json(data_file, hashes)
+
+
+def changed_options(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """Return the options that a run had with other values, of those that change its result."""
+    now = to_dict(config)
+    return [n for n in now if n not in FREE and n in before and now[n] != before[n]]
 
 
 def _data_hash(config: TrainConfig) -> dict[str, str]:

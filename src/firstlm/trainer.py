@@ -29,6 +29,7 @@ from firstlm.losses import FullDepth, answer_cross_entropy, answer_pass, non_ski
 from firstlm.model import FirstModel
 from firstlm.policies import Policy
 from firstlm.rates import RateDriver
+from firstlm.results import to_json, write_text
 
 WEIGHTS_FILE = "trainable.safetensors"
 DRIVER_FILE = "driver.json"
@@ -192,7 +193,7 @@ class FirstTrainer(Trainer):
                 "skip_rate_by_layer": [round(x, 3) for x in by_layer.tolist()],
             }
             with self.log_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(to_json(line) + "\n")
             if self.driver is not None and not self.args.disable_tqdm:
                 self._say(f"layers mostly skipped: {mostly}")
             self._sums.clear()
@@ -268,9 +269,19 @@ class FirstTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         folder = Path(resume_from_checkpoint)
+        self._forget_after(int(folder.name.rpartition("-")[2]))
         self._load_weights(folder)
         if self.driver is not None:
             self.driver.load_state_dict(json.loads((folder / DRIVER_FILE).read_text()))
+
+    def _forget_after(self, step: int) -> None:
+        """Drop what an interrupted run logged of steps that come again."""
+        if self.log_path.exists():
+            lines = self.log_path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [
+                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
+            ]
+            write_text(self.log_path, "".join(kept))
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint

@@ -124,12 +124,12 @@ def _routers(found: dict[str, Any], asked: float | None) -> list[Check]:
     text = (
         f"{found['distinct_masks']} masks for {found['prompts']} prompts, the commonest for "
         f"{found['commonest_mask_share']:.0%} (a sign from {SAME_MASK_SHARE:.0%} on), "
-        f"{found['mask_entropy']:.2f} bits per decision{more}"
+        f"{found['mask_entropy']:.2f} bits per mask{more}"
     )
     checks.append(Check("same mask for every input", level, text))
     text = f"{rate['mean']:.1%} skipped per prompt, 5th to 95th percentile {rate['p5']:.0%} to "
     text += f"{rate['p95']:.0%}"
-    correlation = found["rate_length_correlation"]
+    correlation = found["length_correlation"]
     if correlation is not None:
         text += f", correlation with prompt length {correlation:+.2f}"
     missed = False
