@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from families import batch, decode, make_model, mixed
 from safetensors.torch import load_file, save_file
 
-from firstlm import FirstModel, FixedMask, RouterConfig, artifact
+from firstlm import FirstModel, FixedMask, RouterConfig, artifact, artifact_files
 from firstlm.errors import ArtifactError
 from firstlm.thresholds import Threshold
 
@@ -102,6 +103,12 @@ def test_everything_comes_back(unit: str, adapter: bool, tmp_path: Path) -> None
     refixed = decode(again, ids, mask, NEW, policy=FixedMask(mixed(4)))
     assert torch.equal(refixed[0], fixed[0])
     assert torch.equal(refixed[1], fixed[1])
+
+
+def test_others_may_read_what_the_umask_lets_them(saved: Path) -> None:
+    os.umask(umask := os.umask(0))
+    modes = {file.stat().st_mode & 0o777 for file in saved.rglob("*") if file.is_file()}
+    assert modes == {0o666 & ~umask}
 
 
 def test_peft_reads_the_adapter_by_itself(saved: Path) -> None:
@@ -300,7 +307,7 @@ def test_scores_that_do_not_belong_together_are_not_recorded(saved: Path) -> Non
     before = {f: f.read_bytes() for f in saved.rglob("*") if f.is_file()}
     for runs in ({}, {"base": {"F1": 1.0}}, {"base": {"skip_rate": 0.0, "F1": "good"}}):
         with pytest.raises(ArtifactError, match="same scores"):
-            artifact.record(saved, "qa", {**RESULTS["qa"], "runs": runs})
+            artifact_files.record(saved, "qa", {**RESULTS["qa"], "runs": runs})
     assert {f: f.read_bytes() for f in saved.rglob("*") if f.is_file()} == before
 
 

@@ -18,15 +18,14 @@ from firstlm.data import (
     IGNORE,
     Collator,
     Encoded,
-    Example,
     encode,
     encode_all,
     encode_prompt,
-    load_examples,
     pad_left,
     split_validation,
 )
 from firstlm.errors import ConfigError, DataError
+from firstlm.examples import Example, load_examples
 
 PAIR = {"prompt": "Say hi.", "completion": " Hi."}
 QA = {"task": "qa", "source": "Context: A cat sat.\nQuestion: Who sat?", "target": "A cat"}

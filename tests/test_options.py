@@ -10,7 +10,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from firstlm import config
+from firstlm import command_config, config
 from firstlm.config import RouterConfig, TrainConfig
 from firstlm.errors import ConfigError
 from firstlm.options import (
@@ -55,6 +55,8 @@ def test_paths_may_begin_at_home(tmp_path, monkeypatch):
     file.write_text("place: ~/here\nnote: ~/text\n")
     assert load_yaml(Sample, file) == Sample(place=str(tmp_path / "here"), note="~/text")
     assert resolve(Sample, ["~/here"], "t").place == str(tmp_path / "here")
+    with pytest.raises(ConfigError, match="PLACE is '~nobody-here/x', but no user"):
+        resolve(Sample, ["~nobody-here/x"], "t")
 
 
 def test_a_saved_run_finds_the_data_of_another_machine(tmp_path, monkeypatch):
@@ -69,9 +71,10 @@ def test_a_saved_run_finds_the_data_of_another_machine(tmp_path, monkeypatch):
 
 
 COMMAND_OPTIONS = [
-    getattr(config, name)
-    for name in dir(config)
-    if name.endswith("Config") and isinstance(getattr(config, name), type)
+    getattr(file, name)
+    for file in (config, command_config)
+    for name in dir(file)
+    if name.endswith("Config") and isinstance(getattr(file, name), type)
 ]
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -81,7 +84,7 @@ samples = st.builds(
     Sample,
     rate=floats,
     note=notes,
-    place=texts,
+    place=texts.filter(lambda text: not text.startswith("~") and "$" not in text),
     count=st.integers(),
     kind=st.sampled_from(["red", "green"]),
     loud=st.booleans(),
@@ -252,3 +255,40 @@ def test_impossible_rates_are_refused(rate):
 def test_units_are_choices():
     with pytest.raises(ConfigError, match="block, attention, mlp"):
         from_dict(RouterConfig, {"unit": "blok"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounded:
+    """Numbers that must lie somewhere."""
+
+    count: int | None = option(None, at_least=1, help="")
+    rate: float = option(1.0, above=0, help="")
+    share: float = option(0.0, at_least=0, below=1, help="")
+    parts: list[float] = option([0.5], above=0, at_most=1, help="")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right", "says"),
+    [
+        ("count", (0, -3), (None, 1), "expected 1 or more"),
+        ("rate", (0, -1.0, float("inf")), (1e-9,), "expected more than 0"),
+        ("share", (1, -0.1), (0, 0.99), "expected 0 up to below 1"),
+        ("parts", ([0.5, 0], [1.5]), ([0.1, 1],), "expected above 0 up to 1"),
+    ],
+)
+def test_numbers_lie_within_their_bounds(name, wrong, right, says):
+    for value in wrong:
+        with pytest.raises(ConfigError, match=f"^{name} is .*; {says}"):
+            from_dict(Bounded, {name: value})
+        with pytest.raises(ConfigError, match=says):
+            check(Bounded(**{name: value}))
+    for value in right:
+        assert getattr(from_dict(Bounded, {name: value}), name) == value
+
+
+def test_options_from_python_are_checked_too():
+    for wrong in ({"unit": "layer"}, {"init_bias": "high"}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            RouterConfig(**wrong)
+    with pytest.raises(ConfigError, match=r"skip_rates is 0\.95"):
+        TrainConfig(skip_rates=[0.1, 0.95])

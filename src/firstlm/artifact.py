@@ -1,14 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Save and load FiRST artifacts: a folder that the hub and peft understand.
-
-`first_config.json` (format, base model, unit, thresholds, scores, provenance),
-`routers.safetensors`, `adapter/` (a plain peft adapter), `README.md` (model card).
-"""
+"""Save a model as an artifact, and make a model of one; `artifact_files` says what is in it."""
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -21,12 +15,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import firstlm
-from firstlm.baselines import Baseline
-from firstlm.config import RouterConfig
-from firstlm.errors import ArtifactError, ConfigError
+from firstlm.artifact_files import (
+    ADAPTER_DIR,
+    ADAPTER_FILE,
+    CARD_FILE,
+    FORMAT_VERSION,
+    ROUTERS_FILE,
+    check_results,
+    check_target,
+    find,
+    parse,
+    read_config,
+    read_routers,
+)
+from firstlm.errors import ArtifactError
 from firstlm.lora import lora_parameters, without_peft_warning
 from firstlm.model_card import model_card
-from firstlm.options import check
 from firstlm.pretrained import (
     ARTIFACT_FILE,
     SAME_BASE,
@@ -36,30 +40,9 @@ from firstlm.pretrained import (
     same_base,
 )
 from firstlm.results import atomic_dir, write_json
-from firstlm.thresholds import Threshold, Thresholds
 
 if TYPE_CHECKING:
     from firstlm.model import FirstModel
-
-FORMAT_VERSION = 1
-ROUTERS_FILE = "routers.safetensors"
-CARD_FILE = "README.md"
-ADAPTER_DIR = "adapter"
-ADAPTER_FILE = "adapter_model.safetensors"
-RESULT_KEYS = {"data", "count", "prefill", "weights", "runs"}
-FINGERPRINT = re.compile(r"[0-9a-f]+(\.([0-9a-f]+|-)){2}")
-
-
-def check_target(path: str | Path) -> None:
-    """Refuse a folder that saving would replace although it is no artifact."""
-    folder = Path(path).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{path} is a file, so it cannot be written as a folder; name another.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / ARTIFACT_FILE).is_file():
-        raise ArtifactError(
-            f"{path} holds other files, and saving an artifact replaces its folder whole. "
-            "Name a new folder, or one that holds an artifact."
-        )
 
 
 def save(
@@ -83,7 +66,7 @@ def save(
             "before merge_and_unload, or save the merged weights with model.detach()."
             "save_pretrained and load them as the base model."
         )
-    _check_results(model.results)
+    check_results(model.results)
     base = model.plain_base
     revision = getattr(base.config, "_commit_hash", None)  # where it came from the hub
     config = {
@@ -138,67 +121,6 @@ def _write(
     (folder / CARD_FILE).write_text(model_card(config), encoding="utf-8")
 
 
-def record(folder: Path, task: str, results: dict[str, Any]) -> None:
-    """Write what was measured on a task into an artifact: its config and its model card.
-
-    Args:
-        folder: the artifact.
-        task: name of the task; what was measured on it before is replaced.
-        results: `RESULT_KEYS`; `runs` has a `skip_rate` and scores for each run's name.
-    """
-    _check_results({task: results})
-    config = read_config(folder)
-    config["results"] = {**config["results"], task: results}
-    try:
-        with atomic_dir(folder) as new:
-            shutil.copytree(folder, new, dirs_exist_ok=True)
-            write_json(new / ARTIFACT_FILE, config)
-            (new / CARD_FILE).write_text(model_card(config), encoding="utf-8")
-    except OSError as error:
-        why = error.args[0][0][2] if isinstance(error, shutil.Error) else error
-        raise ArtifactError(
-            f"{folder} cannot be written ({why}); what was there before is whole."
-        ) from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the checked contents of first_config.json."""
-    file = folder / ARTIFACT_FILE
-    if not file.is_file():
-        raise ArtifactError(
-            f"{folder} is no FiRST artifact: it has no {ARTIFACT_FILE}. "
-            "Name a folder written by `firstlm train` or save_pretrained."
-        )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        version = int(config["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{file} is damaged ({error}). Copy or train the artifact again."
-        ) from error
-    if version > FORMAT_VERSION:
-        raise ArtifactError(
-            f"{folder} has format {version}; this firstlm reads up to {FORMAT_VERSION}. "
-            "Upgrade with `pip install -U firstlm`."
-        )
-    missing = {"base_model", "router_config", "layers", "thresholds"} - set(config)
-    if missing:
-        raise ArtifactError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}.")
-    config["results"] = config.get("results") or {}
-    return config
-
-
-def read_routers(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the router tensors, `{i}.weight` [width] and `{i}.bias` []."""
-    file = folder / ROUTERS_FILE
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"{file} cannot be read ({error}). Copy or train the artifact again."
-        ) from error
-
-
 def load(
     cls: type[FirstModel],
     path_or_id: str,
@@ -210,7 +132,7 @@ def load(
     """Load an artifact; see `FirstModel.from_pretrained`."""
     folder = find(path_or_id)
     config = read_config(folder)
-    router_config, table, baseline = _parse(config, folder)
+    router_config, table, baseline = parse(config, folder)
     tensors = read_routers(folder)
     wanted = config["base_model"]
     asked = base = wanted["id"] if base is None else base
@@ -261,124 +183,6 @@ def load(
     model.training_record = config.get("training", {})
     model.results = config["results"]
     return model.eval()
-
-
-def _parse(
-    config: dict[str, Any], folder: Path
-) -> tuple[RouterConfig, dict[str, list[Threshold]], Baseline | None]:
-    """Return router config, threshold table and baseline, if any, out of first_config.json."""
-    try:
-        router_config = RouterConfig(**config["router_config"])
-        check(router_config)
-        if not {"id", "fingerprint"} <= set(config["base_model"]):
-            raise ValueError("base_model lacks id or fingerprint")
-        if not FINGERPRINT.fullmatch(config["base_model"]["fingerprint"]):
-            raise ValueError("the base model's fingerprint is malformed")
-        _check_results(config["results"])
-        if not isinstance(config["layers"], int):
-            raise ValueError("layers is no number")
-        table = {
-            mode: [
-                # Artifacts of before 2026-11-25 do not say which layers were skipped.
-                Threshold(float(asked), float(offset), float(rate), tuple(map(float, skipped)))
-                for asked, offset, rate, skipped, *_ in ((*row, ()) for row in rows)
-            ]
-            for mode, rows in config["thresholds"].items()
-        }
-        return router_config, table, _parse_baseline(config.get("policy"))
-    except (TypeError, ValueError, KeyError, AttributeError, ConfigError) as error:
-        raise ArtifactError(
-            f"{folder / ARTIFACT_FILE} is damaged ({error}). Copy or train the artifact again."
-        ) from error
-
-
-def _parse_baseline(found: dict[str, Any] | None) -> Baseline | None:
-    if found is None:
-        return None
-    orders = tuple((float(rate), tuple(map(int, order))) for rate, order in found["orders"])
-    counts = {name: tuple(map(int, found.get(name, ()))) for name in ("free", "answers")}
-    return Baseline(**{**found, **counts, "orders": orders})
-
-
-def read_thresholds(path_or_id: str) -> Thresholds:
-    """Return the thresholds of an artifact, without loading a model."""
-    folder = find(path_or_id)
-    return Thresholds(_parse(read_config(folder), folder)[1])
-
-
-def _check_results(results: dict[str, Any]) -> None:
-    """Raise ArtifactError unless results are as `record` writes them."""
-    for task, found in results.items():
-        named = isinstance(found, dict) and set(found) >= RESULT_KEYS
-        if not (named and _same_scores(found["runs"])):
-            raise ArtifactError(
-                f"The results of {task!r} are {found!r}; expected an object with "
-                f"{', '.join(sorted(RESULT_KEYS))}, each run with a skip_rate and the same scores, "
-                "as `firstlm eval --record` writes it."
-            )
-
-
-def _same_scores(runs: Any) -> bool:
-    """Tell whether runs are some objects of the same numbers, `skip_rate` among them."""
-    if not (isinstance(runs, dict) and runs and all(isinstance(r, dict) for r in runs.values())):
-        return False
-    names = set(next(iter(runs.values())))
-    return "skip_rate" in names and all(
-        set(run) == names and all(isinstance(v, int | float) for v in run.values())
-        for run in runs.values()
-    )
-
-
-def shipped() -> dict[str, Path]:
-    """Return the artifacts that come with the package, by name."""
-    folder = Path(__file__).parent / "artifacts"
-    return {f.name: f for f in sorted(folder.iterdir())} if folder.is_dir() else {}
-
-
-def base_id(path_or_id: str) -> str | None:
-    """Return the name of the base model that an artifact was made for."""
-    return read_config(find(path_or_id))["base_model"].get("id")
-
-
-def local_folder(path_or_id: str, purpose: str, instead: str) -> Path:
-    """Return an artifact's folder if it is one of the user's own, which may be changed in place.
-
-    Args:
-        path_or_id: the artifact.
-        purpose: what it is wanted for, to go on after "so".
-        instead: what to do where it is none.
-
-    Raises:
-        ConfigError: it comes with the package, or from the hub.
-    """
-    folder = Path(path_or_id).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"{path_or_id!r} is no local folder, so {purpose}; {instead}.")
-    return folder
-
-
-def find(path_or_id: str) -> Path:
-    """Return an artifact's folder: a local one, one that is shipped, or fetched from the hub."""
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
-        return folder
-    known = shipped()
-    if str(path_or_id) in known:
-        return known[str(path_or_id)]
-    if str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/", "~")):
-        names = ", ".join(known) or "none"
-        raise ArtifactError(
-            f"There is no artifact {path_or_id!r}: no such folder, and it is neither shipped with "
-            f"firstlm ({names}) nor a hub id (owner/name)."
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path_or_id))
-    except Exception as error:
-        raise ArtifactError(
-            f"{path_or_id!r} is neither a folder nor an artifact that the hub would give: {error}"
-        ) from error
 
 
 def _load_adapter(base: Any, adapter: Path) -> nn.Module:

@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 import torch
 from tqdm.auto import tqdm
 
-from firstlm import artifact
-from firstlm.config import RATES, CalibrateConfig
-from firstlm.data import check_room, draw, encode_prompt, load_examples, prompt_batches
+from firstlm import artifact, artifact_files
+from firstlm.command_config import CalibrateConfig
+from firstlm.config import RATES
+from firstlm.data import check_room, draw, encode_prompt, prompt_batches
 from firstlm.errors import DataError
+from firstlm.examples import load_examples
 from firstlm.model import FirstModel
 from firstlm.policies import RouterPolicy
 from firstlm.thresholds import Threshold
@@ -167,13 +169,13 @@ def run(options: CalibrateConfig) -> int:
     """Calibrate an artifact on the user's prompts and save it (`firstlm calibrate`)."""
     target = options.output or options.artifact
     if options.output is None:
-        artifact.local_folder(
+        artifact_files.local_folder(
             options.artifact,
             "it cannot be calibrated in place",
             "name a folder for the calibrated artifact with --output",
         )
-    artifact.check_target(target)
-    source = artifact.find(options.artifact)
+    artifact_files.check_target(target)
+    source = artifact_files.find(options.artifact)
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )
@@ -185,7 +187,7 @@ def run(options: CalibrateConfig) -> int:
     for example, ids in zip(examples, prompts, strict=True):
         check_room(ids, 1, model.context_length, example.where)
     model.results = {}  # measured with other thresholds
-    model.base_id = artifact.base_id(options.artifact)  # whatever copy of it is used here
+    model.base_id = artifact_files.base_id(options.artifact)  # whatever copy of it is used here
     calibrate(model, prompts, options.rates, batch_size=options.batch_size)
     artifact.save(model, target, more_from=source)
     print(f"{'asked':>7} {'measured':>9} {'offset':>8}   prefill")

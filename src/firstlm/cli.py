@@ -29,35 +29,49 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(
-        "firstlm.train", "firstlm.config.TrainConfig", "train routers and LoRA, measure thresholds"
+        "firstlm.train",
+        "firstlm.config.TrainConfig",
+        "train routers and LoRA, measure thresholds",
     ),
     "generate": Command(
-        "firstlm.compare", "firstlm.config.GenerateConfig", "answer prompts with fewer layers"
+        "firstlm.compare",
+        "firstlm.command_config.GenerateConfig",
+        "answer prompts with fewer layers",
     ),
     "inspect": Command(
-        "firstlm.inspect_artifact", "firstlm.config.InspectConfig", "show what is in an artifact"
+        "firstlm.inspect_artifact",
+        "firstlm.command_config.InspectConfig",
+        "show what is in an artifact",
     ),
     "diagnose": Command(
-        "firstlm.diagnose", "firstlm.config.DiagnoseConfig", "check that a routed model works"
+        "firstlm.diagnose",
+        "firstlm.command_config.DiagnoseConfig",
+        "check that a routed model works",
     ),
     "calibrate": Command(
         "firstlm.calibration",
-        "firstlm.config.CalibrateConfig",
+        "firstlm.command_config.CalibrateConfig",
         "measure thresholds for asked skip rates on your prompts",
     ),
     "eval": Command(
-        "firstlm.evaluate", "firstlm.config.EvalConfig", "score base and routed model on a task"
+        "firstlm.eval_command",
+        "firstlm.command_config.EvalConfig",
+        "score base and routed model on a task",
     ),
     "experiment": Command(
         "firstlm.experiment",
-        "firstlm.config.ExperimentConfig",
+        "firstlm.command_config.ExperimentConfig",
         "train and score whole matrices of policies, seeds and rates",
     ),
     "report": Command(
-        "firstlm.report", "firstlm.config.ReportConfig", "draw results as a page to look at"
+        "firstlm.report",
+        "firstlm.command_config.ReportConfig",
+        "draw results as a page to look at",
     ),
     "demo": Command(
-        "firstlm.demo", "firstlm.config.DemoConfig", "see it work: generate, then train a short run"
+        "firstlm.demo",
+        "firstlm.command_config.DemoConfig",
+        "see it work: generate, then train a short run",
     ),
 }
 OK, REFUSED, INTERRUPTED = 0, 2, 130

@@ -12,9 +12,10 @@ from typing import Any, TextIO
 import torch
 
 from firstlm.arms import Arms, Run, answer, follow, median
-from firstlm.config import GenerateConfig
-from firstlm.data import check_room, encode_prompt, load_examples
+from firstlm.command_config import GenerateConfig
+from firstlm.data import check_room, encode_prompt
 from firstlm.errors import ConfigError, DataError
+from firstlm.examples import load_examples
 from firstlm.model import FirstModel
 
 TIMED_TOKENS = 32  # per timed run

@@ -18,22 +18,7 @@ import torch
 from torch import Tensor
 
 from firstlm.errors import ConfigError, DataError
-from firstlm.examples import TEMPLATES, Example, load_examples, render_chat
-
-__all__ = [
-    "IGNORE",
-    "TEMPLATES",
-    "Collator",
-    "Encoded",
-    "Example",
-    "encode",
-    "encode_all",
-    "encode_prompt",
-    "load_examples",
-    "pad_left",
-    "render_chat",
-    "split_validation",
-]
+from firstlm.examples import Example
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -152,14 +137,11 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
 
 
 def prompt_batches(
-    prompts: Sequence[Sequence[int]], batch_size: int, pad_id: int
+    prompts: Sequence[Sequence[int]], batch_size: int, pad_id: int, by_length: bool = True
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return prompts in batches of similar length, each as `pad_left` makes it."""
-    by_length = sorted(prompts, key=len)
-    return [
-        pad_left(by_length[i : i + batch_size], pad_id)
-        for i in range(0, len(by_length), batch_size)
-    ]
+    """Return prompts in batches of similar length, or in their order, each as `pad_left` does."""
+    rows = sorted(prompts, key=len) if by_length else prompts
+    return [pad_left(rows[i : i + batch_size], pad_id) for i in range(0, len(rows), batch_size)]
 
 
 @dataclass(frozen=True)
@@ -167,6 +149,7 @@ class Collator:
     """Batch encoded examples, padded left; loss on answers only, routers see prompts only."""
 
     pad_token_id: int
+    device: torch.device | None = None
 
     def __call__(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
         """Return input_ids, attention_mask, labels and prompt_mask, each [batch, longest]."""
@@ -174,12 +157,13 @@ class Collator:
         answer = torch.zeros_like(mask, dtype=torch.bool)
         for i, item in enumerate(batch):
             answer[i, answer.shape[1] - len(item.answer_ids) :] = True
-        return {
+        tensors = {
             "input_ids": ids,
             "attention_mask": mask,
             "labels": ids.masked_fill(~answer, IGNORE),
             "prompt_mask": mask.bool() & ~answer,
         }
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
 
 def split_validation(

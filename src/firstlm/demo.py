@@ -16,12 +16,14 @@ import torch
 from transformers.utils import logging
 
 from firstlm.arms import Arms, Run, median
-from firstlm.artifact import check_target, find, read_config
+from firstlm.artifact_files import check_target, find, read_config
+from firstlm.command_config import DemoConfig, GenerateConfig
 from firstlm.compare import TIMED_TOKENS, decode, encode_prompts, hush, shorten, show_comparison
 from firstlm.compare import strip as strip_of
-from firstlm.config import DemoConfig, GenerateConfig, RouterConfig, TrainConfig
+from firstlm.config import RouterConfig, TrainConfig
 from firstlm.corpus import docstring_examples
-from firstlm.data import Encoded, Example, encode_all
+from firstlm.data import Encoded, encode_all
+from firstlm.examples import Example
 from firstlm.losses import mean_loss
 from firstlm.model import FirstModel
 from firstlm.phases import train_lora, train_routers

@@ -18,8 +18,8 @@ import torch
 from tqdm.auto import tqdm
 
 from firstlm import kv_probe, probes, verdicts
-from firstlm.config import DiagnoseConfig
-from firstlm.data import Encoded, check_room, encode_all, encode_prompt
+from firstlm.command_config import DiagnoseConfig
+from firstlm.data import Encoded, check_room, encode_all, encode_prompt, pad_left, prompt_batches
 from firstlm.errors import ConfigError, DataError
 from firstlm.examples import load_examples
 from firstlm.losses import mean_loss
@@ -80,8 +80,8 @@ def diagnose(
     check_room(longest, new_tokens, model.context_length, "The longest prompt")
     model.eval()
     pad = model.pad_id
-    everything = probes.batches(prompts, batch_size, pad)
-    mixed = probes.batches(_spread(prompts, batch_size), batch_size, pad)[0]
+    everything = prompt_batches(prompts, batch_size, pad, by_length=False)
+    mixed = prompt_batches(_spread(prompts, batch_size), batch_size, pad)[0]
     numbers: dict[str, Any] = {}
     with tqdm(total=6, desc="diagnosing", unit="check", disable=not progress) as bar:
         numbers["identity"] = probes.identity(model, everything)
@@ -196,7 +196,7 @@ def _time(
     """Time the prompt whose skip rate is nearest to the mean; None if nothing is skipped."""
     rates = 1 - keep.float().mean(1)
     row = int((rates - rates.mean()).abs().argmin())
-    batch = probes.batches([prompts[row]], 1, pad)[0]
+    batch = pad_left([prompts[row]], pad)
     found = probes.decode_times(model, batch, policy, mode)
     if not found["skip_rate"]:
         return None
@@ -248,6 +248,6 @@ def run(options: DiagnoseConfig) -> int:
         file = options.data is not None and Path(options.data).is_file()
         data_hash = sha256_of(options.data) if file and options.data else None
         report["options"] = to_dict(options)
-        report["provenance"] = provenance(seed=options.seed, data_sha256=data_hash)
+        report["provenance"] = provenance(data_sha256=data_hash)
         write_json(options.output, report)
     return 0 if report["sound"] else 1

@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score a model's greedy answers, as the base, with all layers, and routed.
+"""Score a model's greedy answers under one policy: as the base, with all layers, or routed.
 
-Owns the run over a data set and its file of results; scores come from the task, and what a policy
-is, only `FirstModel` knows.
+Scores come from the task, and what a policy is, only `FirstModel` knows.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,26 +18,19 @@ import torch
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from firstlm import artifact
-from firstlm.config import BASELINES, EVAL_POLICIES, POLICIES, TASKS, EvalConfig
+from firstlm.config import BASELINES, EVAL_POLICIES, POLICIES
 from firstlm.data import Encoded, check_room, encode, pad_left
 from firstlm.errors import ConfigError, DataError
-from firstlm.examples import Example, load_examples
+from firstlm.examples import Example
 from firstlm.journal import Journal
-from firstlm.lora import is_lora
 from firstlm.losses import item_losses
 from firstlm.masks import describe_masks, describe_rates
-from firstlm.metrics import Scores, perplexity, retention
+from firstlm.metrics import Scores, perplexity
 from firstlm.model import FirstModel
-from firstlm.options import to_dict
 from firstlm.policies import Policy, RunAll
-from firstlm.results import portable, provenance, sha256_of, to_json, write_json
-from firstlm.scoreboard import summary, table
 from firstlm.tasks import Task, find_task
 
 RHO_BINS = 20  # of the histogram of router outputs
-# Options that change no number of a run that is done, or that are compared by content instead.
-FREE_OPTIONS = ("artifact", "data", "output", "record", "policies", "skip_rates", "device")
 
 
 def evaluate(
@@ -84,10 +73,10 @@ def evaluate(
     """
     if not examples:
         raise DataError("There are no examples to score.")
-    name = _name(policy, skip_rate)
+    name = run_name(policy, skip_rate)
     task = task or find_task(examples)
-    chosen, scope = _choose(model, policy, skip_rate, prefill, seed)
-    rows = _encoded(model, examples, max_new_tokens)
+    chosen, scope = choose(model, policy, skip_rate, prefill, seed)
+    rows = encode_rows(model, examples, max_new_tokens)
     prompts = [row.prompt_ids for row in rows]
     model.eval()
     answer = partial(_answer, model, chosen, prefill, task, max_new_tokens)
@@ -252,16 +241,18 @@ def _bits(keep: torch.Tensor) -> list[str]:
     return ["".join("1" if kept else "0" for kept in row) for row in keep.tolist()]
 
 
-def _choose(
+def choose(
     model: FirstModel, policy: str | Policy, skip_rate: float | None, prefill: str, seed: int
 ) -> tuple[Policy, Any]:
     """Return the policy object, and the scope in which it is measured."""
-    if policy == _own(model):
+    if policy == own_policy(model):
         return model.policy_for(skip_rate, prefill), nullcontext()
     if policy in BASELINES and skip_rate is not None:
         return model.baseline_for(str(policy), skip_rate, prefill, seed).at(), nullcontext()
     if policy in POLICIES:
-        needs = "a skip_rate" if policy in BASELINES else f"an artifact without {_own(model)!r}"
+        needs = (
+            "a skip_rate" if policy in BASELINES else f"an artifact without {own_policy(model)!r}"
+        )
         raise ConfigError(f"policy={policy!r} needs {needs}.")
     if skip_rate is not None:
         raise ConfigError(
@@ -276,7 +267,9 @@ def _choose(
     return make(), scope()
 
 
-def _encoded(model: FirstModel, examples: Sequence[Example], max_new_tokens: int) -> list[Encoded]:
+def encode_rows(
+    model: FirstModel, examples: Sequence[Example], max_new_tokens: int
+) -> list[Encoded]:
     """Return prompts with their wanted answers; those that do not fit the context are refused."""
     tokenizer = model.need_tokenizer()
     rows = [encode(example, tokenizer, model.context_length) for example in examples]
@@ -286,174 +279,12 @@ def _encoded(model: FirstModel, examples: Sequence[Example], max_new_tokens: int
     return rows
 
 
-def _own(model: FirstModel) -> str:
+def own_policy(model: FirstModel) -> str:
     """Return the name of what decides in an artifact: routers, or the policy it was trained for."""
     return model.baseline.name if model.baseline else "router"
 
 
-def _name(policy: str | Policy, skip_rate: float | None) -> str:
+def run_name(policy: str | Policy, skip_rate: float | None) -> str:
     """Return the name of a run, such as base or router@0.25."""
     kind = policy if isinstance(policy, str) else type(policy).__name__
     return kind if skip_rate is None else f"{kind}@{skip_rate:g}"
-
-
-def run(options: EvalConfig) -> int:
-    """Score an artifact on a task (`firstlm eval`)."""
-    recorded_in = None
-    if options.record:
-        recorded_in = artifact.local_folder(
-            options.artifact,
-            "scores cannot be written into it",
-            "leave --record out, or copy the artifact to a folder of your own",
-        )
-    model = FirstModel.from_pretrained(
-        options.artifact, base=options.model, dtype=options.dtype, device=options.device
-    )
-    examples = load_examples(
-        options.data, template=options.template, tokenizer=model.tokenizer, limit=options.limit
-    )
-    named = options.template if options.template in TASKS else None
-    task = find_task(examples, options.task or named)
-    asked = _asked(options, _own(model))
-    for policy, rate in asked:  # an impossible rate is refused before anything is run
-        _choose(model, policy, rate, options.prefill, options.seed)
-    _encoded(model, examples, options.max_new_tokens)
-    report = _start(options, model, examples, task)
-    scored: dict[str, Scores] = {}
-    journal = Journal(
-        Path(f"{options.output}.partial") if options.output else None,
-        {**report["options"], **report["inputs"]},
-    )
-    for policy, rate in asked:
-        name = _name(policy, rate)
-        if name in report["runs"]:
-            print(f"{name}: done before, taken from {options.output}")
-            continue
-        result = evaluate(
-            model,
-            examples,
-            policy,
-            rate,
-            task=task,
-            prefill=options.prefill,
-            batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
-            seed=options.seed,
-            journal=journal,
-        )
-        result["provenance"] = provenance(seed=options.seed)
-        report["runs"][name] = result
-        report["retention"] = _retention(report["runs"], examples, task, scored, options.seed)
-        if options.output is not None:
-            report["provenance"] = provenance(seed=options.seed, **report["inputs"])
-            write_json(options.output, report)
-        journal.close()
-    print(table(report))
-    if recorded_in is not None:
-        artifact.record(recorded_in, task.name, summary(report))
-    return 0
-
-
-def _asked(options: EvalConfig, own: str) -> list[tuple[str, float | None]]:
-    """Return each policy with each rate at which it is scored."""
-    asked: list[tuple[str, float | None]] = []
-    for policy in dict.fromkeys(options.policies or ("base", "run_all", own)):
-        rates = dict.fromkeys(options.skip_rates) if policy in POLICIES else (None,)
-        asked += [(policy, rate) for rate in rates]
-    return asked
-
-
-def compared_options(options: EvalConfig) -> dict[str, Any]:
-    """Return the options that results hold, and that must be the same to add to them."""
-    return {k: v for k, v in to_dict(options).items() if k not in FREE_OPTIONS}
-
-
-def run_names(options: EvalConfig) -> list[str]:
-    """Return the names under which results hold what these options ask for; they name policies."""
-    return [_name(policy, rate) for policy, rate in _asked(options, "router")]
-
-
-def _retention(
-    runs: dict[str, Any],
-    examples: Sequence[Example],
-    task: Task,
-    scored: dict[str, Scores],
-    seed: int,
-) -> dict[str, Any]:
-    """Return each run's primary score over that of run_all, on the same items.
-
-    `scored` keeps the primary scores of runs from call to call.
-    """
-    if "run_all" not in runs:
-        return {}
-    references = [example.references for example in examples]
-    for name in runs.keys() - scored.keys():
-        predictions = [item["prediction"] for item in runs[name]["items"]]
-        scored[name] = task.score(predictions, references)[task.primary]
-    found = {
-        name: retention(scored[name], scored["run_all"], seed=seed)
-        for name in runs
-        if name != "run_all"
-    }
-    return {name: asdict(value) for name, value in found.items()}
-
-
-def _start(
-    options: EvalConfig, model: FirstModel, examples: Sequence[Example], task: Task
-) -> dict[str, Any]:
-    """Return a new report, or what --output holds of the same one."""
-    compared = compared_options(options)
-    inputs = {
-        "artifact": options.artifact,
-        "artifact_sha256": _model_hash(model),
-        "weights": str(model.base.dtype),
-        "data": portable(options.data),
-        "data_sha256": _data_hash(options.data, examples),
-    }
-    report = {
-        "task": task.name,
-        "primary": task.primary,
-        "options": compared,
-        "inputs": inputs,
-        "training": model.training_record,
-        "runs": {},
-        "retention": {},
-    }
-    if options.output is None or not Path(options.output).exists():
-        return report
-    try:
-        old = json.loads(Path(options.output).read_text(encoding="utf-8"))
-        before = {**old["options"], **old["inputs"]}
-        report["runs"], report["retention"] = old["runs"], old["retention"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{options.output} holds no results of `firstlm eval`; name another --output."
-        ) from error
-    now = {**compared, **inputs}
-    paths = ("artifact", "data")
-    other = [k for k in now if k not in paths and now[k] != before.get(k)]
-    if other:
-        raise ConfigError(
-            f"{options.output} holds results for other inputs ({', '.join(other)}). Name another "
-            "--output, or repeat the options to add runs to it."
-        )
-    return report
-
-
-def _model_hash(model: FirstModel) -> str:
-    """Return a hash of routers, thresholds and adapter: what an artifact adds to its base."""
-    baseline = asdict(model.baseline) if model.baseline else None
-    decides = {"thresholds": model.thresholds.table, "policy": baseline}
-    digest = hashlib.sha256(to_json(decides).encode())
-    for name, tensor in model.named_parameters():
-        if name.startswith("routers.") or is_lora(name):
-            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(name.encode() + values.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _data_hash(source: str, examples: Sequence[Example]) -> str:
-    if Path(source).is_file():
-        return sha256_of(source)
-    rows = [[example.id, example.prompt, example.references] for example in examples]
-    return hashlib.sha256(to_json(rows).encode()).hexdigest()

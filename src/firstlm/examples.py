@@ -52,7 +52,6 @@ def load_examples(
     template: str | None = None,
     tokenizer: Any = None,
     limit: int | None = None,
-    split: str | None = None,
     answers: bool = True,
 ) -> list[Example]:
     """Read examples from a .jsonl(.gz) file or a hub dataset (see `rows.read_rows`).
@@ -64,7 +63,6 @@ def load_examples(
             the `task` field of `source` rows names the template.
         tokenizer: needed for `messages` rows only, for its chat template.
         limit: take the first N rows; later rows are not looked at.
-        split: split of a hub dataset.
         answers: rows must have an answer; False takes prompts without one, too.
     """
     if limit is not None and limit < 1:
@@ -72,7 +70,7 @@ def load_examples(
     text = None if template is None else find_template(template)
     examples: list[Example] = []
     seen: set[str] = set()
-    for row in itertools.islice(read_rows(source, split), limit):
+    for row in itertools.islice(read_rows(source), limit):
         examples.append(_example(row, text, tokenizer, seen, answers))
     if not examples:
         raise DataError(f"{source}: there are no rows in it; expected one JSON object a line.")

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from firstlm import artifact, evaluate, train
-from firstlm.config import EvalConfig, ExperimentConfig, TrainConfig
+from firstlm import artifact_files, eval_command, train
+from firstlm.command_config import EvalConfig, ExperimentConfig
+from firstlm.config import TrainConfig
 from firstlm.errors import ConfigError
 from firstlm.options import from_dict, read_yaml
 from firstlm.pretrained import ARTIFACT_FILE
@@ -68,16 +69,18 @@ class Unit:
     def scored(self) -> bool:
         """Whether its results hold all that was asked for."""
         report = self.report
-        return report is not None and set(evaluate.run_names(self.score)) <= set(report["runs"])
+        return report is not None and set(eval_command.run_names(self.score)) <= set(report["runs"])
 
     @property
     def changed(self) -> list[str]:
         """Options with which its artifact or results were made, and that the file has otherwise."""
-        trained = artifact.read_config(Path(self.train.output))["training"] if self.trained else {}
+        trained = (
+            artifact_files.read_config(Path(self.train.output))["training"] if self.trained else {}
+        )
         report = self.report or {}
         runs = [made.get("run", {}) for made in (trained, report.get("training", {}))]
         found = [name for run in runs for name in train.changed_options(run, self.train)]
-        scored, asked = report.get("options", {}), evaluate.compared_options(self.score)
+        scored, asked = report.get("options", {}), eval_command.compared_options(self.score)
         found += [name for name in asked if name in scored and asked[name] != scored[name]]
         return list(dict.fromkeys(found))
 
@@ -87,7 +90,7 @@ class Unit:
             print(f"{self.name}: training", flush=True)
             train.run(self.train)
         print(f"{self.name}: scoring", flush=True)
-        evaluate.run(self.score)
+        eval_command.run(self.score)
 
 
 def run(options: ExperimentConfig) -> int:

@@ -140,8 +140,7 @@ class FirstHarness(TemplateLM):
     @torch.no_grad()
     def _score(self, rows: list[Encoded]) -> list[tuple[float, bool]]:
         """Run one batch of contexts with their continuations."""
-        batch = Collator(self.model.pad_id)(rows)
-        inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        inputs = Collator(self.model.pad_id, self.model.device)(rows)
         state = self.model.new_state(
             inputs["prompt_mask"], self.policy, prefill=self.prefill, input_ids=inputs["input_ids"]
         )

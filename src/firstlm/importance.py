@@ -49,11 +49,8 @@ def removal_order(
         prefill: "skip" or "full".
     """
     rows = sorted(examples, key=lambda e: len(e.prompt_ids) + len(e.answer_ids))
-    collate = Collator(model.pad_id)
-    batches = [
-        {name: t.to(model.device) for name, t in collate(rows[i : i + batch_size]).items()}
-        for i in range(0, len(rows), batch_size)
-    ]
+    collate = Collator(model.pad_id, model.device)
+    batches = [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
     count = model.layer_count
     free = model.free_layers
     order: list[int] = []
@@ -184,7 +181,7 @@ def influence_order(
     enter a layer and those that leave it, averaged over tokens, all layers running.
     """
     layers = range(model.layer_count)
-    collate, alike, tokens = Collator(model.pad_id), torch.zeros(len(layers)), 0
+    collate, alike, tokens = Collator(model.pad_id, model.device), torch.zeros(len(layers)), 0
     mask = torch.ones(len(layers), dtype=torch.bool)
     last: list[torch.Tensor] = []
 
@@ -194,8 +191,7 @@ def influence_order(
     handle = model.routing.stack.modules[-1].register_forward_hook(leave)
     try:
         for start in range(0, len(examples), batch_size):
-            batch = collate(examples[start : start + batch_size])
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            inputs = collate(examples[start : start + batch_size])
             entered = _entering_states(model, inputs, mask, layers, "skip")
             states, real = [*map(entered.__getitem__, layers), last.pop()], inputs["attention_mask"]
             tokens += int(real.sum())

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from firstlm.artifact import ADAPTER_DIR, ROUTERS_FILE, find, read_config, read_routers
-from firstlm.config import InspectConfig
+from firstlm.artifact_files import ADAPTER_DIR, ROUTERS_FILE, find, read_config, read_routers
+from firstlm.command_config import InspectConfig
 from firstlm.errors import ArtifactError
 from firstlm.results import to_json
 

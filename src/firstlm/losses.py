@@ -186,11 +186,10 @@ def item_losses(
     The first two are [items], keep is [items, layers].
     """
     first.eval()
-    collate = Collator(first.pad_id)
+    collate = Collator(first.pad_id, first.device)
     losses, counts, keep = [], [], []
     for start in range(0, len(items), batch_size):
-        batch = collate(items[start : start + batch_size])
-        inputs = {name: tensor.to(first.device) for name, tensor in batch.items()}
+        inputs = collate(items[start : start + batch_size])
         state = first.new_state(
             inputs["prompt_mask"], policy, prefill=prefill, input_ids=inputs["input_ids"]
         )

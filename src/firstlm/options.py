@@ -18,7 +18,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import yaml
 
@@ -31,6 +31,36 @@ _METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}
 _NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
+class Bounds(NamedTuple):
+    """Between what a number has to lie."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def hold(self, value: Any) -> bool:
+        """Tell whether a number lies within."""
+        if self == Bounds():
+            return True
+        return (
+            math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """Say what is expected."""
+        low = f"above {self.above}" if self.at_least is None else f"{self.at_least}"
+        if self.at_most is not None:
+            return f"{low} up to {self.at_most}"
+        if self.below is not None:
+            return f"{low} up to below {self.below}"
+        return f"more than {self.above}" if self.at_least is None else f"{self.at_least} or more"
+
+
 def option(
     default: Any,
     *,
@@ -38,12 +68,23 @@ def option(
     choices: Sequence[Any] | None = None,
     positional: bool = False,
     path: bool = False,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """Declare a dataclass field with what its users need to know; `REQUIRED` has no default.
 
-    A `path` may hold ~ and $NAMES, which no shell expands in YAML.
+    A `path` may hold ~ and $NAMES, which no shell expands in YAML. Bounds hold for every number of
+    a list; a number with any is finite.
     """
-    info = {"help": help, "choices": choices, "positional": positional, "path": path}
+    info = {
+        "help": help,
+        "choices": choices,
+        "positional": positional,
+        "path": path,
+        "bounds": Bounds(at_least, above, at_most, below),
+    }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=info)
     return dataclasses.field(default=default, metadata=info)
@@ -181,9 +222,19 @@ def _value(cls: type, name: str, value: Any, shown: str) -> Any:
     """Return the value of a field as its type says; `shown` names it in errors."""
     metadata = _fields(cls)[name].metadata
     found = _convert(_hints(cls)[name], value, shown, metadata.get("choices"))
+    bounds = metadata.get("bounds", Bounds())
+    for number in found if isinstance(found, list | tuple) else [found]:
+        if number is not None and not bounds.hold(number):
+            raise ConfigError(f"{shown} is {number}; expected {bounds}.")
     if metadata.get("path") and isinstance(found, str):
         found = os.path.expandvars(found)
-        return str(Path(found).expanduser()) if found.startswith("~") else found
+        try:
+            return str(Path(found).expanduser()) if found.startswith("~") else found
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{shown} is {value!r}, but no user of that name has a home folder here; "
+                "put ./ before a name that begins with ~."
+            ) from error
     return found
 
 

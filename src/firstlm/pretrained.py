@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from firstlm.errors import ConfigError, UnsupportedModelError
+from firstlm.layers import LIST_NAMES
 from firstlm.lora import is_lora
 
 SMOLLM2 = "smollm2"
@@ -269,7 +270,7 @@ def _middle_matrix(model: nn.Module) -> torch.Tensor | None:
     """Return one matrix of the middle decoder layer: the first by name that is no adapter's."""
     layers: dict[int, dict[str, torch.Tensor]] = {}
     for name, weight in model.named_parameters():
-        match = re.search(r"\.(?:layers|h|blocks|block)\.(\d+)\.(.*)", name)
+        match = re.search(rf"\.(?:{'|'.join(LIST_NAMES)})\.(\d+)\.(.*)", name)
         if match and weight.dim() >= 2 and not is_lora(name):
             layers.setdefault(int(match[1]), {})[match[2]] = weight
     middle = layers.get(max(layers) // 2) if layers else None

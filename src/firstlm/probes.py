@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from firstlm.data import pad_left
 from firstlm.generate import decode_step, prefill
 from firstlm.inputs import position_ids
 from firstlm.model import FirstModel
@@ -26,13 +25,6 @@ TIMED_STEPS, WARMUP_STEPS = 32, 4
 LOGITS_AT_ONCE = 2**27  # numbers; the logits of all positions of a batch need memory
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-def batches(prompts: Sequence[Sequence[int]], batch_size: int, pad_id: int) -> list[Batch]:
-    """Return (input_ids, attention_mask) of the prompts in their order, padded left."""
-    return [
-        pad_left(prompts[i : i + batch_size], pad_id) for i in range(0, len(prompts), batch_size)
-    ]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from firstlm.config import ReportConfig
+from firstlm.command_config import ReportConfig
 from firstlm.errors import ConfigError, DataError
 from firstlm.results import write_text
 from firstlm.scoreboard import LABELS

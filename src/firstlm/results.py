@@ -70,6 +70,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors lets nobody else read what it writes
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o777 & ~_umask())
@@ -81,14 +82,9 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Return the SHA-256 of a file's bytes, or of a folder's file names and bytes, in hex."""
-    path = Path(path)
+    """Return the SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(child for child in path.rglob("*") if child.is_file()):
-            digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_of(file)}\n".encode())
-        return digest.hexdigest()
-    with path.open("rb") as stream:
+    with Path(path).open("rb") as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

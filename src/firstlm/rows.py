@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from firstlm.errors import ConfigError, DataError
+from firstlm.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 HUB_ID = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+){0,2})(:(?P<split>[\w.\[\]:%+-]+))?")
@@ -33,7 +33,7 @@ class Row:
     where: str
 
 
-def read_rows(source: str | Path, split: str | None = None) -> Iterator[Row]:
+def read_rows(source: str | Path) -> Iterator[Row]:
     """Yield the rows of a .jsonl or .jsonl.gz file, or of a hub dataset.
 
     A hub dataset is named `name:split`, `owner/name:split` or `owner/name/config:split`; without a
@@ -52,13 +52,11 @@ def read_rows(source: str | Path, split: str | None = None) -> Iterator[Row]:
             raise DataError(
                 f"{source}: only .jsonl and .jsonl.gz files are read (one JSON object a line)."
             )
-        if split is not None:
-            raise ConfigError(f"split={split!r} is for hub datasets; {source} is a file.")
         return _read_file(path)
     match = HUB_ID.fullmatch(str(source))
     if match is None or LOOKS_LIKE_A_FILE.search(str(source)):
         raise DataError(f"{source}: there is no such file.")
-    return _read_hub(match["path"], split or match["split"] or "train")
+    return _read_hub(match["path"], match["split"] or "train")
 
 
 def _read_file(path: Path) -> Iterator[Row]:

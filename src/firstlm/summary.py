@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from firstlm.config import BASELINES, EvalConfig, TrainConfig
+from firstlm.command_config import EvalConfig
+from firstlm.config import BASELINES, TrainConfig
 from firstlm.errors import DataError
 from firstlm.examples import load_examples
 from firstlm.masks import describe_masks, length_correlation

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from firstlm import artifact
+from firstlm import artifact, artifact_files
 from firstlm.baselines import Baseline
 from firstlm.calibration import calibrate, serve_by_default
 from firstlm.config import PREFILL_MODES, RATES, RouterConfig, TrainConfig
-from firstlm.data import Encoded, draw, encode_all, load_examples, split_validation
+from firstlm.data import Encoded, draw, encode_all, split_validation
 from firstlm.errors import ConfigError
+from firstlm.examples import load_examples
 from firstlm.importance import influence_order
 from firstlm.lora import is_lora, lora_parameters
 from firstlm.model import FirstModel
@@ -51,7 +52,7 @@ def run(config: TrainConfig) -> int:
     """Train as the options say and save an artifact (`firstlm train`)."""
     if config.data is None:
         raise ConfigError("Nothing to train on: name a file or a hub dataset with --data.")
-    artifact.check_target(config.output)
+    artifact_files.check_target(config.output)
     model, train, validation = prepare(config)
     model.baseline = _baseline(model, train, config)
     hashes = _data_hash(config)
@@ -137,7 +138,7 @@ def prepare(config: TrainConfig) -> tuple[FirstModel, list[Encoded], list[Encode
     """Load the model and the encoded data of a run; nothing is written."""
     name = config.model
     if name is None and config.artifact is not None:
-        name = artifact.base_id(config.artifact)
+        name = artifact_files.base_id(config.artifact)
     name = name or SMOLLM2
     base, tokenizer = load_base(name, **load_options(config))
     if config.artifact is not None:
@@ -189,7 +190,7 @@ def _baseline(model: FirstModel, train: list[Encoded], config: TrainConfig) -> B
     elif config.policy == "skip_decode":
         answers = tuple(np.bincount([len(row.answer_ids) - 1 for row in train]).tolist())
     elif config.majority_of is not None:
-        known = artifact.read_thresholds(config.majority_of)
+        known = artifact_files.read_thresholds(config.majority_of)
         rates = sorted({config.skip_rate, *(config.skip_rates or ())})
         orders = tuple((rate, tuple(known.majority(rate, config.prefill))) for rate in rates)
     name, rate = config.policy, config.skip_rate

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of every command but `firstlm train`; see `config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from firstlm.config import (
+    EVAL_POLICIES,
+    PREFILL_MODES,
+    RATES,
+    TASKS,
+    Options,
+    count_option,
+    device_option,
+    dtype_option,
+    seed_option,
+    template_option,
+)
+from firstlm.errors import ConfigError
+from firstlm.options import REQUIRED, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactOptions(Options):
+    """Which artifact, and how to load it with its base model."""
+
+    artifact: str = option(
+        REQUIRED, path=True, positional=True, help="folder or hub id of a FiRST artifact"
+    )
+    model: str | None = option(
+        None,
+        path=True,
+        help="base model to use instead of the one named in the artifact: an id or a folder",
+    )
+    dtype: str = dtype_option()
+    device: str = device_option()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(ArtifactOptions):
+    """How prompts are answered."""
+
+    prefill: str = option(
+        "skip", choices=PREFILL_MODES, help="let the prompt skip layers too, or run all of them"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(AnswerOptions):
+    """Answer prompts with a routed model."""
+
+    prompt: list[str] | None = option(None, help="one or more prompts; without any, stdin is read")
+    file: str | None = option(
+        None, path=True, help="prompts from a file: .jsonl rows, or text with one a line"
+    )
+    template: str | None = template_option()
+    limit: int | None = count_option(None, "use the first N prompts of the file only")
+    skip_rate: float | None = option(
+        None, help="share of layers to skip, from the artifact's thresholds (none: 0.5 as trained)"
+    )
+    compare: bool = option(False, help="show base and routed answers side by side, with timings")
+    max_new_tokens: int = count_option(128, "longest answer, in tokens")
+    temperature: float = option(
+        0.0, at_least=0, help="0 takes the likeliest token; above 0 samples"
+    )
+    top_p: float = option(
+        1.0, above=0, at_most=1, help="sample from the likeliest tokens that make up this share"
+    )
+    num_beams: int = count_option(1, "beams of beam search")
+    seed: int = seed_option("sampling")
+
+    def __post_init__(self) -> None:
+        """Refuse two kinds of prompts, too."""
+        super().__post_init__()
+        if self.prompt and self.file:
+            raise ConfigError("both --prompt and --file are given; expected one of them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(Options):
+    """Show what is in an artifact, without loading the model."""
+
+    artifact: str = option(REQUIRED, path=True, positional=True, help="folder of a FiRST artifact")
+    json: bool = option(False, help="print one JSON object instead of a table")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnoseConfig(AnswerOptions):
+    """Check that a routed model computes what it should, and that its routers decide something."""
+
+    data: str | None = option(
+        None, path=True, help="validation data: .jsonl, .jsonl.gz, or a hub dataset id (id:split)"
+    )
+    template: str | None = template_option()
+    limit: int = count_option(64, "use the first N examples only")
+    batch_size: int = count_option(8, "prompts per forward pass")
+    max_length: int = count_option(1024, "longest prompt plus answer, in tokens")
+    max_new_tokens: int = count_option(16, "decode steps to compare with full recomputation")
+    skip_rate: float | None = option(
+        None, help="share of layers to skip, from the artifact's thresholds (none: 0.5 as trained)"
+    )
+    output: str | None = option(None, path=True, help="also write the report to this JSON file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(ArtifactOptions):
+    """Measure the thresholds with which an artifact meets asked skip rates on your own prompts."""
+
+    data: str = option(
+        REQUIRED,
+        path=True,
+        help="validation data: .jsonl, .jsonl.gz, or a hub dataset id (id:split)",
+    )
+    template: str | None = template_option()
+    limit: int | None = count_option(256, "use N examples only, drawn at random")
+    batch_size: int = count_option(16, "prompts per forward pass")
+    rates: list[float] = option(list(RATES), help="skip rates to serve; those between are too")
+    output: str | None = option(
+        None, path=True, help="folder for the artifact with the new thresholds (none: in place)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(AnswerOptions):
+    """Score answers of the base and the routed model on a task, at several skip rates."""
+
+    data: str = option(
+        REQUIRED, path=True, help="test data: .jsonl, .jsonl.gz, or a hub dataset id (id:split)"
+    )
+    template: str | None = template_option()
+    task: str | None = option(
+        None, choices=TASKS, help="which metrics to take; without it the rows' task field decides"
+    )
+    policies: list[str] | None = option(
+        None,
+        choices=EVAL_POLICIES,
+        help="what to score: the base model, the artifact with all layers, or what decides which "
+        "run (none: base, run_all and what the artifact was trained with)",
+    )
+    skip_rates: list[float] = option([0.15, 0.25], help="rates at which policies are scored")
+    limit: int | None = count_option(None, "use the first N examples only")
+    batch_size: int = count_option(16, "prompts per batch")
+    max_new_tokens: int = count_option(32, "longest answer, in tokens")
+    seed: int = seed_option("the bootstrap, and of policies that draw layers")
+    output: str | None = option(None, path=True, help="write the results to this JSON file")
+    record: bool = option(False, help="write the scores into the artifact and its model card too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig(Options):
+    """Train and score every arm of experiment files with every seed; what is done stays done."""
+
+    action: str = option(
+        REQUIRED,
+        choices=("run", "list", "summary"),
+        positional=True,
+        help="run, list what is done, or write a summary of all results to RESULTS/summary.json",
+    )
+    files: list[str] = option(
+        REQUIRED, positional=True, help="experiment files (.yaml), or folders that hold some"
+    )
+    minutes: float | None = option(
+        None, above=0, help="stop after so many minutes, such that the same command goes on"
+    )
+    only: list[str] | None = option(
+        None, help="units to run: FILE, FILE-ARM or FILE-ARM-SEED, without .yaml"
+    )
+    runs: str = option("runs", path=True, help="folder for artifacts, checkpoints and logs")
+    results: str = option("results", path=True, help="folder for results, one JSON file a unit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Options):
+    """Draw what experiments found: one HTML page that needs nothing else, and its pictures."""
+
+    results: str = option(
+        REQUIRED, path=True, positional=True, help="folder that `firstlm experiment` wrote"
+    )
+    output: str | None = option(
+        None, path=True, help="folder for the page and its pictures (none: RESULTS/report)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Options):
+    """Generate with the shipped artifact, then train a short run for real and show what changed."""
+
+    artifact: str | None = option(
+        None, path=True, help="artifact to show (none: the one that is shipped)"
+    )
+    model: str = option(
+        "smollm2", path=True, help="base model of the short run: an id, a folder or 'smollm2'"
+    )
+    output: str = option("runs/demo", path=True, help="folder for the short run")
+    skip_rate: float = option(0.25, help="share of layers to skip")
+    router_steps: int = count_option(16, "optimizer steps of phase 1")
+    lora_steps: int = count_option(64, "optimizer steps of phase 2")
+    batch_size: int = count_option(8, "examples per forward pass")
+    max_length: int = count_option(192, "longest prompt plus answer, in tokens")
+    max_new_tokens: int = count_option(32, "longest answer, in tokens")
+    seed: int = seed_option("data order, initial weights and sampling")

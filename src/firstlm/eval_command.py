@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`firstlm eval`: score an artifact under several policies, into one file that can be added to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from firstlm import artifact_files
+from firstlm.command_config import EvalConfig
+from firstlm.config import POLICIES, TASKS
+from firstlm.errors import ConfigError
+from firstlm.evaluate import choose, encode_rows, evaluate, own_policy, run_name
+from firstlm.examples import Example, load_examples
+from firstlm.journal import Journal
+from firstlm.lora import is_lora
+from firstlm.metrics import Scores, retention
+from firstlm.model import FirstModel
+from firstlm.options import to_dict
+from firstlm.results import portable, provenance, sha256_of, to_json, write_json
+from firstlm.scoreboard import summary, table
+from firstlm.tasks import Task, find_task
+
+# Options that change no number of a run that is done, or that are compared by content instead.
+FREE_OPTIONS = ("artifact", "data", "output", "record", "policies", "skip_rates", "device")
+
+
+def run(options: EvalConfig) -> int:
+    """Score an artifact on a task (`firstlm eval`)."""
+    recorded_in = None
+    if options.record:
+        recorded_in = artifact_files.local_folder(
+            options.artifact,
+            "scores cannot be written into it",
+            "leave --record out, or copy the artifact to a folder of your own",
+        )
+    model = FirstModel.from_pretrained(
+        options.artifact, base=options.model, dtype=options.dtype, device=options.device
+    )
+    examples = load_examples(
+        options.data, template=options.template, tokenizer=model.tokenizer, limit=options.limit
+    )
+    named = options.template if options.template in TASKS else None
+    task = find_task(examples, options.task or named)
+    asked = _asked(options, own_policy(model))
+    for policy, rate in asked:  # an impossible rate is refused before anything is run
+        choose(model, policy, rate, options.prefill, options.seed)
+    encode_rows(model, examples, options.max_new_tokens)
+    report = _start(options, model, examples, task)
+    scored: dict[str, Scores] = {}
+    journal = Journal(
+        Path(f"{options.output}.partial") if options.output else None,
+        {**report["options"], **report["inputs"]},
+    )
+    for policy, rate in asked:
+        name = run_name(policy, rate)
+        if name in report["runs"]:
+            print(f"{name}: done before, taken from {options.output}")
+            continue
+        result = evaluate(
+            model,
+            examples,
+            policy,
+            rate,
+            task=task,
+            prefill=options.prefill,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            seed=options.seed,
+            journal=journal,
+        )
+        result["provenance"] = provenance(seed=options.seed)
+        report["runs"][name] = result
+        report["retention"] = _retention(report["runs"], examples, task, scored, options.seed)
+        if options.output is not None:
+            report["provenance"] = provenance(seed=options.seed, **report["inputs"])
+            write_json(options.output, report)
+        journal.close()
+    print(table(report))
+    if recorded_in is not None:
+        artifact_files.record(recorded_in, task.name, summary(report))
+    return 0
+
+
+def _start(
+    options: EvalConfig, model: FirstModel, examples: Sequence[Example], task: Task
+) -> dict[str, Any]:
+    """Return a new report, or what --output holds of the same one."""
+    compared = compared_options(options)
+    inputs = {
+        "artifact": options.artifact,
+        "artifact_sha256": _model_hash(model),
+        "weights": str(model.base.dtype),
+        "data": portable(options.data),
+        "data_sha256": _data_hash(options.data, examples),
+    }
+    report = {
+        "task": task.name,
+        "primary": task.primary,
+        "options": compared,
+        "inputs": inputs,
+        "training": model.training_record,
+        "runs": {},
+        "retention": {},
+    }
+    if options.output is None or not Path(options.output).exists():
+        return report
+    try:
+        old = json.loads(Path(options.output).read_text(encoding="utf-8"))
+        before = {**old["options"], **old["inputs"]}
+        report["runs"], report["retention"] = old["runs"], old["retention"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{options.output} holds no results of `firstlm eval`; name another --output."
+        ) from error
+    now = {**compared, **inputs}
+    paths = ("artifact", "data")
+    other = [k for k in now if k not in paths and now[k] != before.get(k)]
+    if other:
+        raise ConfigError(
+            f"{options.output} holds results for other inputs ({', '.join(other)}). Name another "
+            "--output, or repeat the options to add runs to it."
+        )
+    return report
+
+
+def _asked(options: EvalConfig, own: str) -> list[tuple[str, float | None]]:
+    """Return each policy with each rate at which it is scored."""
+    asked: list[tuple[str, float | None]] = []
+    for policy in dict.fromkeys(options.policies or ("base", "run_all", own)):
+        rates = dict.fromkeys(options.skip_rates) if policy in POLICIES else (None,)
+        asked += [(policy, rate) for rate in rates]
+    return asked
+
+
+def run_names(options: EvalConfig) -> list[str]:
+    """Return the names under which results hold what these options ask for; they name policies."""
+    return [run_name(policy, rate) for policy, rate in _asked(options, "router")]
+
+
+def compared_options(options: EvalConfig) -> dict[str, Any]:
+    """Return the options that results hold, and that must be the same to add to them."""
+    return {k: v for k, v in to_dict(options).items() if k not in FREE_OPTIONS}
+
+
+def _retention(
+    runs: dict[str, Any],
+    examples: Sequence[Example],
+    task: Task,
+    scored: dict[str, Scores],
+    seed: int,
+) -> dict[str, Any]:
+    """Return each run's primary score over that of run_all, on the same items.
+
+    `scored` keeps the primary scores of runs from call to call.
+    """
+    if "run_all" not in runs:
+        return {}
+    references = [example.references for example in examples]
+    for name in runs.keys() - scored.keys():
+        predictions = [item["prediction"] for item in runs[name]["items"]]
+        scored[name] = task.score(predictions, references)[task.primary]
+    found = {
+        name: retention(scored[name], scored["run_all"], seed=seed)
+        for name in runs
+        if name != "run_all"
+    }
+    return {name: asdict(value) for name, value in found.items()}
+
+
+def _model_hash(model: FirstModel) -> str:
+    """Return a hash of routers, thresholds and adapter: what an artifact adds to its base."""
+    baseline = asdict(model.baseline) if model.baseline else None
+    decides = {"thresholds": model.thresholds.table, "policy": baseline}
+    digest = hashlib.sha256(to_json(decides).encode())
+    for name, tensor in model.named_parameters():
+        if name.startswith("routers.") or is_lora(name):
+            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _data_hash(source: str, examples: Sequence[Example]) -> str:
+    if Path(source).is_file():
+        return sha256_of(source)
+    rows = [[example.id, example.prompt, example.references] for example in examples]
+    return hashlib.sha256(to_json(rows).encode()).hexdigest()
