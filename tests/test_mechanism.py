@@ -230,8 +230,9 @@ def test_prefill_full_runs_the_prompt_everywhere(unit: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("unit", ["block", "attention", "mlp"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "bloom"])
-def test_beams_take_their_masks_along(name: str, kind: str) -> None:
+def test_beams_take_their_masks_along(name: str, unit: str, kind: str) -> None:
     ids, mask = batch((9, 5, 4))
     keep = mixed(3)
     more = {
@@ -241,12 +242,14 @@ def test_beams_take_their_masks_along(name: str, kind: str) -> None:
         "do_sample": False,
         "output_scores": True,
     }
-    with routed(name) as first:
+    with routed(name, unit) as first:
         output = first.generate(
             ids, mask, policy=FixedMask(keep), cache_implementation=kind, **more
         )
         first.detach()
-        with discarding(keep, first.routing.stack.modules), torch.no_grad():
+        stack = first.routing.stack
+        units = None if unit == "block" else stack.units
+        with discarding(keep, stack.modules, units), torch.no_grad():
             wanted = first.base.generate(
                 input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **more
             )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class SkipCache(Cache):
     """Mixin over a transformers cache that carries one batch's `RoutingState`.
 
-    `state.rows(i)` says which rows layer i holds: None for all, else their indices.
+    `state.stored_rows(i)` says which rows layer i holds: None for all, else their indices.
     """
 
     layers: list[Any]  # which attributes a slot has depends on its class
@@ -63,7 +63,7 @@ class SkipCache(Cache):
     def _select(self, index: torch.Tensor) -> None:
         """Make row j of the batch what row index[j] was, in every layer and in the decisions."""
         for layer, slot in enumerate(self.layers):
-            rows = self.state.rows(layer)
+            rows = self.state.stored_rows(layer)
             picked = index
             if rows is not None:
                 place = torch.full((self.state.row_count,), -1, device=rows.device)
@@ -84,9 +84,9 @@ class SkipCache(Cache):
             if getattr(slot, "indexer_position_ids", None) is not None:
                 slot.indexer_position_ids = slot.indexer_position_ids.index_select(1, index)
 
-    def keep_rows(self, layer: int, rows: torch.Tensor | None) -> None:
-        """Drop what a layer stored for rows that will not run it (prefill="full")."""
-        slot = self.layers[layer]
+    def keep_rows(self, layer: int) -> None:
+        """Drop what a layer stored of rows that run it no more; before, it stored all of them."""
+        slot, rows = self.layers[layer], self.state.stored_rows(layer)
         if rows is None:
             return
         if len(rows):

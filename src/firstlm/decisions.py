@@ -42,6 +42,7 @@ class RoutingState:
         gate: "hard" (skip for real), or "straight_through" / "soft" to train routers.
         locked: layers that always run.
         prompt_ids: [prompts, tokens], for policies that draw by prompt.
+        unit: what is switched; where that is mlp, attention stores every row.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class RoutingState:
         gate: str = "hard",
         locked: frozenset[int] = frozenset(),
         prompt_ids: torch.Tensor | None = None,
+        unit: str = "block",
     ) -> None:
         self.policy = policy
+        self.unit = unit
         self.stepped = policy if isinstance(policy, SteppedPolicy) else None
         self.prompt_ids = prompt_ids
         self._keys: list[int] | None = None
@@ -131,6 +134,10 @@ class RoutingState:
     def rows(self, layer: int) -> torch.Tensor | None:
         """Indices of the rows that run the layer; None where all do."""
         return self._rows[layer]
+
+    def stored_rows(self, layer: int) -> torch.Tensor | None:
+        """Indices of the rows whose keys and values the layer stores; None where all are."""
+        return None if self.unit == "mlp" else self._rows[layer]
 
     def row_keep(self, layer: int) -> list[bool]:
         """Which rows run the layer."""

@@ -290,7 +290,16 @@ class FirstModel(nn.Module):
         locked = self.routing.stack.locked
         if isinstance(policy, FixedMask):
             policy.check(self.layer_count, locked)
-        return RoutingState(policy, prompt_mask, self.layer_count, prefill, gate, locked, input_ids)
+        return RoutingState(
+            policy,
+            prompt_mask,
+            self.layer_count,
+            prefill,
+            gate,
+            locked,
+            input_ids,
+            self.routing.unit,
+        )
 
     def forward(
         self,

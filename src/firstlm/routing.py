@@ -99,9 +99,8 @@ class Routing:
         if layer == 0 and not state.in_prefill and state.first_token_at is None:
             state.first_token_at = time.perf_counter()
         if cache is not None and not state.in_prefill:
-            gone = state.retire(layer, first - state.prompt_length, hidden.device)
-            if gone and self.unit != "mlp":
-                cache.keep_rows(layer, state.rows(layer))
+            if state.retire(layer, first - state.prompt_length, hidden.device):
+                cache.keep_rows(layer)
         deferred = cache is not None and state.prefill == "full"
         whole = True
         if not state.decided(layer) or (state.traced and torch.is_grad_enabled()):
@@ -135,12 +134,11 @@ class Routing:
         decide_now: bool,
     ) -> None:
         """Count a layer's tokens in the cache and, with prefill="full", take the decision."""
-        stored = self.unit == "mlp" or not state.decided(layer) or any(state.row_keep(layer))
-        cache.advance(layer, tokens, stored)
+        rows = state.stored_rows(layer)
+        cache.advance(layer, tokens, stored=rows is None or len(rows) > 0)
         if decide_now and not state.decided(layer):
             state.decide(layer, device)
-            if self.unit != "mlp":
-                cache.keep_rows(layer, state.rows(layer))
+            cache.keep_rows(layer)
 
     def _unit_forward(self, layer: int, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the attention or mlp of a layer as the batch's state says."""
