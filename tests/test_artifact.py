@@ -18,7 +18,7 @@ from families import batch, decode, make_model, mixed
 from safetensors.torch import load_file, save_file
 
 from firstlm import FirstModel, FixedMask, RouterConfig, artifact, artifact_files
-from firstlm.errors import ArtifactError
+from firstlm.errors import ArtifactError, ConfigError
 from firstlm.thresholds import Threshold
 
 NEW = 4
@@ -279,6 +279,17 @@ def test_merged_lora_is_not_lost_by_saving(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="merged"):
         first.save_pretrained(str(tmp_path / "artifact"))
     assert not (tmp_path / "artifact").exists()
+
+
+def test_merged_lora_cannot_be_turned_off(saved: Path) -> None:
+    model = load(saved).merge_and_unload()
+    with pytest.raises(ConfigError, match="load the artifact again"):
+        model.disable_adapter()
+
+
+def test_a_base_that_is_no_model(saved: Path) -> None:
+    with pytest.raises(ConfigError, match="base is int; expected a transformers model"):
+        FirstModel.from_pretrained(str(saved), base=3)  # type: ignore[arg-type]
 
 
 def test_a_base_with_an_adapter_is_refused(saved: Path) -> None:

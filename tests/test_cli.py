@@ -98,7 +98,12 @@ def test_options_reach_the_work_and_its_number_is_the_exit_code(command):
     [
         (DataError("line 3 is broken"), 2, "error: line 3 is broken\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
+        (OSError(errno.ENOSPC, "No space left", "/a/b"), 2, "/a/b: No space left. Make room, or"),
+        (
+            OSError(errno.EISDIR, "Is a directory", "/a"),
+            2,
+            "/a: Is a directory. Name another place",
+        ),
     ],
 )
 def test_what_ends_a_command_is_one_line_and_a_code(command, capsys, error, code, says):

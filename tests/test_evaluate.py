@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from firstlm import FirstModel, cli, evaluate
+from firstlm import FirstModel, cli, eval_command, evaluate
 from firstlm.data import encode, encode_prompt
 from firstlm.errors import ConfigError, DataError
 from firstlm.evaluate import evaluate as score_policy
@@ -199,7 +199,9 @@ def test_runs_are_written_and_not_repeated(words, monkeypatch, capsys):
 
     done = []
     real = evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: done.append(a[2:4]) or real(*a, **k))
+    monkeypatch.setattr(
+        eval_command, "evaluate", lambda *a, **k: done.append(a[2:4]) or real(*a, **k)
+    )
     assert cli.main([*words, "0.25", "0.5"]) == 0
     assert done == [("router", 0.5)]
     second = result_of(words)
@@ -216,10 +218,10 @@ def test_an_interrupted_run_keeps_what_was_finished(words, monkeypatch):
             raise KeyboardInterrupt
         return real(model, examples, policy, *args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "evaluate", interrupted)
+    monkeypatch.setattr(eval_command, "evaluate", interrupted)
     assert cli.main([*words, "0.25"]) == 130
     assert list(result_of(words)["runs"]) == ["base", "run_all"]
-    monkeypatch.setattr(evaluate, "evaluate", real)
+    monkeypatch.setattr(eval_command, "evaluate", real)
     assert cli.main([*words, "0.25"]) == 0
     assert list(result_of(words)["runs"]) == ["base", "run_all", "router@0.25"]
 
@@ -303,6 +305,13 @@ def test_wrong_input_ends_with_code_2_and_writes_nothing(words, more, says, caps
     assert cli.main([*words, *more]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(words, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(FirstModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    words[words.index("--output") + 1] = str(tmp_path)
+    assert cli.main([*words, "0.25"]) == 2
+    assert "Is a directory. Name another place." in capsys.readouterr().err
 
 
 def test_tasks_without_a_metric_are_refused(words, data, capsys):

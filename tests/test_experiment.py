@@ -140,6 +140,16 @@ def see_the_report(folder: Path, rows: list[dict], capsys) -> None:
         assert name in page
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"task": "qa", "runs": {"router@0.25": {}}}'])
+def test_a_file_that_holds_no_results_is_named(words, capsys, text):
+    folder = Path(words[words.index("--results") + 1])
+    folder.mkdir()
+    (folder / "tiny-first-0.json").write_text(text)
+    for action in ("list", "run", "summary"):
+        assert cli.main(["experiment", action, *words[2:]]) == 2
+        assert "tiny-first-0.json holds no results of `firstlm eval`" in capsys.readouterr().err
+
+
 def test_arms_with_one_policy_are_told_apart():
     def row(arm, policy="first"):
         return {"arm": arm, "policy": policy, "lora_of": policy}
@@ -237,6 +247,7 @@ def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
         ("{policies: [majority]}", "{}", "arm majority does not say which policies"),
         ("policies: [majority]", "policies: [best]", "expected one of base, run_all"),
         ("[0, 1]", "3", r"arm first: seeds is 3; expected a list"),
+        ("first:\n", "first: text\n  other:\n", "arm first is 'text'; expected names with values"),
         ("[0, 1]", "null", r"arm first: seeds is None; expected a list"),
         ("seeds", "seed", "arm first has 'seed', 'seeds' missing or too much|'seed'"),
         ("arms:", "arms: [", "is not YAML"),

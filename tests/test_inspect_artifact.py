@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -40,14 +42,22 @@ def artifact(tmp_path):
     config = {
         "format_version": 1,
         "firstlm_version": "0.1.0",
-        "base_model": {"id": "some/base", "revision": "abc123", "fingerprint": "f00d"},
+        "base_model": {"id": "some/base", "revision": "abc123", "fingerprint": "f00d.-.-"},
         "router_config": {"unit": "attention", "init_bias": 2.0},
         "layers": LAYERS,
         "thresholds": {
             "skip": [[0.15, -0.5, 0.148, [0, 0, 0.6]], [0.25, 0.125, 0.251, [0, 0.2, 0.8]]]
         },
         "training": {"options": {"lora_lr": 0.001}},
-        "results": {"f1": 0.75},
+        "results": {
+            "qa": {
+                "data": "d",
+                "count": 1,
+                "prefill": "skip",
+                "weights": "float32",
+                "runs": {"base": {"skip_rate": 0.0, "F1": 0.75}},
+            }
+        },
     }
     (folder / "first_config.json").write_text(json.dumps(config))
     return folder
@@ -67,7 +77,7 @@ def test_people_see_what_is_in_it(artifact, capsys):
         "rank 4, alpha 16",
         "q_proj, v_proj",
         "lora_lr: 0.001",
-        "f1: 0.75",
+        "F1: 0.75",
         "routers.safetensors",
     ):
         assert part in shown
@@ -138,6 +148,11 @@ def drop_router(artifact, _):
     save_file(tensors, artifact / "routers.safetensors")
 
 
+def lose_adapter(artifact, _):
+    change(artifact, adapter=True)
+    shutil.rmtree(artifact / "adapter")
+
+
 @pytest.mark.parametrize(
     ("harm", "name", "says"),
     [
@@ -151,6 +166,21 @@ def drop_router(artifact, _):
         (cut, "adapter/adapter_model.safetensors", "adapter"),
         (lambda artifact, _: change(artifact, format_version=2), "", "format 2"),
         (lambda artifact, _: change(artifact, layers=30), "", "30 layers"),
+        (lambda artifact, _: change(artifact, layers="six"), "", "layers is no number"),
+        (lambda artifact, _: change(artifact, thresholds={"skip": 3}), "", "damaged"),
+        (lambda artifact, _: change(artifact, thresholds={"skip": [[0.1]]}), "", "damaged"),
+        (lambda artifact, _: change(artifact, thresholds=[]), "", "damaged"),
+        (
+            lambda artifact, _: change(artifact, thresholds={"skip": [[0.1, math.nan, 0.1, []]]}),
+            "",
+            "a threshold is no number",
+        ),
+        (lambda artifact, _: change(artifact, base_model={}), "", "base_model lacks"),
+        (lambda artifact, _: change(artifact, base_model="x"), "", "damaged"),
+        (lambda artifact, _: change(artifact, router_config=[]), "", "damaged"),
+        (lambda artifact, _: change(artifact, results=3), "", "damaged"),
+        (lambda artifact, _: change(artifact, policy={"name": "foo"}), "", "damaged"),
+        (lose_adapter, "", "saved with LoRA, but adapter/adapter_model.safetensors is missing"),
     ],
 )
 def test_damage_is_named(artifact, capsys, harm, name, says):

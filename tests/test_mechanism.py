@@ -396,12 +396,41 @@ def _four_tokens(first: FirstModel, ids: torch.Tensor, mask: torch.Tensor, kind:
         ("why", "input_ids is str; expected a tensor"),
         ([[1, 2]], "input_ids is list; expected a tensor"),
         (torch.tensor([1, 2]), r"the shape \(2,\)"),
+        (torch.zeros(1, 2), "dtype torch.float32; expected whole numbers"),
         (torch.zeros(1, 0, dtype=torch.long), "at least one token"),
     ],
 )
 def test_what_is_no_batch_of_token_ids(prompts: Any, words: str) -> None:
     with routed("llama") as first, pytest.raises(ConfigError, match=words):
         first.generate(prompts)
+
+
+def test_arguments_of_other_kinds_are_named() -> None:
+    ids, mask = batch((4,))
+    with routed("llama") as first:
+        for more, words in (
+            ({"attention_mask": mask.tolist()}, "attention_mask is list"),
+            ({"policy": "router"}, "policy is 'router'; expected an object that decides"),
+            ({"inputs_embeds": torch.zeros(1, 4, 32)}, "inputs_embeds is not supported"),
+        ):
+            with pytest.raises(ConfigError, match=words):
+                first.generate(ids, **more)
+        first.detach()
+        with pytest.raises(ConfigError, match="config is dict; expected a RouterConfig"):
+            FirstModel.from_base(first.base, {"unit": "mlp"})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="keep is no mask"):
+        FixedMask([[True], [True, False]])
+
+
+def test_a_generation_config_is_taken_without_a_warning(caplog, recwarn) -> None:
+    ids, mask = batch((4,))
+    with routed("llama") as first:
+        given = GenerationConfig(max_new_tokens=3, do_sample=False, use_cache=False)
+        out = first.generate(ids, attention_mask=mask, generation_config=given)
+        assert out.sequences.shape == (1, 7)
+        assert given.use_cache is False
+    assert not [w for w in recwarn if "generation" in str(w.message)]
+    assert "deprecated" not in caplog.text
 
 
 def test_options_that_cannot_work() -> None:

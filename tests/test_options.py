@@ -79,7 +79,7 @@ COMMAND_OPTIONS = [
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 notes = st.none() | texts.filter(lambda text: text != "none")  # the word means None
-floats = st.floats(allow_nan=False)
+floats = st.floats(allow_nan=False, allow_infinity=False)
 samples = st.builds(
     Sample,
     rate=floats,
@@ -163,6 +163,7 @@ def test_defaults_are_not_shared():
         (["x", "--count", "none"], ["--count", "a whole number"]),
         (["x", "--rate", "lots"], ["--rate", "'lots'", "a number"]),
         (["x", "--rate", "nan"], ["--rate", "'nan'", "a number"]),
+        (["x", "--rate", "inf"], ["--rate", "'inf'", "a number"]),
         (["x", "--rates", "0.1", "b"], ["--rates", "'b'", "a number"]),
         (["x", "--kind", "gren"], ["--kind", "red, green", "did you mean green"]),
         (["x", "--kinds", "red", "blue"], ["--kinds", "'blue'", "red, green"]),
@@ -204,6 +205,20 @@ def test_wrong_yaml_names_the_key_the_file_and_what_is_legal(tmp_path, text, say
         parse("here", "--config", str(file))
     for part in says:
         assert part in str(caught.value)
+
+
+def test_flags_may_stand_anywhere():
+    @dataclass(frozen=True, kw_only=True)
+    class Many:
+        """Two kinds of words."""
+
+        action: str = option(REQUIRED, positional=True, help="")
+        files: list[str] = option(REQUIRED, positional=True, help="")
+        rate: float = option(1.0, help="")
+
+    words = ["run", "--rate", "2", "a", "b"]
+    for order in (words, [*words[1:3], "run", "a", "b"], ["run", "a", "--rate", "2", "b"]):
+        assert resolve(Many, order, "t") == Many(action="run", files=["a", "b"], rate=2.0)
 
 
 def test_an_empty_yaml_changes_nothing(tmp_path):
@@ -271,7 +286,7 @@ class Bounded:
     ("name", "wrong", "right", "says"),
     [
         ("count", (0, -3), (None, 1), "expected 1 or more"),
-        ("rate", (0, -1.0, float("inf")), (1e-9,), "expected more than 0"),
+        ("rate", (0, -1.0), (1e-9,), "expected more than 0"),
         ("share", (1, -0.1), (0, 0.99), "expected 0 up to below 1"),
         ("parts", ([0.5, 0], [1.5]), ([0.1, 1],), "expected above 0 up to 1"),
     ],

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from firstlm.results import (
     atomic_dir,
+    check_file,
     portable,
     provenance,
     sha256_of,
@@ -231,6 +232,19 @@ def test_files_have_the_rights_others_would_get(tmp_path):
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
     assert stat.S_IMODE((tmp_path / "d").stat().st_mode) == 0o755
+
+
+def test_a_folder_in_a_files_place_is_named(tmp_path):
+    for write in (check_file, lambda path: write_text(path, "x")):
+        with pytest.raises(IsADirectoryError) as caught:
+            write(tmp_path)
+        assert caught.value.filename == str(tmp_path)
+    check_file(None)
+    check_file(tmp_path / "new" / "file")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "text").write_text("x")
+    with pytest.raises(NotADirectoryError):
+        check_file(tmp_path / "text" / "file")
 
 
 def test_sha256_of_a_file(tmp_path):

@@ -138,6 +138,30 @@ def test_an_interrupted_command_resumes(tmp_path: Path, byte_tokenizer) -> None:
     assert 0 < step < 400
 
 
+def test_an_artifact_that_changed_is_not_gone_on_from(
+    tmp_path: Path, byte_tokenizer, capsys
+) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    given = {"model": str(folder), "data": str(data), "router_steps": 1, "lora_steps": 1}
+    first = config(tmp_path, **given)
+    assert run(first) == 0
+    second = replace(first, output=str(tmp_path / "second"), artifact=first.output)
+    assert run(second) == 0
+    assert run(second) == 0
+    model = FirstModel.from_pretrained(first.output)
+    model.routers[0].bias.data.add_(1)
+    model.save_pretrained(first.output)
+    with pytest.raises(ConfigError, match="data that has changed since: artifact"):
+        run(second)
+
+
+def test_short_runs_log_too(tmp_path: Path) -> None:
+    settings = config(tmp_path, router_steps=3, logging_steps=10)
+    train_routers(make_model(), make_examples(16, 0), make_examples(8, 1), settings)
+    log = (work_folder(settings) / "log_routers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [3]
+
+
 def test_several_processes_are_refused(tmp_path: Path, byte_tokenizer) -> None:
     folder, data = write_run(tmp_path, byte_tokenizer)
     words = f"-m firstlm train --model {folder} --data {data} --output {tmp_path / 'out'}"

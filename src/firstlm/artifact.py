@@ -21,6 +21,7 @@ from firstlm.artifact_files import (
     CARD_FILE,
     FORMAT_VERSION,
     ROUTERS_FILE,
+    adapter_folder,
     check_results,
     check_target,
     find,
@@ -28,7 +29,7 @@ from firstlm.artifact_files import (
     read_config,
     read_routers,
 )
-from firstlm.errors import ArtifactError
+from firstlm.errors import ArtifactError, ConfigError
 from firstlm.lora import lora_parameters, without_peft_warning
 from firstlm.model_card import model_card
 from firstlm.pretrained import (
@@ -145,7 +146,12 @@ def load(
         base, found_tokenizer = load_base(base, dtype=dtype, device=device, **revision)
         tokenizer = tokenizer or found_tokenizer
     else:
-        found_id = getattr(getattr(base, "config", None), "_name_or_path", None) or wanted["id"]
+        if not isinstance(base, nn.Module):
+            raise ConfigError(
+                f"base is {type(base).__name__}; expected a transformers model, an id or a folder."
+            )
+        found_id = getattr(getattr(base, "config", None), "_name_or_path", None)
+        found_id = found_id or f"the {type(base).__name__} given"
         if hasattr(base, "peft_config"):
             raise ArtifactError(
                 "The base model given has a peft adapter already; pass it without one "
@@ -155,18 +161,14 @@ def load(
     if alike < SAME_BASE:
         why = f"{alike:.0%} of its weights' signs agree" if alike else "another architecture"
         raise ArtifactError(
-            f"{folder} was made for the base model {wanted['id']!r}, not for {found_id!r} ({why}). "
+            f"{folder} was made for the base model {wanted['id']}, not for {found_id} ({why}). "
             "Load it with the base it was trained on."
         )
-    width = router_config.width(base.config.get_text_config().hidden_size)
+    config_of_base: Any = base.config
+    width = router_config.width(config_of_base.get_text_config().hidden_size)
     _check_routers(tensors, config["layers"], width, folder)
-    adapter = folder / ADAPTER_DIR
-    if config.get("adapter") and not (adapter / ADAPTER_FILE).is_file():
-        raise ArtifactError(
-            f"{folder} was saved with LoRA, but {ADAPTER_DIR}/{ADAPTER_FILE} is missing. "
-            "Copy or train the artifact again."
-        )
-    if adapter.is_dir():
+    adapter = adapter_folder(folder, config)
+    if adapter is not None:
         base = _load_adapter(base, adapter)
         try:
             _check_finite(lora_parameters(base), adapter / ADAPTER_FILE)
@@ -178,7 +180,7 @@ def load(
         router.weight.data.copy_(tensors[f"{i}.weight"])
         router.bias.data.copy_(tensors[f"{i}.bias"])
     model.base_id = found_id if isinstance(asked, str) else wanted["id"]
-    model.adapter_dtype = _saved_dtype(adapter)
+    model.adapter_dtype = None if adapter is None else _saved_dtype(adapter)
     model.thresholds.table, model.baseline = table, baseline
     model.training_record = config.get("training", {})
     model.results = config["results"]
@@ -197,10 +199,7 @@ def _load_adapter(base: Any, adapter: Path) -> nn.Module:
 
 def _saved_dtype(adapter: Path) -> torch.dtype | None:
     """Return the number format in which an adapter was saved, to save it so again."""
-    file = adapter / ADAPTER_FILE
-    if not file.is_file():
-        return None
-    return next((tensor.dtype for tensor in load_file(file).values()), None)
+    return next((tensor.dtype for tensor in load_file(adapter / ADAPTER_FILE).values()), None)
 
 
 def _check_routers(tensors: dict[str, torch.Tensor], layers: int, width: int, folder: Path) -> None:

@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -23,7 +25,7 @@ from firstlm.config import RouterConfig
 from firstlm.errors import ArtifactError, ConfigError
 from firstlm.model_card import model_card
 from firstlm.pretrained import ARTIFACT_FILE
-from firstlm.results import atomic_dir, write_json
+from firstlm.results import atomic_dir, sha256_of, to_json, write_json
 from firstlm.thresholds import Threshold, Thresholds
 
 FORMAT_VERSION = 1
@@ -123,7 +125,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     if missing:
         raise ArtifactError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}.")
     config["results"] = config.get("results") or {}
+    parse(config, folder)
     return config
+
+
+def adapter_folder(folder: Path, config: dict[str, Any]) -> Path | None:
+    """Return the folder of an artifact's LoRA, or None where it has none."""
+    adapter = folder / ADAPTER_DIR
+    if config.get("adapter") and not (adapter / ADAPTER_FILE).is_file():
+        raise ArtifactError(
+            f"{folder} was saved with LoRA, but {ADAPTER_DIR}/{ADAPTER_FILE} is missing. "
+            "Copy or train the artifact again."
+        )
+    return adapter if adapter.is_dir() else None
 
 
 def read_routers(folder: Path) -> dict[str, torch.Tensor]:
@@ -135,6 +149,16 @@ def read_routers(folder: Path) -> dict[str, torch.Tensor]:
         raise ArtifactError(
             f"{file} cannot be read ({error}). Copy or train the artifact again."
         ) from error
+
+
+def content_hash(path_or_id: str) -> str:
+    """Return a hash of what an artifact adds to its base model: routers, thresholds and LoRA."""
+    folder = find(path_or_id)
+    config = read_config(folder)
+    adapter = adapter_folder(folder, config)
+    files = [folder / ROUTERS_FILE, *([adapter / ADAPTER_FILE] if adapter else [])]
+    parts = [to_json([config["thresholds"], config.get("policy")]), *map(sha256_of, files)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def read_thresholds(path_or_id: str) -> Thresholds:
@@ -163,6 +187,8 @@ def parse(
             ]
             for mode, rows in config["thresholds"].items()
         }
+        if not all(map(math.isfinite, (row.offset for rows in table.values() for row in rows))):
+            raise ValueError("a threshold is no number")
         return router_config, table, _parse_baseline(config.get("policy"))
     except (TypeError, ValueError, KeyError, AttributeError, ConfigError) as error:
         raise ArtifactError(

@@ -7,6 +7,7 @@ imported only when it is called.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_about_files(error):
             raise
-        _report(f"error: {error}")
+        _report(f"error: {_about_files(error)}")
         return REFUSED
 
 
@@ -159,6 +160,15 @@ def _is_about_files(error: Exception) -> bool:
         return True
     kind = type(error)  # safetensors and torch have their own for writes that fail
     return kind.__name__ == "SafetensorError" or "PytorchStreamWriter failed" in str(error)
+
+
+def _about_files(error: Exception) -> str:
+    """Return which file could not be written or read, why, and what to do."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror}. {'Make room, or name' if full else 'Name'} another place."
 
 
 def _report(message: str) -> None:

@@ -130,7 +130,9 @@ class EvalConfig(AnswerOptions):
     )
     template: str | None = template_option()
     task: str | None = option(
-        None, choices=TASKS, help="which metrics to take; without it the rows' task field decides"
+        None,
+        choices=TASKS,
+        help="which metrics to take; without it the rows' task field decides, or else it is qa",
     )
     policies: list[str] | None = option(
         None,

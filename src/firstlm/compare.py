@@ -107,10 +107,13 @@ def read_texts(options: GenerateConfig) -> list[str] | None:
     rows = file is not None and file.endswith((".jsonl", ".jsonl.gz"))
     if options.template is not None and not rows:
         raise ConfigError("--template is for the rows of a .jsonl file; name one with --file.")
+    if options.limit is not None and file is None:
+        raise ConfigError("--limit is for the prompts of a file; name one with --file.")
     if file is None:
         texts = options.prompt or [_read_stdin()]
     elif not Path(file).is_file():
-        raise DataError(f"{file}: there is no such file.")
+        what = "this is a folder; name a file." if Path(file).is_dir() else "there is no such file."
+        raise DataError(f"{file}: {what}")
     elif rows:
         return None
     else:
@@ -119,9 +122,11 @@ def read_texts(options: GenerateConfig) -> list[str] | None:
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: not UTF-8 text ({error.reason}).") from error
         texts = texts[: options.limit]
+    where = file or ("--prompt" if options.prompt else "stdin")
     if not texts or not all(text.strip() for text in texts):
-        where = file or ("--prompt" if options.prompt else "stdin")
         raise DataError(f"{where}: the prompt is empty; give it some text.")
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        raise DataError(f"{where}: the prompt is not UTF-8 text.")
     return texts
 
 

@@ -27,7 +27,7 @@ from firstlm.masks import describe_masks, describe_rates, length_correlation
 from firstlm.model import FirstModel
 from firstlm.options import to_dict
 from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
-from firstlm.results import provenance, sha256_of, write_json
+from firstlm.results import check_file, provenance, sha256_of, write_json
 
 BINS = 10
 PROMPTS = (
@@ -218,6 +218,7 @@ def _time(
 
 def run(options: DiagnoseConfig) -> int:
     """Diagnose an artifact (`firstlm diagnose`); 1 if a check failed."""
+    check_file(options.output)
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )

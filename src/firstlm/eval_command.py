@@ -23,7 +23,7 @@ from firstlm.lora import is_lora
 from firstlm.metrics import Scores, retention
 from firstlm.model import FirstModel
 from firstlm.options import to_dict
-from firstlm.results import portable, provenance, sha256_of, to_json, write_json
+from firstlm.results import check_file, portable, provenance, sha256_of, to_json, write_json
 from firstlm.scoreboard import summary, table
 from firstlm.tasks import Task, find_task
 
@@ -33,6 +33,7 @@ FREE_OPTIONS = ("artifact", "data", "output", "record", "policies", "skip_rates"
 
 def run(options: EvalConfig) -> int:
     """Score an artifact on a task (`firstlm eval`)."""
+    check_file(options.output)
     recorded_in = None
     if options.record:
         recorded_in = artifact_files.local_folder(

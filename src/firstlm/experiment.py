@@ -173,6 +173,8 @@ def units_of(file: Path, runs: str, results: str) -> list[Unit]:
     units = []
     for arm, said in arms.items():
         where = f"{file}: arm {arm}"
+        if not isinstance(said or {}, dict):
+            raise ConfigError(f"{where} is {said!r}; expected names with values.")
         said = _known({"seeds": [0], "train": {}, "eval": {}} | (said or {}), ARM_KEYS, where)
         if not (isinstance(said["seeds"], list) and all(type(s) is int for s in said["seeds"])):
             raise ConfigError(f"{where}: seeds is {said['seeds']!r}; expected a list: [0, 1, 2].")

@@ -32,6 +32,10 @@ def take_prompts(
     input_ids = input_ids.to(device)
     if attention_mask is None:
         attention_mask = _infer_mask(generation_config, input_ids)
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ConfigError(
+            f"attention_mask is {type(attention_mask).__name__}; expected a tensor [batch, tokens]."
+        )
     attention_mask = attention_mask.to(device)
     _check_mask(attention_mask, input_ids)
     return input_ids, attention_mask
@@ -44,6 +48,8 @@ def _check_prompts(input_ids: Any) -> None:
             f"input_ids is {type(input_ids).__name__}; expected a tensor [batch, tokens] of token "
             'ids, such as tokenizer(text, return_tensors="pt")["input_ids"].'
         )
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ConfigError(f"input_ids has dtype {input_ids.dtype}; expected whole numbers.")
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ConfigError(
             f"input_ids has the shape {tuple(input_ids.shape)}; expected [batch, tokens] with at "
@@ -71,6 +77,8 @@ def refuse_rollback(generate_kwargs: dict[str, Any]) -> None:
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
         if generate_kwargs.get(name, getattr(config, name, None)) is not None:
             raise ConfigError(f"{name} rolls the cache back, which is not supported with skips.")
+    if generate_kwargs.get("inputs_embeds") is not None:
+        raise ConfigError("inputs_embeds is not supported; give prompts as input_ids.")
     if generate_kwargs.get("use_cache") is False:
         raise ConfigError("use_cache=False is not supported: decisions ride in the cache.")
 

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from firstlm.artifact_files import ADAPTER_DIR, ROUTERS_FILE, find, read_config, read_routers
+from firstlm.artifact_files import (
+    ADAPTER_FILE,
+    ROUTERS_FILE,
+    adapter_folder,
+    find,
+    read_config,
+    read_routers,
+)
 from firstlm.command_config import InspectConfig
 from firstlm.errors import ArtifactError
 from firstlm.results import to_json
@@ -33,7 +40,7 @@ def read_artifact(path: str | Path) -> dict[str, Any]:
         "path": str(folder),
         "config": config,
         "routers": _router_statistics(folder, config["layers"]),
-        "adapter": _read_adapter(folder / ADAPTER_DIR),
+        "adapter": _read_adapter(adapter_folder(folder, config)),
         "bytes": {str(file.relative_to(folder)): file.stat().st_size for file in files},
     }
 
@@ -41,24 +48,24 @@ def read_artifact(path: str | Path) -> dict[str, Any]:
 def describe(found: dict[str, Any]) -> str:
     """Return the text that `firstlm inspect` shows."""
     config, routers = found["config"], found["routers"]
-    base = config.get("base_model", {})
+    base = config["base_model"]
     layers = len(routers["bias"])
     revision = f" at {base['revision']}" if base.get("revision") else ""
-    unit = config.get("router_config", {}).get("unit", "block")
+    unit = config["router_config"].get("unit", "block")
     lines = [
         f"FiRST artifact {found['path']} ({_size(sum(found['bytes'].values()))})",
-        _line("base model", f"{base.get('id', 'unknown')}{revision}"),
-        _line("fingerprint", _short(base["fingerprint"])) if base.get("fingerprint") else "",
+        _line("base model", f"{base['id'] or 'unknown'}{revision}"),
+        _line("fingerprint", _short(base["fingerprint"])),
         _line(
             "written by",
             f"firstlm {config.get('firstlm_version', '?')}, format {config['format_version']}",
         ),
         _line("routers", f"{layers} of unit {unit}, reading {routers['width']} values"),
         *_describe_routers(routers),
-        *_describe_thresholds(config.get("thresholds") or {}),
+        *_describe_thresholds(config["thresholds"]),
         *_describe_adapter(found),
         *_describe_values("training", config.get("training")),
-        *_describe_values("results", config.get("results")),
+        *_describe_values("results", config["results"]),
         "files",
         *(f"  {_size(size):>9}  {name}" for name, size in found["bytes"].items()),
     ]
@@ -83,15 +90,15 @@ def _router_statistics(folder: Path, layers: int) -> dict[str, Any]:
     }
 
 
-def _read_adapter(folder: Path) -> dict[str, Any] | None:
+def _read_adapter(folder: Path | None) -> dict[str, Any] | None:
     """Return what the peft adapter changes, or None where the artifact has routers only."""
-    if not folder.is_dir():
+    if folder is None:
         return None
     from safetensors import SafetensorError, safe_open
 
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as content:
+        with safe_open(folder / ADAPTER_FILE, framework="pt") as content:
             shapes = [content.get_slice(name).get_shape() for name in content.keys()]  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,7 +106,13 @@ class FirstModel(nn.Module):
         Raises:
             UnsupportedModelError: the model's layers cannot be routed.
         """
-        return cls(base, config or RouterConfig(), tokenizer)
+        config = config or RouterConfig()
+        if not isinstance(config, RouterConfig):
+            raise ConfigError(
+                f"config is {type(config).__name__}; expected a RouterConfig, such as "
+                'RouterConfig(unit="mlp").'
+            )
+        return cls(base, config, tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -170,7 +177,16 @@ class FirstModel(nn.Module):
             _RUN_ALL.reset(token)
 
     def disable_adapter(self) -> AbstractContextManager[Any]:
-        """Within this scope LoRA is off; with `run_all()` too, this is the base model exactly."""
+        """Within this scope LoRA is off; with `run_all()` too, this is the base model exactly.
+
+        Raises:
+            ConfigError: LoRA was merged into the base model's weights.
+        """
+        if self.merged:
+            raise ConfigError(
+                "LoRA was merged into the base model's weights and cannot be turned off; load the "
+                "artifact again."
+            )
         return self.base.disable_adapter() if self.has_adapter else nullcontext()
 
     @property
@@ -287,6 +303,11 @@ class FirstModel(nn.Module):
             raise ConfigError("Both policy and skip_rate were given; give one of them.")
         if policy is None or id(self) in _RUN_ALL.get():
             policy = self.policy_for(skip_rate, prefill)
+        if not callable(getattr(policy, "decide", None)):
+            raise ConfigError(
+                f"policy is {policy!r}; expected an object that decides, such as RunAll() or "
+                "FixedMask(keep)."
+            )
         locked = self.routing.stack.locked
         if isinstance(policy, FixedMask):
             policy.check(self.layer_count, locked)
@@ -415,10 +436,20 @@ class FirstModel(nn.Module):
             raise ConfigError("A continued cache keeps its mask; leave policy and skip_rate unset.")
         state = cache.state
         state.begin(input_ids.shape[1])
+        # Some configs say use_cache=False (MPT, models that were trained), and transformers would
+        # then feed whole sequences into the cache again and again. The cache is there already,
+        # whatever the model's defaults ask for.
+        ours = {"use_cache": True, "return_dict_in_generate": True, "cache_implementation": None}
         if isinstance(cache, StaticSkipCache):
             cache.check(self.plain_base, longest)
             # Otherwise transformers would compile the whole model around one mask.
-            generate_kwargs.setdefault("disable_compile", True)
+            ours["disable_compile"] = generate_kwargs.pop("disable_compile", True)
+        if generate_kwargs.get("generation_config") is not None:  # both together are deprecated
+            config = generate_kwargs["generation_config"] = deepcopy(
+                generate_kwargs["generation_config"]
+            )
+            config.update(**ours)
+            ours = {}
         if self.routing.stack.locked:
             # As a tensor: transformers would cut prompts to the last token for layers that share
             # keys and values, and their routers would see no more of them.
@@ -427,12 +458,8 @@ class FirstModel(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             **{self.routing.stack.cache_argument: cache},
-            # Some configs say use_cache=False (MPT, models that were trained), and transformers
-            # would then feed whole sequences into the cache again and again.
             **generate_kwargs,
-            use_cache=True,
-            cache_implementation=None,  # the cache is there, whatever the model's defaults ask for
-            return_dict_in_generate=True,
+            **ours,
         )
         end = time.perf_counter()
         first = state.first_token_at or end

@@ -44,8 +44,7 @@ class Bounds(NamedTuple):
         if self == Bounds():
             return True
         return (
-            math.isfinite(value)
-            and (self.at_least is None or value >= self.at_least)
+            (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
@@ -76,7 +75,7 @@ def option(
     """Declare a dataclass field with what its users need to know; `REQUIRED` has no default.
 
     A `path` may hold ~ and $NAMES, which no shell expands in YAML. Bounds hold for every number of
-    a list; a number with any is finite.
+    a list.
     """
     info = {
         "help": help,
@@ -93,7 +92,7 @@ def option(
 def resolve(cls: type[T], argv: Sequence[str], prog: str) -> T:
     """Return an instance of dataclass `cls` from flags, the --config file and defaults."""
     parser = _parser(cls, prog)
-    found, extra = parser.parse_known_args(list(argv))
+    found, extra = parser.parse_known_intermixed_args(list(argv))
     flags = vars(found)
     if extra:
         _refuse_flag(cls, extra[0], prog)
@@ -288,7 +287,7 @@ def _scalar(
         result = float(value)
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         result = value
-    if result is None or (isinstance(result, float) and math.isnan(result)):
+    if result is None or (isinstance(result, float) and not math.isfinite(result)):
         more = " or none" if optional else ""
         quote = "; put it in quotes" if kind is str else ""
         legal = f"one of {', '.join(map(str, choices))}" if choices else _NOUNS[kind]

@@ -339,7 +339,7 @@ def _arguments(
         load_best_model_at_end=lora,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        logging_steps=config.logging_steps,
+        logging_steps=min(config.logging_steps, max(steps, 1)),
         logging_nan_inf_filter=False,
         report_to=["tensorboard"] if config.tensorboard else [],
         remove_unused_columns=False,

@@ -76,7 +76,12 @@ class FixedMask:
     """
 
     def __init__(self, keep: torch.Tensor | Sequence[bool] | Sequence[Sequence[bool]]) -> None:
-        keep = torch.as_tensor(keep)
+        try:
+            keep = torch.as_tensor(keep)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"keep is no mask ({error}); expected [layers] or [batch, layers] of bool."
+            ) from error
         if keep.dtype != torch.bool:
             raise ConfigError(f"keep has dtype {keep.dtype}; expected bool, True = the layer runs.")
         if keep.dim() not in (1, 2):

@@ -20,6 +20,7 @@ from firstlm.command_config import ReportConfig
 from firstlm.errors import ConfigError, DataError
 from firstlm.results import write_text
 from firstlm.scoreboard import LABELS
+from firstlm.summary import read
 
 Row = Mapping[str, Any]
 
@@ -60,6 +61,8 @@ def run(options: ReportConfig) -> int:
     folder = Path(options.results)
     rows, reports = _read(folder)
     target = Path(options.output) if options.output else folder / "report"
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file; expected a folder for the page, or nothing yet.")
     try:
         pictures = draw(rows, reports)
     except ModuleNotFoundError as error:
@@ -89,12 +92,10 @@ def _read(folder: Path) -> tuple[list[Row], dict[str, Any]]:
             raise ValueError("rows without scores")
     except (ValueError, TypeError) as error:
         raise DataError(f"{file} is no summary of experiments ({error}).") from error
-    reports = {}
-    for other in sorted(folder.glob("*.json")):
-        found = json.loads(other.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and "runs" in found and "task" in found:
-            reports[other.stem] = found
-    return rows, reports
+    # Other results, such as timings, lie in the same folder; a task is what answers have.
+    others = [other for other in sorted(folder.glob("*.json")) if '"task"' in other.read_text()]
+    found = {other.stem: read(other) for other in others if other != file}
+    return rows, {name: report for name, report in found.items() if report is not None}
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:

@@ -6,6 +6,7 @@ Knows nothing about models, options or what the numbers mean.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -26,9 +27,23 @@ DATA_VARIABLE = "FIRSTLM_DATA"  # names the folder with data outside the project
 RECORDED_PACKAGES = ("firstlm", "torch", "transformers", "peft", "accelerate", "numpy")
 
 
+def check_file(path: str | Path | None) -> None:
+    """Raise `OSError` if a file cannot be written there, before the work that leads to it."""
+    if path is not None:
+        path = Path(path).expanduser().resolve()
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        there = next(parent for parent in path.parents if parent.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+        if not os.access(there, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8 so that `path` holds the old content or the new, never a part."""
     path = Path(path).expanduser().resolve()  # a link stays a link
+    check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
@@ -38,9 +53,11 @@ def write_text(path: str | Path, text: str) -> None:
             os.fsync(stream.fileno())
         Path(temporary).chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             Path(temporary).unlink()
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
         raise
     _sync_folder(path.parent)
 

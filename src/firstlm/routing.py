@@ -98,9 +98,9 @@ class Routing:
         state.in_prefill = first < state.prompt_length
         if layer == 0 and not state.in_prefill and state.first_token_at is None:
             state.first_token_at = time.perf_counter()
-        if cache is not None and not state.in_prefill:
-            if state.retire(layer, first - state.prompt_length, hidden.device):
-                cache.keep_rows(layer)
+        step = first - state.prompt_length
+        if cache is not None and step >= 0 and state.retire(layer, step, hidden.device):
+            cache.keep_rows(layer)
         deferred = cache is not None and state.prefill == "full"
         whole = True
         if not state.decided(layer) or (state.traced and torch.is_grad_enabled()):

@@ -185,5 +185,24 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def read(file: Path) -> dict[str, Any] | None:
-    """Return a report of `firstlm eval`, or None where there is none yet."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    """Return a report of `firstlm eval`, or None where there is none yet.
+
+    Raises:
+        DataError: the file holds something else.
+    """
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not {"task", "options", "inputs", "runs"} <= set(found):
+            raise ValueError("task, options, inputs or runs are missing")
+        if not {"data"} <= set(found["inputs"]) or not isinstance(found["options"], dict):
+            raise ValueError("inputs without data")
+        for name, run in found["runs"].items():
+            if not {"policy", "count", "skip_rate", "items"} <= set(run):
+                raise ValueError(f"the run {name!r} lacks policy, count, skip_rate or items")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file} holds no results of `firstlm eval` ({error}); move it elsewhere."
+        ) from error
+    return found

@@ -224,10 +224,12 @@ def _claim(config: TrainConfig, hashes: dict[str, str]) -> None:
                 f"{work} holds a run with other options ({', '.join(changed)}; see {file}). Name "
                 "another --output, repeat the options to resume it, or start over with --no-resume."
             )
-        if data_file.is_file() and json.loads(data_file.read_text(encoding="utf-8")) != hashes:
+        known = json.loads(data_file.read_text(encoding="utf-8")) if data_file.is_file() else {}
+        changed = [name for name, found in hashes.items() if known.get(name, found) != found]
+        if changed:
             raise ConfigError(
-                f"{work} holds a run on data that has changed since. Name another --output, put "
-                "the data back to resume it, or start over with --no-resume."
+                f"{work} holds a run on data that has changed since: {', '.join(changed)}. Name "
+                "another --output, put it back to resume, or start over with --no-resume."
             )
     work.mkdir(parents=True, exist_ok=True)
     write_text(file, to_yaml(config))
@@ -241,8 +243,11 @@ def changed_options(before: Mapping[str, Any], config: TrainConfig) -> list[str]
 
 
 def _data_hash(config: TrainConfig) -> dict[str, str]:
+    """Return hashes of what a run learns from: its files, and artifacts that it goes on from."""
     files = {"train": config.data, "validation": config.validation}
-    return {k: sha256_of(v) for k, v in files.items() if v is not None and Path(v).is_file()}
+    artifacts = {"artifact": config.artifact, "majority_of": config.majority_of}
+    found = {k: sha256_of(v) for k, v in files.items() if v is not None and Path(v).is_file()}
+    return found | {k: artifact_files.content_hash(v) for k, v in artifacts.items() if v}
 
 
 @torch.no_grad()
