@@ -16,7 +16,7 @@ from training import write_run
 
 from firstlm import FirstModel, cli, evaluate, experiment
 from firstlm.errors import ConfigError
-from firstlm.experiment import units_of
+from firstlm.experiment import jobs_of
 from firstlm.report import labelled
 
 FILE = """
@@ -32,7 +32,7 @@ arms:
     train: {{policy: majority, majority_of: "arm:first"}}
     eval: {{policies: [majority]}}
 """
-UNITS = ["tiny-first-0", "tiny-first-1", "tiny-majority-0"]
+JOBS = ["tiny-first-0", "tiny-first-1", "tiny-majority-0"]
 
 
 @pytest.fixture
@@ -59,21 +59,23 @@ def results(words: list[str]) -> dict[str, list[str]]:
 def test_every_arm_and_seed_is_trained_and_scored_once(words, capsys, monkeypatch, tmp_path):
     assert cli.main(words) == 0
     ours = ["base", "run_all", "router@0.34", "majority@0.34"]
-    assert results(words) == dict(zip(UNITS, [ours, ours, ["majority@0.34"]], strict=True))
+    assert results(words) == dict(zip(JOBS, [ours, ours, ["majority@0.34"]], strict=True))
     made = FirstModel.from_pretrained(str(tmp_path / "runs" / "tiny-majority-0")).baseline
     known = FirstModel.from_pretrained(str(tmp_path / "runs" / "tiny-first-0")).thresholds
     assert made is not None
     assert list(made.orders[0][1]) == known.majority(0.34, "skip")
     seeds = [
-        json.loads((tmp_path / "runs" / unit / "first_config.json").read_text())["training"]["run"]
-        for unit in UNITS
+        json.loads((tmp_path / "runs" / job / "first_config.json").read_text())["training"]["run"]
+        for job in JOBS
     ]
     assert [run["seed"] for run in seeds] == [0, 1, 0]
-    monkeypatch.setattr(experiment.Unit, "run", lambda self: pytest.fail(f"{self.name} again"))
+    monkeypatch.setattr(
+        experiment.Job, "run", lambda self, others: pytest.fail(f"{self.name} again")
+    )
     assert cli.main(words) == 0
     capsys.readouterr()
     assert cli.main([words[0], "list", *words[2:]]) == 0
-    assert capsys.readouterr().out.split() == [part for unit in UNITS for part in (unit, "scored")]
+    assert capsys.readouterr().out.split() == [part for job in JOBS for part in (job, "scored")]
 
 
 def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys):
@@ -96,7 +98,7 @@ def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys)
     assert [row["metric"] for row in found] == ["em", "f1"] * 6
     assert {row["primary"] for row in found[1::2]} == {True}
     assert [row["seeds"] for row in found[1::2]] == [2, 2, 2, 2, 1, 1]
-    reports = [json.loads((folder / f"{unit}.json").read_text()) for unit in UNITS[:2]]
+    reports = [json.loads((folder / f"{job}.json").read_text()) for job in JOBS[:2]]
     scores = [report["runs"]["router@0.34"]["f1"]["value"] for report in reports]
     assert found[5]["by_seed"] == pytest.approx(scores)
     assert found[5]["score"] == pytest.approx(sum(scores) / 2)
@@ -109,7 +111,7 @@ def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys)
         assert below == report["runs"]["router@0.34"]["layer_skip_share"]
         assert [step for step, _ in report["training"]["lora"]["curve"]["eval_loss"]] == [0, 2]
     see_the_report(folder, found, capsys)
-    Path(json.loads((folder / f"{UNITS[0]}.json").read_text())["inputs"]["data"]).write_text(
+    Path(json.loads((folder / f"{JOBS[0]}.json").read_text())["inputs"]["data"]).write_text(
         '{"prompt": "a", "completion": "b"}\n'
     )
     assert cli.main([words[0], "summary", *words[2:]]) == 2
@@ -168,7 +170,7 @@ def test_a_report_needs_a_summary(tmp_path, capsys):
     assert not (tmp_path / "report").exists()
 
 
-def test_units_can_be_picked(words):
+def test_jobs_can_be_picked(words):
     assert cli.main([*words, "--only", "tiny-first-1"]) == 0
     assert list(results(words)) == ["tiny-first-1"]
     assert cli.main([*words, "--only", "tiny-fir"]) == 2
@@ -202,6 +204,16 @@ def test_time_that_is_up_ends_it_and_the_same_command_goes_on(words, monkeypatch
     assert "1 of 1 are left" in capsys.readouterr().out
 
 
+def test_what_a_job_needs_is_trained_for_it(words):
+    assert cli.main([*words, "--only", "tiny-majority"]) == 0
+    assert list(results(words)) == ["tiny-majority-0"]
+    runs = Path(words[words.index("--runs") + 1])
+    assert sorted(f.name for f in runs.iterdir() if not f.name.endswith("-run")) == [
+        "tiny-first-0",
+        "tiny-majority-0",
+    ]
+
+
 def test_what_was_made_with_other_options_is_not_taken_for_done(words, capsys):
     assert cli.main([*words, "--only", "tiny-first-0"]) == 0
     file = Path(words[2]) / "tiny.yaml"
@@ -223,17 +235,19 @@ def test_what_was_made_with_other_options_is_not_taken_for_done(words, capsys):
 
 
 def test_gradients_are_on_again_after_an_interrupt(words, monkeypatch):
-    def stuck(self):
+    def stuck(self, others):
         torch.set_grad_enabled(False)
         time.sleep(30)
 
-    monkeypatch.setattr(experiment.Unit, "run", stuck)
+    monkeypatch.setattr(experiment.Job, "run", stuck)
     assert cli.main([*words, "--minutes", "0.01"]) == 0
     assert torch.is_grad_enabled()
 
 
 def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
-    monkeypatch.setattr(experiment.Unit, "run", lambda self: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(
+        experiment.Job, "run", lambda self, others: signal.raise_signal(signal.SIGINT)
+    )
     assert cli.main(words) == 130
     assert cli.main([*words, "--minutes", "5"]) == 130
 
@@ -246,6 +260,7 @@ def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
         ("arm:first", "arm:frist", "names the arm 'frist'"),
         ("{policies: [majority]}", "{}", "arm majority does not say which policies"),
         ("policies: [majority]", "policies: [best]", "expected one of base, run_all"),
+        ("[0, 1]", "[1]", "tiny-majority-0 needs tiny-first-0, but that arm has no such seed"),
         ("[0, 1]", "3", r"arm first: seeds is 3; expected a list"),
         ("first:\n", "first: text\n  other:\n", "arm first is 'text'; expected names with values"),
         ("[0, 1]", "null", r"arm first: seeds is None; expected a list"),
@@ -257,14 +272,14 @@ def test_wrong_files_say_what_is_wrong(words, old, new, says):
     file = Path(words[2]) / "tiny.yaml"
     file.write_text(file.read_text().replace(old, new, 1))
     with pytest.raises(ConfigError, match=says):
-        units_of(file, "runs", "results")
+        jobs_of(file, "runs", "results")
 
 
 def test_the_experiments_of_this_repository_are_sound():
     files = sorted((Path(__file__).resolve().parent.parent / "experiments").glob("*.yaml"))
     assert files
     for file in files:
-        assert units_of(file, "runs", "results")
+        assert jobs_of(file, "runs", "results")
 
 
 def test_a_folder_without_files_is_refused(tmp_path, capsys):

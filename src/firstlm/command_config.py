@@ -166,10 +166,10 @@ class ExperimentConfig(Options):
         None, above=0, help="stop after so many minutes, such that the same command goes on"
     )
     only: list[str] | None = option(
-        None, help="units to run: FILE, FILE-ARM or FILE-ARM-SEED, without .yaml"
+        None, help="jobs to run: FILE, FILE-ARM or FILE-ARM-SEED, without .yaml"
     )
     runs: str = option("runs", path=True, help="folder for artifacts, checkpoints and logs")
-    results: str = option("results", path=True, help="folder for results, one JSON file a unit")
+    results: str = option("results", path=True, help="folder for results, one JSON file a job")
 
 
 @dataclass(frozen=True, kw_only=True)

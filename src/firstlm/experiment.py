@@ -35,7 +35,7 @@ ARM_PATHS = ("artifact", "majority_of")  # options of training that may name an 
 
 
 @dataclass(frozen=True)
-class Unit:
+class Job:
     """One arm with one seed: what is trained, and how it is scored.
 
     Attributes:
@@ -43,12 +43,14 @@ class Unit:
         arm: name of the arm.
         train: the options of its training, the seed among them.
         score: the options of its evaluation.
+        needs: names of the jobs whose artifacts its training takes.
     """
 
     file: str
     arm: str
     train: TrainConfig
     score: EvalConfig
+    needs: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -84,64 +86,80 @@ class Unit:
         found += [name for name in asked if name in scored and asked[name] != scored[name]]
         return list(dict.fromkeys(found))
 
-    def run(self) -> None:
-        """Train and score, as far as that is not done."""
-        if not self.trained:
-            print(f"{self.name}: training", flush=True)
-            train.run(self.train)
+    def make(self, others: Mapping[str, Job]) -> None:
+        """Train, and before that what its training needs, as far as that is not done."""
+        if self.trained:
+            return
+        for name in self.needs:
+            others[name].make(others)
+        print(f"{self.name}: training", flush=True)
+        train.run(self.train)
+
+    def run(self, others: Mapping[str, Job]) -> None:
+        """Train and score, as far as that is not done.
+
+        Args:
+            others: all jobs of the file by name, of which some may be needed.
+        """
+        self.make(others)
         print(f"{self.name}: scoring", flush=True)
         eval_command.run(self.score)
 
 
 def run(options: ExperimentConfig) -> int:
     """Work through experiment files, or list what is done (`firstlm experiment`)."""
-    units = [
-        unit
+    known = {
+        job.name: job
         for file in _files(options.files)
-        for unit in units_of(file, options.runs, options.results)
-        if not options.only or any(f"{unit.name}-".startswith(f"{n}-") for n in options.only)
+        for job in jobs_of(file, options.runs, options.results)
+    }
+    jobs = [
+        job
+        for name, job in known.items()
+        if not options.only or any(f"{name}-".startswith(f"{only}-") for only in options.only)
     ]
-    if not units:
+    if not jobs:
         raise ConfigError(f"No arm of these files is named {' or '.join(options.only or ())}.")
     if options.action == "list":
-        for unit in units:
-            stale = f"made with other options: {', '.join(unit.changed)}" if unit.changed else ""
-            print(f"{unit.name:40} {stale or ('scored' if unit.scored else 'to do')}")
+        for job in jobs:
+            stale = f"made with other options: {', '.join(job.changed)}" if job.changed else ""
+            print(f"{job.name:40} {stale or ('scored' if job.scored else 'to do')}")
         return 0
-    for unit in units:
-        if unit.changed:
+    for job in jobs:
+        if job.changed:
             raise ConfigError(
-                f"What is there of {unit.name} was made with other options than its file has now "
-                f"({', '.join(unit.changed)}). Remove {unit.train.output}, its -run folder and "
-                f"{unit.score.output}, or name other folders with --runs and --results."
+                f"What is there of {job.name} was made with other options than its file has now "
+                f"({', '.join(job.changed)}). Remove {job.train.output}, its -run folder and "
+                f"{job.score.output}, or name other folders with --runs and --results."
             )
     if options.action == "summary":
-        return _summary(units, Path(options.results) / SUMMARY)
+        return _summary(jobs, Path(options.results) / SUMMARY)
     end = None if options.minutes is None else monotonic() + 60 * options.minutes
     try:
         with _interrupted_after(options.minutes):
-            for unit in units:
-                if not unit.scored:
-                    unit.run()
+            for job in jobs:
+                if not job.scored:
+                    job.run(known)
     except KeyboardInterrupt:
-        left = sum(not unit.scored for unit in units)
+        left = sum(not job.scored for job in jobs)
         if end is None or monotonic() < end:
             raise
-        print(f"The time is up; {left} of {len(units)} are left. The same command goes on.")
+        print(f"The time is up; {left} of {len(jobs)} are left. The same command goes on.")
         return 0
-    print(f"All {len(units)} are in {options.results}.")
+    print(f"All {len(jobs)} are in {options.results}.")
     return 0
 
 
-def _summary(units: list[Unit], file: Path) -> int:
+def _summary(jobs: list[Job], file: Path) -> int:
     """Write one row per arm, policy and rate over all seeds that are scored."""
     arms: dict[str, dict[str, Arm]] = {}
-    for unit in units:
-        found = {u.train.seed: u.report for u in units if (u.file, u.arm) == (unit.file, unit.arm)}
+    for job in jobs:
+        same = [other for other in jobs if (other.file, other.arm) == (job.file, job.arm)]
+        found = {other.train.seed: other.report for other in same}
         reports = {seed: report for seed, report in found.items() if report is not None}
-        if reports and unit.arm not in arms.setdefault(unit.file, {}):
-            name = f"{unit.file}-{unit.arm}"
-            arm = arms[unit.file][unit.arm] = Arm(name, unit.train, unit.score, reports)
+        if reports and job.arm not in arms.setdefault(job.file, {}):
+            name = f"{job.file}-{job.arm}"
+            arm = arms[job.file][job.arm] = Arm(name, job.train, job.score, reports)
             if len(arm.commits) > 1:
                 print(f"Note: {name} was scored at several commits: {', '.join(arm.commits)}.")
     found = [row for group in arms.values() for row in rows(list(group.values()))]
@@ -161,8 +179,8 @@ def _files(paths: list[str]) -> list[Path]:
     return found
 
 
-def units_of(file: Path, runs: str, results: str) -> list[Unit]:
-    """Return the units of an experiment file, in the order in which they are to be done.
+def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
+    """Return the jobs of an experiment file, in the order in which they are to be done.
 
     Raises:
         ConfigError: the file holds what is no experiment, or options that do not exist.
@@ -170,7 +188,7 @@ def units_of(file: Path, runs: str, results: str) -> list[Unit]:
     content = _known(read_yaml(file), KEYS, str(file))
     arms = _known(content["arms"], None, f"{file}: arms")
     data = _data(str(content["data"]))
-    units = []
+    jobs = []
     for arm, said in arms.items():
         where = f"{file}: arm {arm}"
         if not isinstance(said or {}, dict):
@@ -189,12 +207,14 @@ def units_of(file: Path, runs: str, results: str) -> list[Unit]:
                 "seed": seed,
                 "output": output,
             }
+            needs = []
             for key in ARM_PATHS:
                 named = str(training.get(key) or "")
                 if named.startswith("arm:"):
                     if named[4:] not in arms:
                         raise ConfigError(f"{where} names the arm {named[4:]!r}, which is none.")
-                    training[key] = f"{runs}/{file.stem}-{named[4:]}-{seed}"
+                    needs.append(f"{file.stem}-{named[4:]}-{seed}")
+                    training[key] = f"{runs}/{needs[-1]}"
             scoring = {
                 "data": data["test"],
                 **_known(content["eval"], None, f"{file}: eval"),
@@ -205,14 +225,19 @@ def units_of(file: Path, runs: str, results: str) -> list[Unit]:
             if not scoring.get("policies"):
                 raise ConfigError(f"{where} does not say which policies to score.")
             where = f" in {where}"
-            unit = Unit(
+            job = Job(
                 file.stem,
                 arm,
                 from_dict(TrainConfig, training, where=where),
                 from_dict(EvalConfig, scoring, where=where),
+                tuple(needs),
             )
-            units.append(unit)
-    return units
+            jobs.append(job)
+    names = {job.name for job in jobs}
+    for job in jobs:
+        for name in set(job.needs) - names:
+            raise ConfigError(f"{file}: {job.name} needs {name}, but that arm has no such seed.")
+    return jobs
 
 
 def _data(name: str) -> dict[str, str]:
