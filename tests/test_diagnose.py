@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from firstlm import FirstModel, cli, kv_probe, probes, verdicts
 from firstlm.cache import SkipCache
 from firstlm.config import RouterConfig
-from firstlm.data import Collator, Encoded, encode_prompt
+from firstlm.data import Collator, Encoded, encode_prompt, prompt_batches
 from firstlm.decisions import RoutingState
 from firstlm.diagnose import PROMPTS, describe_routers, diagnose
 from firstlm.errors import ConfigError, DataError
@@ -99,7 +99,7 @@ def test_identity_fails_when_routing_changes_a_layer(model, monkeypatch):
 def test_identity_fails_when_a_router_is_not_a_number(model):
     with torch.no_grad():
         model.routers[2].bias.fill_(float("nan"))
-    found = probes.identity(model, probes.batches(prompts(model), 5, 0))
+    found = probes.identity(model, prompt_batches(prompts(model), 5, 0, by_length=False))
     assert not found["all_kept"]
     assert verdicts._identity(found).level == "FAIL"
 
@@ -269,7 +269,7 @@ def test_a_layer_that_is_fed_the_past_again_is_seen():
 
 def test_keys_of_prompts_that_skip_are_seen(model, monkeypatch):
     monkeypatch.setattr(SkipCache, "keep_rows", lambda self, layer, rows: None)
-    batch = probes.batches(prompts(model), 5, 0)[0]
+    batch = prompt_batches(prompts(model), 5, 0, by_length=False)[0]
     policy = FixedMask([False, True, True, True])
     # With prefill="full" every layer stores the prompt first, and must then forget it.
     found = kv_probe.cached_against_whole(model, batch, policy, "full", 1)
