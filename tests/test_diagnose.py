@@ -268,7 +268,7 @@ def test_a_layer_that_is_fed_the_past_again_is_seen():
 
 
 def test_keys_of_prompts_that_skip_are_seen(model, monkeypatch):
-    monkeypatch.setattr(SkipCache, "keep_rows", lambda self, layer, rows: None)
+    monkeypatch.setattr(SkipCache, "keep_rows", lambda self, layer: None)
     batch = prompt_batches(prompts(model), 5, 0, by_length=False)[0]
     policy = FixedMask([False, True, True, True])
     # With prefill="full" every layer stores the prompt first, and must then forget it.
