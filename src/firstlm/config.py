@@ -45,12 +45,12 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse wrong types, choices, numbers and skip rates."""
-        check(self)
         for name in ("skip_rate", "skip_rates", "rates"):
             found = getattr(self, name, None)
             for rate in found if isinstance(found, list) else [found]:
                 if rate is not None:
                     check_skip_rate(rate, name)
+        check(self)
 
 
 def seed_option(what: str) -> Any:

@@ -449,7 +449,9 @@ class FirstModel(nn.Module):
                 generate_kwargs["generation_config"]
             )
             config.update(**ours)
-            ours = {}
+            # None gives way to the model's own default, unless it comes as an argument.
+            own = self.base.generation_config.cache_implementation
+            ours = {} if own is None else {"cache_implementation": None}
         if self.routing.stack.locked:
             # As a tensor: transformers would cut prompts to the last token for layers that share
             # keys and values, and their routers would see no more of them.
