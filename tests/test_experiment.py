@@ -22,7 +22,7 @@ from firstlm.report import labelled
 FILE = """
 data: {data}
 train: {{model: {model}, skip_rate: 0.34, batch_size: 8, lora_steps: 2, tensorboard: false}}
-eval: {{max_new_tokens: 2, limit: 4, task: qa, skip_rates: [0.34]}}
+eval: {{max_new_tokens: 2, limit: 4, task: qa, skip_rates: [0.34], timed: 2}}
 arms:
   first:
     seeds: [0, 1]
@@ -96,6 +96,9 @@ def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys)
         ("base", True, "base", 0.0),
     ]
     assert [row["metric"] for row in found] == ["em", "f1"] * 6
+    ratios = [row["tpot_ratio"] for row in found[1::2]]
+    assert all(0 < ratio < 3 for ratio in ratios)
+    assert ratios[2] + ratios[4] < ratios[1] + ratios[5]  # 2 of 6 layers are skipped
     assert {row["primary"] for row in found[1::2]} == {True}
     assert [row["seeds"] for row in found[1::2]] == [2, 2, 2, 2, 1, 1]
     reports = [json.loads((folder / f"{job}.json").read_text()) for job in JOBS[:2]]
@@ -121,11 +124,12 @@ def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys)
 def see_the_report(folder: Path, rows: list[dict], capsys) -> None:
     """The page holds every score and its pictures, and asks no other machine for anything."""
     assert cli.main(["report", str(folder)]) == 0
-    assert "with 6 pictures" in capsys.readouterr().out
+    assert "with 7 pictures" in capsys.readouterr().out
     page = (folder / "report" / "index.html").read_text()
     pictures = {file.stem: file.read_bytes() for file in (folder / "report").glob("*.png")}
     assert set(pictures) == {
         "quality-set-base",
+        "time-set-base",
         "layers-tiny-first-0-router-0.34",
         "layers-tiny-first-1-router-0.34",
         "outputs-tiny-first-0-router-0.34",

@@ -144,6 +144,11 @@ class EvalConfig(AnswerOptions):
     limit: int | None = count_option(None, "use the first N examples only")
     batch_size: int = count_option(16, "prompts per batch")
     max_new_tokens: int = count_option(32, "longest answer, in tokens")
+    timed: int = option(
+        0,
+        at_least=0,
+        help="time decoding after N of the prompts, one by one, in turns with all layers",
+    )
     seed: int = seed_option("the bootstrap, and of policies that draw layers")
     output: str | None = option(None, path=True, help="write the results to this JSON file")
     record: bool = option(False, help="write the scores into the artifact and its model card too")

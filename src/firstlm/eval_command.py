@@ -28,7 +28,16 @@ from firstlm.scoreboard import summary, table
 from firstlm.tasks import Task, find_task
 
 # Options that change no number of a run that is done, or that are compared by content instead.
-FREE_OPTIONS = ("artifact", "data", "output", "record", "policies", "skip_rates", "device")
+FREE_OPTIONS = (
+    "artifact",
+    "data",
+    "output",
+    "record",
+    "policies",
+    "skip_rates",
+    "timed",
+    "device",
+)
 
 
 def run(options: EvalConfig) -> int:
@@ -73,6 +82,7 @@ def run(options: EvalConfig) -> int:
             prefill=options.prefill,
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
+            timed=options.timed,
             seed=options.seed,
             journal=journal,
         )

@@ -27,7 +27,8 @@ from firstlm.losses import item_losses
 from firstlm.masks import describe_masks, describe_rates
 from firstlm.metrics import Scores, perplexity
 from firstlm.model import FirstModel
-from firstlm.policies import Policy, RunAll
+from firstlm.policies import Policy, RunAll, SteppedPolicy
+from firstlm.probes import decode_times
 from firstlm.tasks import Task, find_task
 
 RHO_BINS = 20  # of the histogram of router outputs
@@ -43,6 +44,7 @@ def evaluate(
     prefill: str = "skip",
     batch_size: int = 16,
     max_new_tokens: int = 32,
+    timed: int = 0,
     seed: int = 0,
     progress: bool = True,
     items: bool = True,
@@ -60,6 +62,7 @@ def evaluate(
         prefill: "skip" or "full".
         batch_size: prompts per batch; batches hold prompts of similar length.
         max_new_tokens: longest answer; where the task's answers have one line, they end with it.
+        timed: prompts, evenly drawn by length, after which decoding is timed.
         seed: seed of the bootstrap, and of the policies that draw layers.
         progress: show a progress bar.
         items: put every answer with its scores and mask into the result.
@@ -68,8 +71,9 @@ def evaluate(
     Returns:
         One JSON object: each metric of the task in percent, and perplexity per token of the wanted
         answers, with 95% intervals; skip rates per prompt and layer, number of distinct masks,
-        layer calls, `rho_histogram` [layers, bins] where routers decide, and the items in the order
-        of `examples`.
+        layer calls, `tpot_ratio` (time per token over that with all layers) where prompts were
+        timed, `rho_histogram` [layers, bins] where routers decide, and the items in the order of
+        `examples`.
     """
     if not examples:
         raise DataError("There are no examples to score.")
@@ -85,6 +89,7 @@ def evaluate(
             prompts, answer, batch_size, journal or Journal(None), name, progress
         )
         scores = {"perplexity": _perplexity(model, rows, chosen, batch_size, prefill)}
+        ratio = _tpot_ratio(model, chosen, prefill, prompts, timed)
     scores = task.score(answers, [example.references for example in examples]) | scores
     result = {
         "policy": policy if isinstance(policy, str) else type(policy).__name__,
@@ -95,6 +100,7 @@ def evaluate(
         "skip_rate": describe_rates(*rates.T),
         **describe_masks(keep.numpy()),
         **totals,
+        "tpot_ratio": ratio,
         "batch_size": batch_size,
     }
     if items:
@@ -133,6 +139,32 @@ def _perplexity(
     losses, tokens, _ = item_losses(model, by_length, policy, batch_size, prefill)
     back = torch.tensor(order).argsort()
     return perplexity(losses[back].tolist(), tokens[back].tolist())
+
+
+def _tpot_ratio(
+    model: FirstModel,
+    policy: Policy,
+    prefill: str,
+    prompts: Sequence[Sequence[int]],
+    timed: int,
+) -> dict[str, float] | None:
+    """Return time per token over that with all layers of the same model, steps in turns.
+
+    Returns:
+        Median over prompts, batch 1, with the 5th and 95th percentile and their number; None where
+        nothing is timed, or layers go as an answer grows, so that it depends on its length.
+    """
+    if not timed or isinstance(policy, SteppedPolicy):
+        return None
+    by_length = sorted(prompts, key=len)
+    places = np.linspace(0, len(by_length) - 1, min(timed, len(by_length))).round().astype(int)
+    ratios = []
+    for place in places:
+        found = decode_times(model, pad_left([by_length[place]], model.pad_id), policy, prefill)
+        seconds = {name: float(np.median(times)) for name, times in found["seconds"].items()}
+        ratios.append(seconds["routed"] / seconds["run_all"])
+    low, median, high = np.percentile(ratios, [5, 50, 95]).tolist()
+    return {"value": median, "p5": low, "p95": high, "prompts": len(ratios)}
 
 
 def _answer_all(

@@ -127,6 +127,16 @@ def draw(rows: Sequence[Row], reports: Mapping[str, Any]) -> list[Picture]:
             "95% intervals over items and seeds."
         )
         pictures.append(Picture(name, dataset, model, png, caption))
+        timed = [row for row in found if row["primary"] and row["tpot_ratio"] is not None]
+        if timed:
+            caption = (
+                f"{dataset} ({task}, {model}): quality against measured time per token, as a share "
+                "of that with all layers of the same model, batch 1."
+            )
+            png = _quality(timed, "tpot_ratio", "time per token, % of all layers")
+            pictures.append(
+                Picture(f"time-{dataset}-{Path(model).name}", dataset, model, png, caption)
+            )
     for file, report in reports.items():
         dataset = Path(report["inputs"]["data"]).parent.name
         for run, result in report["runs"].items():
@@ -177,8 +187,10 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _quality(rows: Sequence[Row]) -> bytes:
-    """Draw score over skip rate, one line a policy and LoRA; plain LoRA is a dashed line."""
+def _quality(
+    rows: Sequence[Row], over: str = "skip_rate", axis: str = "layers skipped, %"
+) -> bytes:
+    """Draw score over skip rate or time, one line a policy and LoRA; plain LoRA is dashed."""
     figure, axes = _figure(8, 4.5)
     lines: dict[str, list[Row]] = {}
     for shown, row in labelled(rows):
@@ -189,11 +201,11 @@ def _quality(rows: Sequence[Row]) -> bytes:
             style = "--" if lora_of else ":"
             axes.axhline(points[0]["score"], color="#6b7280", linestyle=style, label=shown)
             continue
-        points = sorted(points, key=lambda row: row["skip_rate"])
+        points = sorted(points, key=lambda row: row[over])
         scores = np.array([row["score"] for row in points])
         low, high = np.array([row["ci95"] for row in points]).T
         axes.errorbar(
-            [100 * row["skip_rate"] for row in points],
+            [100 * row[over] for row in points],
             scores,
             yerr=[np.maximum(scores - low, 0), np.maximum(high - scores, 0)],
             color=COLORS.get(policy, "#374151"),
@@ -203,7 +215,7 @@ def _quality(rows: Sequence[Row]) -> bytes:
             capsize=3,
             label=shown,
         )
-    axes.set_xlabel("layers skipped, %")
+    axes.set_xlabel(axis)
     axes.set_ylabel(_metric(rows[0]["metric"]))
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="#e5e7eb")

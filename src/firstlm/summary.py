@@ -140,7 +140,7 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "retention_ci95": [kept.low, kept.high] if kept else None,
                         "seeds": len(scores),
                         "n_test": score.count,
-                        "tpot_ratio": None,
+                        "tpot_ratio": _tpot_ratio(runs),
                     }
                 )
     return found
@@ -178,6 +178,12 @@ def _policy(arm: Arm, name: str, policy: str) -> dict[str, Any]:
         return {"policy": "base", "lora": arm.lora, "lora_of": "base" if arm.lora else None}
     shown = policy if policy in BASELINES else trained_for
     return {"policy": shown, "lora": arm.lora, "lora_of": trained_for if arm.lora else None}
+
+
+def _tpot_ratio(runs: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the mean over runs of their time per token over that with all layers."""
+    found = [run["tpot_ratio"]["value"] for run in runs if run.get("tpot_ratio")]
+    return _mean(found) if found else None
 
 
 def _mean(values: Sequence[float]) -> float:
