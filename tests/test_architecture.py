@@ -63,7 +63,7 @@ FLOORS = {
     "eval_command": "work",
     "diagnose": "work",
     "inspect_artifact": "edges",
-    "compare": "edges",
+    "generate_command": "edges",
     "summary": "edges",
     "report": "edges",
     "harness": "edges",

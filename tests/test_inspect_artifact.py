@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from firstlm import cli
 from firstlm.errors import ArtifactError
-from firstlm.inspect_artifact import BARS, describe, read_artifact, strip
+from firstlm.inspect_artifact import BARS, bars, describe, read_artifact
 
 LAYERS, HIDDEN = 12, 8
 
@@ -127,10 +127,10 @@ def test_routers_that_diverged_are_named(artifact):
 
 
 def test_strip_runs_from_the_smallest_to_the_largest():
-    assert strip([0.0, 1.0, 2.0, 7.0]) == BARS[0] + BARS[1] + BARS[2] + BARS[7]
-    assert strip([5.0, 5.0]) == BARS[0] * 2
-    assert strip([1.0, float("nan")]) == BARS[0] + "!"
-    assert strip([]) == ""
+    assert bars([0.0, 1.0, 2.0, 7.0]) == BARS[0] + BARS[1] + BARS[2] + BARS[7]
+    assert bars([5.0, 5.0]) == BARS[0] * 2
+    assert bars([1.0, float("nan")]) == BARS[0] + "!"
+    assert bars([]) == ""
 
 
 def remove(artifact, name):

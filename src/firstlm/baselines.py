@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from firstlm.config import BASELINES, DRAWN, check_skip_rate
+from firstlm.config import BASELINES, UNMEASURED, check_skip_rate
 from firstlm.errors import ConfigError
 from firstlm.policies import Prompts
 
@@ -200,7 +200,7 @@ class Baseline:
         if self.name == "skip_decode":
             if not self.answers:
                 raise ConfigError("The policy 'skip_decode' needs the lengths of answers.")
-        elif self.name not in DRAWN and not self.orders:
+        elif self.name not in UNMEASURED and not self.orders:
             raise ConfigError(f"The policy {self.name!r} needs an order of layers.")
         check_skip_rate(self.rate)
 

@@ -35,7 +35,7 @@ COMMANDS = {
         "train routers and LoRA, measure thresholds",
     ),
     "generate": Command(
-        "firstlm.compare",
+        "firstlm.generate_command",
         "firstlm.command_config.GenerateConfig",
         "answer prompts with fewer layers",
     ),

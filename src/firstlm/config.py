@@ -23,8 +23,8 @@ STAGES = ("both", "routers", "lora")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40)  # that calibration serves unless told otherwise
 # Policies to compare routers with (`baselines.py`); the first ones need no measurement.
-DRAWN = ("random", "random_interior", "random_fixed", "unified", "early_exit")
-BASELINES = (*DRAWN, "static_importance", "majority", "skip_decode")
+UNMEASURED = ("random", "random_interior", "random_fixed", "unified", "early_exit")
+BASELINES = (*UNMEASURED, "static_importance", "majority", "skip_decode")
 POLICIES = ("router", *BASELINES)
 EVAL_POLICIES = ("base", "run_all", *POLICIES)
 TASKS = ("qa", "translation", "summarization")  # that `firstlm eval` has metrics for

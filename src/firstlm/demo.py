@@ -18,12 +18,19 @@ from transformers.utils import logging
 from firstlm.arms import Arms, Run, median
 from firstlm.artifact_files import check_target, find, read_config
 from firstlm.command_config import DemoConfig, GenerateConfig
-from firstlm.compare import TIMED_TOKENS, decode, encode_prompts, hush, shorten, show_comparison
-from firstlm.compare import strip as strip_of
 from firstlm.config import RouterConfig, TrainConfig
 from firstlm.corpus import docstring_examples
 from firstlm.data import Encoded, encode_all
 from firstlm.examples import Example
+from firstlm.generate_command import (
+    TIMED_TOKENS,
+    decode,
+    encode_prompts,
+    hush,
+    mask_strip,
+    shorten,
+    show_comparison,
+)
 from firstlm.losses import mean_loss
 from firstlm.model import FirstModel
 from firstlm.phases import train_lora, train_routers
@@ -190,7 +197,7 @@ def _time(
         print(f"\nDocstring   {shorten(str(example.row['source']), 100)}")
         print(f"  its author  {example.references[0]}")
         print(f"  base        {base}\n  routed      {routed}")
-        print(f"  layers      {strip_of(answers[1].keep)}", flush=True)
+        print(f"  layers      {mask_strip(answers[1].keep)}", flush=True)
         times = arms.timings(item.prompt_ids, options.skip_rate, TIMED_TOKENS, ROUNDS)
         for part, more in zip(runs, times, strict=True):
             part.extend(more)

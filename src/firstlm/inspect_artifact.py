@@ -122,14 +122,14 @@ def _describe_routers(routers: dict[str, Any]) -> list[str]:
     for label, values in (("weight norm", routers["weight_norm"]), ("bias", routers["bias"])):
         finite = [value for value in values if math.isfinite(value)]
         extent = f"{min(finite):.3g} to {max(finite):.3g}" if finite else "nothing finite"
-        lines.append(_line(f"  {label}", f"{strip(values)}  {extent}"))
+        lines.append(_line(f"  {label}", f"{bars(values)}  {extent}"))
         if len(finite) < len(values):
             broken = [str(i) for i, value in enumerate(values) if not math.isfinite(value)]
             lines.append(_line("", f"not finite at layer {', '.join(broken)}: training diverged"))
     return lines
 
 
-def strip(values: Sequence[float]) -> str:
+def bars(values: Sequence[float]) -> str:
     """Draw values as one bar each, from the smallest to the largest; '!' where not finite."""
     finite = [value for value in values if math.isfinite(value)]
     low = min(finite, default=0.0)
@@ -144,7 +144,7 @@ def _describe_thresholds(thresholds: dict[str, Any]) -> list[str]:
         lines.append(f"skip rates with --prefill {mode}")
         lines.append("     asked   measured    logit offset   layers skipped, by share of prompts")
         for asked, offset, rate, *skipped in rows:
-            shares = strip(*skipped) if skipped else ""
+            shares = bars(*skipped) if skipped else ""
             lines.append(f"  {asked:8.1%}    {rate:7.1%}   {offset:+13.4f}   {shares}".rstrip())
     return lines or ["skip rates       none measured; run 'firstlm calibrate'"]
 

@@ -22,7 +22,7 @@ from torch import nn
 from firstlm import artifact
 from firstlm.baselines import Baseline
 from firstlm.cache import SkipCache, StaticSkipCache, make_cache, take_cache
-from firstlm.config import DRAWN, PREFILL_MODES, RouterConfig, check_skip_rate
+from firstlm.config import PREFILL_MODES, UNMEASURED, RouterConfig, check_skip_rate
 from firstlm.decisions import RoutingState
 from firstlm.errors import ConfigError
 from firstlm.inputs import (
@@ -272,7 +272,7 @@ class FirstModel(nn.Module):
         orders = ()
         if name == "majority":
             orders = ((skip_rate, tuple(self.thresholds.majority(skip_rate, prefill))),)
-        elif name not in DRAWN:
+        elif name not in UNMEASURED:
             raise ConfigError(
                 f"This model knows no order for the policy {name!r}; train LoRA for it with "
                 f"`firstlm train --policy {name}`."

@@ -57,7 +57,7 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def strip(keep: torch.Tensor, file: TextIO | None = None) -> str:
+def mask_strip(keep: torch.Tensor, file: TextIO | None = None) -> str:
     """Return one character per layer [layers]: whether it is kept, in letters that `file` shows."""
     try:
         "".join(KEPT).encode(getattr(file or sys.stdout, "encoding", None) or "utf-8")
@@ -212,7 +212,7 @@ def describe(run: Run) -> str:
     return "  ".join(
         [
             f"skipped {run.skip_rate:.1%}",
-            strip(run.keep),
+            mask_strip(run.keep),
             f"TTFT {_ms(run.ttft)}",
             f"TPOT {_ms(run.tpot)}",
             f"{run.tokens_per_second:.1f} tokens/s",
@@ -274,7 +274,7 @@ def comparison(tokenizer: Any, answers: Sequence[Run], times: Sequence[list[Run]
     base, routed = times
     last = [runs[-1] for runs in times]
     row("answer", [decode(tokenizer, run.ids).strip() for run in answers])
-    row("layers", [strip(run.keep) for run in answers])
+    row("layers", [mask_strip(run.keep) for run in answers])
     row("skipped", [f"{run.skip_rate:.1%}" for run in answers])
     row("TTFT", [_ms(median(runs, "ttft")) for runs in times], _ratio(base, routed, "ttft"))
     row("TPOT", [_ms(median(runs, "tpot")) for runs in times], _ratio(base, routed, "tpot"))

@@ -17,7 +17,7 @@ from conftest import make_byte_tokenizer, tiny_llama
 
 from firstlm import FirstModel, cli
 from firstlm.arms import Arms, answer
-from firstlm.compare import TextPieces, decode, shorten, strip
+from firstlm.generate_command import TextPieces, decode, mask_strip, shorten
 from firstlm.thresholds import Threshold
 
 PROMPT = "Water boils at"
@@ -200,8 +200,8 @@ def test_a_half_character_at_the_end_is_shown():
 
 def test_strips_fall_back_to_ascii():
     keep = torch.tensor([True, False, True])
-    assert strip(keep, io.TextIOWrapper(io.BytesIO(), encoding="utf-8")) == "█·█"
-    assert strip(keep, io.TextIOWrapper(io.BytesIO(), encoding="ascii")) == "#.#"
+    assert mask_strip(keep, io.TextIOWrapper(io.BytesIO(), encoding="utf-8")) == "█·█"
+    assert mask_strip(keep, io.TextIOWrapper(io.BytesIO(), encoding="ascii")) == "#.#"
 
 
 def test_long_prompts_are_shown_on_one_line():
