@@ -21,9 +21,9 @@ START, END = "<!-- results -->", "<!-- /results -->"
 def quality_table(rows: list[dict]) -> list[str]:
     """Return the lines of the quality table of one model and data set."""
     first, named = rows[0], labelled(rows)
-    primary = [row for row in rows if row["primary"]]
+    primary = next(row["metric"] for row in rows if row["primary"])
     others = list(dict.fromkeys(row["metric"] for row in rows if not row["primary"]))
-    metric = LABELS[primary[0]["metric"]]
+    metric = LABELS[primary]
     lines = [
         f"{first['model']} on {first['dataset']}, {first['n_test']} unseen test items, greedy:",
         "",

@@ -16,7 +16,7 @@ import torch
 
 from firstlm.config import BASELINES, UNMEASURED, check_skip_rate
 from firstlm.errors import ConfigError
-from firstlm.policies import Prompts
+from firstlm.policies import Prompts, RunAll
 
 
 class CountedSkip:
@@ -104,7 +104,7 @@ class UnifiedSkip(CountedSkip):
         return [self.free[(2 * i + 1) * size // (2 * count)] for i in range(count)]
 
 
-class SkipDecode:
+class SkipDecode(RunAll):
     """Lets lower layers go one by one as the answer grows (SkipDecode, arXiv 2307.02628).
 
     The prompt runs all layers, and so do the first and the last layer always. The others go from
@@ -145,10 +145,6 @@ class SkipDecode:
             if count
         )
         return gone / (steps * self.layers)
-
-    def decide(self, layer: int, prompts: Prompts) -> torch.Tensor:
-        """Keep the layer for all prompts."""
-        return torch.ones(prompts.count, dtype=torch.bool)
 
     def lifetime(self, layer: int) -> int:
         """Return for how many decode steps the layer runs."""

@@ -197,24 +197,22 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
     )
     lora_steps: int = option(400, at_least=0, help="optimizer steps of phase 2")
     lora_lr: float = option(1e-3, above=0, help="learning rate of phase 2")
-    lora_rank: int = option(8, at_least=1, help="rank of the LoRA matrices")
-    lora_alpha: int = option(16, at_least=1, help="scale of the LoRA matrices")
+    lora_rank: int = count_option(8, "rank of the LoRA matrices")
+    lora_alpha: int = count_option(16, "scale of the LoRA matrices")
     lora_dropout: float = option(0.0, at_least=0, below=1, help="dropout on the LoRA input")
-    batch_size: int = option(16, at_least=1, help="examples per forward pass")
-    grad_accum: int = option(1, at_least=1, help="forward passes per optimizer step")
+    batch_size: int = count_option(16, "examples per forward pass")
+    grad_accum: int = count_option(1, "forward passes per optimizer step")
     gradient_checkpointing: bool = option(False, help="save memory by recomputing activations")
     warmup: float = option(
         0.05, at_least=0, below=1, help="share of steps over which the learning rate rises"
     )
     max_grad_norm: float = option(1.0, above=0, help="clip gradients to this norm")
     seed: int = seed_option("data order, initial weights and sampling")
-    eval_steps: int = option(100, at_least=1, help="validate every N steps and keep the best LoRA")
-    save_steps: int = option(
-        100,
-        at_least=1,
-        help="write a checkpoint to resume from every N router steps (LoRA: every eval_steps)",
+    eval_steps: int = count_option(100, "validate every N steps and keep the best LoRA")
+    save_steps: int = count_option(
+        100, "write a checkpoint to resume from every N router steps (LoRA: every eval_steps)"
     )
-    logging_steps: int = option(10, at_least=1, help="log every N steps")
+    logging_steps: int = count_option(10, "log every N steps")
     resume: bool = option(True, help="continue from the last checkpoint in output, if there is one")
     tensorboard: bool = option(True, help="write TensorBoard logs to OUTPUT-run/logs")
 

@@ -24,7 +24,7 @@ from firstlm.errors import ConfigError, DataError
 from firstlm.examples import Example
 from firstlm.journal import Journal
 from firstlm.losses import item_losses
-from firstlm.masks import describe_masks, describe_rates
+from firstlm.masks import describe_masks, describe_rates, from_bits, to_bits
 from firstlm.metrics import Scores, perplexity
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RunAll, SteppedPolicy
@@ -98,20 +98,19 @@ def evaluate(
         "count": len(examples),
         **{metric: asdict(value.estimate(seed=seed)) for metric, value in scores.items()},
         "skip_rate": describe_rates(*rates.T),
-        **describe_masks(keep.numpy()),
+        **describe_masks(from_bits(keep)),
         **totals,
         "tpot_ratio": ratio,
         "batch_size": batch_size,
     }
     if items:
-        bits = _bits(keep)
         result["items"] = [
             {
                 "id": example.id,
                 "prediction": answers[i],
                 "prompt_tokens": len(prompts[i]),
                 **{metric: round(value.items[i], 4) for metric, value in scores.items()},
-                "keep": bits[i],
+                "keep": keep[i],
             }
             for i, example in enumerate(examples)
         ]
@@ -174,12 +173,12 @@ def _answer_all(
     journal: Journal,
     name: str,
     progress: bool,
-) -> tuple[list[str], torch.Tensor, np.ndarray, dict[str, Any]]:
+) -> tuple[list[str], list[str], np.ndarray, dict[str, Any]]:
     """Answer all prompts, long ones first.
 
     Returns:
-        The answers, keep [prompts, layers], each prompt's skip rate and what it weighs
-        [prompts, 2], and the batches' totals.
+        The answers, the masks as text, each prompt's skip rate and what it weighs [prompts, 2],
+        and the batches' totals.
     """
     answers, keep = [""] * len(prompts), [""] * len(prompts)
     rates = np.empty((len(prompts), 2))
@@ -200,11 +199,10 @@ def _answer_all(
             steps, seconds = steps + done["decode_steps"], seconds + done["seconds"]
             rho += done["rho"]
             bar.update(len(picked))
-    masks = torch.tensor([[kept == "1" for kept in row] for row in keep])
     totals = {"layer_calls": calls, "decode_steps": steps, "seconds": seconds}
     if rho:
         totals["rho_histogram"] = _histogram(np.array(rho))
-    return answers, masks, rates, totals
+    return answers, keep, rates, totals
 
 
 def _histogram(rho: np.ndarray) -> list[list[int]]:
@@ -244,7 +242,7 @@ def _answer(
     weights = steps if state.stepped is not None else [1] * len(steps)
     return {
         "answers": [task.clean(text) for text in texts],
-        "keep": _bits(state.keep_after(steps)),
+        "keep": to_bits(state.keep_after(steps).tolist()),
         "skip_rates": list(zip(state.skip_rates(steps), weights, strict=True)),
         "rho": [] if rho is None else [[round(x, 4) for x in row] for row in rho.tolist()],
         "layer_calls": output.layer_calls,
@@ -266,11 +264,6 @@ def _decode_steps(new: torch.Tensor, ended: Sequence[bool], model: FirstModel) -
     said = (~torch.isin(new, stops.long())).sum(1).tolist()
     found = [n - 1 + (not done) for n, done in zip(said, ended, strict=True)]
     return [min(max(n, 0), new.shape[1] - 1) for n in found]
-
-
-def _bits(keep: torch.Tensor) -> list[str]:
-    """Write masks [prompts, layers] as text, one a prompt; 1 = the layer ran."""
-    return ["".join("1" if kept else "0" for kept in row) for row in keep.tolist()]
 
 
 def choose(

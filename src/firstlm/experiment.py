@@ -122,14 +122,17 @@ def run(options: ExperimentConfig) -> int:
         raise ConfigError(f"No arm of these files is named {' or '.join(options.only or ())}.")
     if options.action == "list":
         for job in jobs:
-            stale = f"made with other options: {', '.join(job.changed)}" if job.changed else ""
-            print(f"{job.name:40} {stale or ('scored' if job.scored else 'to do')}")
+            if changed := job.changed:
+                done = f"made with other options: {', '.join(changed)}"
+            else:
+                done = "scored" if job.scored else "to do"
+            print(f"{job.name:40} {done}")
         return 0
     for job in jobs:
-        if job.changed:
+        if changed := job.changed:
             raise ConfigError(
                 f"What is there of {job.name} was made with other options than its file has now "
-                f"({', '.join(job.changed)}). Remove {job.train.output}, its -run folder and "
+                f"({', '.join(changed)}). Remove {job.train.output}, its -run folder and "
                 f"{job.score.output}, or name other folders with --runs and --results."
             )
     if options.action == "summary":

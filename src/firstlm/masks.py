@@ -10,6 +10,16 @@ from typing import Any
 import numpy as np
 
 
+def to_bits(keep: Sequence[Sequence[bool]]) -> list[str]:
+    """Write masks [prompts, layers] as text, one a prompt; 1 = the layer ran."""
+    return ["".join("1" if kept else "0" for kept in row) for row in keep]
+
+
+def from_bits(rows: Sequence[str]) -> np.ndarray:
+    """Read what `to_bits` wrote: keep [prompts, layers]."""
+    return np.array([[kept == "1" for kept in row] for row in rows])
+
+
 def describe_rates(rates: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
     """Describe skip rates [prompts]; the mean is over `weights`, where any are above 0."""
     low, high = np.percentile(rates, [5, 95])

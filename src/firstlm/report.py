@@ -18,6 +18,7 @@ import numpy as np
 
 from firstlm.command_config import ReportConfig
 from firstlm.errors import ConfigError, DataError
+from firstlm.masks import from_bits
 from firstlm.results import write_text
 from firstlm.scoreboard import LABELS
 from firstlm.summary import read
@@ -226,7 +227,7 @@ def _quality(
 def _layers(items: Sequence[Row]) -> bytes:
     """Draw the share of prompts that run each layer, one line of boxes a group of lengths."""
     tokens = np.array([item["prompt_tokens"] for item in items])
-    keep = np.array([[letter == "1" for letter in item["keep"]] for item in items])
+    keep = from_bits([item["keep"] for item in items])
     parts = [part for part in np.array_split(np.argsort(tokens, kind="stable"), LENGTH_GROUPS)]
     parts = [part for part in parts if len(part)]
     figure, axes = _figure(9, 0.5 * len(parts) + 1.2)

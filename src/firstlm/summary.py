@@ -17,7 +17,7 @@ from firstlm.command_config import EvalConfig
 from firstlm.config import BASELINES, TrainConfig
 from firstlm.errors import DataError
 from firstlm.examples import load_examples
-from firstlm.masks import describe_masks, length_correlation
+from firstlm.masks import describe_masks, from_bits, length_correlation
 from firstlm.metrics import Scores, over_seeds
 from firstlm.tasks import Task, find_task
 
@@ -155,7 +155,7 @@ def adaptivity(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """
     found, correlations = [], []
     for run in runs:
-        keep = np.array([[kept == "1" for kept in item["keep"]] for item in run["items"]])
+        keep = from_bits([item["keep"] for item in run["items"]])
         found.append(describe_masks(keep))
         # Results of before 2026-11-25 do not say how long prompts are.
         lengths = [item.get("prompt_tokens", 1) for item in run["items"]]
