@@ -220,7 +220,7 @@ def _quality(
     axes.set_ylabel(_metric(rows[0]["metric"]))
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="#e5e7eb")
-    axes.legend(fontsize="small", frameon=False, loc="lower left")
+    figure.legend(fontsize="small", frameon=False, loc="outside lower center", ncols=3)
     return _png(figure)
 
 
