@@ -86,7 +86,7 @@ def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys)
     assert cli.main([words[0], "summary", *words[2:]]) == 0
     folder = Path(words[words.index("--results") + 1])
     found = json.loads((folder / "summary.json").read_text())
-    kinds = [(r["policy"], r["lora"], r["lora_of"], r["skip_rate_asked"]) for r in found[::2]]
+    kinds = [(r["policy"], r["lora"], r["lora_of"], r["skip_rate_asked"]) for r in found[::3]]
     assert kinds == [
         ("base", False, None, 0.0),
         ("first", True, "first", 0.0),
@@ -95,17 +95,20 @@ def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys)
         ("majority", True, "majority", 0.34),
         ("base", True, "base", 0.0),
     ]
-    assert [row["metric"] for row in found] == ["em", "f1"] * 6
-    ratios = [row["tpot_ratio"] for row in found[1::2]]
+    assert [row["metric"] for row in found] == ["em", "f1", "perplexity"] * 6
+    ratios = [row["tpot_ratio"] for row in found[1::3]]
     assert all(0 < ratio < 3 for ratio in ratios)
     assert ratios[2] + ratios[4] < ratios[1] + ratios[5]  # 2 of 6 layers are skipped
-    assert {row["primary"] for row in found[1::2]} == {True}
-    assert [row["seeds"] for row in found[1::2]] == [2, 2, 2, 2, 1, 1]
+    assert {row["primary"] for row in found[1::3]} == {True}
+    assert [row["seeds"] for row in found[1::3]] == [2, 2, 2, 2, 1, 1]
     reports = [json.loads((folder / f"{job}.json").read_text()) for job in JOBS[:2]]
     scores = [report["runs"]["router@0.34"]["f1"]["value"] for report in reports]
-    assert found[5]["by_seed"] == pytest.approx(scores)
-    assert found[5]["score"] == pytest.approx(sum(scores) / 2)
-    assert found[5]["retention"] is None  # plain LoRA has an F1 under 20 here
+    assert found[7]["by_seed"] == pytest.approx(scores)
+    assert found[7]["score"] == pytest.approx(sum(scores) / 2)
+    assert found[7]["retention"] is None  # plain LoRA has an F1 under 20 here
+    losses = [report["runs"]["router@0.34"]["perplexity"]["value"] for report in reports]
+    assert found[8]["by_seed"] == pytest.approx(losses, rel=1e-3)
+    assert found[8]["retention"] == pytest.approx(found[-1]["score"] / found[8]["score"])
     for report in reports:
         counts = report["runs"]["router@0.34"]["rho_histogram"]
         assert [sum(layer) for layer in counts] == [4] * 6
@@ -208,6 +211,57 @@ def test_time_that_is_up_ends_it_and_the_same_command_goes_on(words, monkeypatch
     assert "1 of 1 are left" in capsys.readouterr().out
 
 
+MIXED = """
+data: {data}
+train: {{model: {model}, skip_rate: 0.34, batch_size: 8, lora_steps: 1}}
+eval: {{max_new_tokens: 2, limit: 4, task: qa, skip_rates: [0.34], policies: [router]}}
+arms:
+  mix: {{data: [{data}, {other}], test: {data}, train: {{warm_start: 0, router_steps: 1}}}}
+  mix_other: {{train: "arm:mix", test: {other}}}
+  lora_other:
+    data: {other}
+    train: {{stage: lora, skip_rate: 0.0}}
+    eval: {{policies: [run_all]}}
+"""
+
+
+def test_an_arm_trains_on_several_sets_and_is_scored_on_each(words, tmp_path):
+    data, other = tmp_path / "set", tmp_path / "other"
+    other.mkdir()
+    for split in ("train", "validation", "test"):
+        rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+        text = "".join(
+            json.dumps({"prompt": row["prompt"][::-1], "completion": "no"}) + "\n" for row in rows
+        )
+        (other / f"{split}.jsonl").write_text(text)
+    file = Path(words[2]) / "tiny.yaml"
+    model = tmp_path / "base"
+    file.write_text(MIXED.format(data=data, other=other, model=model))
+    assert cli.main(words) == 0
+    runs, folder = tmp_path / "runs", tmp_path / "results"
+    trained = [f.name for f in runs.iterdir() if not f.name.endswith("-run")]
+    assert sorted(trained) == ["tiny-lora_other-0", "tiny-mix-0"]
+    config = json.loads((runs / "tiny-mix-0" / "first_config.json").read_text())["training"]
+    assert config["run"]["data"] == [f"{data}/train.jsonl", f"{other}/train.jsonl"]
+    assert len(config["provenance"]["data"]["train"].split()) == 2
+    results = [
+        json.loads((folder / f"tiny-{arm}-0.json").read_text()) for arm in ("mix", "mix_other")
+    ]
+    hashes = [report["inputs"]["artifact_sha256"] for report in results]
+    assert hashes[0] == hashes[1]
+    assert results[0]["inputs"]["data_sha256"] != results[1]["inputs"]["data_sha256"]
+    assert cli.main([words[0], "summary", *words[2:]]) == 0
+    rows = [
+        r for r in json.loads((folder / "summary.json").read_text()) if r["metric"] == "perplexity"
+    ]
+    assert [(r["dataset"], r["trained_on"]) for r in rows] == [
+        ("set", "set+other"),
+        ("other", "set+other"),
+        ("other", "other"),
+    ]
+    assert [r["retention"] is None for r in rows] == [True, False, False]  # no plain LoRA on "set"
+
+
 def test_what_a_job_needs_is_trained_for_it(words):
     assert cli.main([*words, "--only", "tiny-majority"]) == 0
     assert list(results(words)) == ["tiny-majority-0"]
@@ -270,6 +324,12 @@ def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
         ("[0, 1]", "null", r"arm first: seeds is None; expected a list"),
         ("seeds", "seed", "arm first has 'seed', 'seeds' missing or too much|'seed'"),
         ("arms:", "arms: [", "is not YAML"),
+        ("data: ", "data: [a, b] #", r"names the data \['a', 'b'\]; expected one data set"),
+        (
+            '{policy: majority, majority_of: "arm:first"}',
+            "arm:majority",
+            "'majority', which trains",
+        ),
     ],
 )
 def test_wrong_files_say_what_is_wrong(words, old, new, says):

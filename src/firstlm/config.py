@@ -50,7 +50,8 @@ class Options:
             for rate in found if isinstance(found, list) else [found]:
                 if rate is not None:
                     check_skip_rate(rate, name)
-        check(self)
+        for name, value in check(self).items():  # as their types say, paths expanded
+            object.__setattr__(self, name, value)
 
 
 def seed_option(what: str) -> Any:
@@ -122,15 +123,17 @@ class ModelOptions(Options):
 class DataOptions(Options):
     """Where examples come from, and how they become prompts."""
 
-    data: str | None = option(
-        None, path=True, help="training data: .jsonl, .jsonl.gz, or a hub dataset id (id:split)"
+    data: list[str] | None = option(
+        None,
+        path=True,
+        help="training data: .jsonl, .jsonl.gz, or a hub dataset id (id:split); several are mixed",
     )
-    validation: str | None = option(
+    validation: list[str] | None = option(
         None, path=True, help="validation data; without it a part of the training data is held out"
     )
     template: str | None = template_option()
     max_length: int = count_option(1024, "longest prompt plus answer, in tokens")
-    limit: int | None = count_option(None, "use the first N training examples only")
+    limit: int | None = count_option(None, "use the first N training examples of each file only")
     validation_limit: int | None = count_option(
         256, "use N validation examples only, drawn at random"
     )

@@ -109,6 +109,7 @@ def evaluate(
                 "id": example.id,
                 "prediction": answers[i],
                 "prompt_tokens": len(prompts[i]),
+                "answer_tokens": len(rows[i].answer_ids),
                 **{metric: round(value.items[i], 4) for metric, value in scores.items()},
                 "keep": keep[i],
             }

@@ -4,6 +4,10 @@
 A file names a model, a data set and arms. Each arm is trained and scored once a seed, into
 `RUNS/NAME-ARM-SEED` and `RESULTS/NAME-ARM-SEED.json`. What is there is not made again, and what was
 interrupted goes on, so the same command works through a whole matrix, `--minutes` at a time.
+
+An arm may have `data` of its own to train on (several sets are mixed) and a `test` set of its own.
+One whose `train` is "arm:NAME" trains nothing: it scores the artifact of that arm, on other data or
+under other policies.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from firstlm.summary import Arm, read, rows
 
 SUMMARY = "summary.json"
 KEYS = {"data", "train", "eval", "arms"}
-ARM_KEYS = {"seeds", "train", "eval"}
+ARM_KEYS = {"seeds", "data", "test", "train", "eval"}
 ARM_PATHS = ("artifact", "majority_of")  # options of training that may name an arm as "arm:NAME"
 
 
@@ -41,13 +45,15 @@ class Job:
     Attributes:
         file: name of the experiment file, without its ending.
         arm: name of the arm.
+        seed: its seed.
         train: the options of its training, the seed among them.
         score: the options of its evaluation.
-        needs: names of the jobs whose artifacts its training takes.
+        needs: names of the jobs whose artifacts it takes.
     """
 
     file: str
     arm: str
+    seed: int
     train: TrainConfig
     score: EvalConfig
     needs: tuple[str, ...] = ()
@@ -55,7 +61,7 @@ class Job:
     @property
     def name(self) -> str:
         """FILE-ARM-SEED."""
-        return f"{self.file}-{self.arm}-{self.train.seed}"
+        return f"{self.file}-{self.arm}-{self.seed}"
 
     @property
     def report(self) -> dict[str, Any] | None:
@@ -92,6 +98,8 @@ class Job:
             return
         for name in self.needs:
             others[name].make(others)
+        if self.trained:  # it scores the artifact of another
+            return
         print(f"{self.name}: training", flush=True)
         train.run(self.train)
 
@@ -158,7 +166,7 @@ def _summary(jobs: list[Job], file: Path) -> int:
     arms: dict[str, dict[str, Arm]] = {}
     for job in jobs:
         same = [other for other in jobs if (other.file, other.arm) == (job.file, job.arm)]
-        found = {other.train.seed: other.report for other in same}
+        found = {other.seed: other.report for other in same}
         reports = {seed: report for seed, report in found.items() if report is not None}
         if reports and job.arm not in arms.setdefault(job.file, {}):
             name = f"{job.file}-{job.arm}"
@@ -189,53 +197,24 @@ def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
         ConfigError: the file holds what is no experiment, or options that do not exist.
     """
     content = _known(read_yaml(file), KEYS, str(file))
-    arms = _known(content["arms"], None, f"{file}: arms")
-    data = _data(str(content["data"]))
+    listed = _known(content["arms"], None, f"{file}: arms")
+    arms = {arm: _arm(said, content, f"{file}: arm {arm}") for arm, said in listed.items()}
     jobs = []
     for arm, said in arms.items():
         where = f"{file}: arm {arm}"
-        if not isinstance(said or {}, dict):
-            raise ConfigError(f"{where} is {said!r}; expected names with values.")
-        said = _known({"seeds": [0], "train": {}, "eval": {}} | (said or {}), ARM_KEYS, where)
-        if not (isinstance(said["seeds"], list) and all(type(s) is int for s in said["seeds"])):
-            raise ConfigError(f"{where}: seeds is {said['seeds']!r}; expected a list: [0, 1, 2].")
         for seed in said["seeds"]:
-            name = f"{file.stem}-{arm}-{seed}"
-            output = f"{runs}/{name}"
-            training = {
-                "data": data["train"],
-                "validation": data["validation"],
-                **_known(content["train"], None, f"{file}: train"),
-                **_known(said["train"], None, where),
-                "seed": seed,
-                "output": output,
-            }
-            needs = []
-            for key in ARM_PATHS:
-                named = str(training.get(key) or "")
-                if named.startswith("arm:"):
-                    if named[4:] not in arms:
-                        raise ConfigError(f"{where} names the arm {named[4:]!r}, which is none.")
-                    needs.append(f"{file.stem}-{named[4:]}-{seed}")
-                    training[key] = f"{runs}/{needs[-1]}"
+            training, needs = _training(file, content, arms, arm, seed, runs)
             scoring = {
-                "data": data["test"],
+                "data": _data(said["test"], where)["test"],
                 **_known(content["eval"], None, f"{file}: eval"),
                 **_known(said["eval"], None, where),
-                "artifact": output,
-                "output": f"{results}/{name}.json",
+                "artifact": training.output,
+                "output": f"{results}/{file.stem}-{arm}-{seed}.json",
             }
             if not scoring.get("policies"):
                 raise ConfigError(f"{where} does not say which policies to score.")
-            where = f" in {where}"
-            job = Job(
-                file.stem,
-                arm,
-                from_dict(TrainConfig, training, where=where),
-                from_dict(EvalConfig, scoring, where=where),
-                tuple(needs),
-            )
-            jobs.append(job)
+            score = from_dict(EvalConfig, scoring, where=f" in {where}")
+            jobs.append(Job(file.stem, arm, seed, training, score, needs))
     names = {job.name for job in jobs}
     for job in jobs:
         for name in set(job.needs) - names:
@@ -243,8 +222,65 @@ def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
     return jobs
 
 
-def _data(name: str) -> dict[str, str]:
+def _arm(said: Any, content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return all that a file says of an arm, as far as it differs from arm to arm."""
+    if not isinstance(said or {}, dict):
+        raise ConfigError(f"{where} is {said!r}; expected names with values.")
+    sets: Any = (said or {}).get("data", content["data"])
+    usual = {"seeds": [0], "data": sets, "test": sets, "train": {}, "eval": {}}
+    found = _known(usual | (said or {}), ARM_KEYS, where)
+    if not (isinstance(found["seeds"], list) and all(type(s) is int for s in found["seeds"])):
+        raise ConfigError(f"{where}: seeds is {found['seeds']!r}; expected a list: [0, 1, 2].")
+    return found
+
+
+def _training(
+    file: Path,
+    content: Mapping[str, Any],
+    arms: Mapping[str, Mapping[str, Any]],
+    arm: str,
+    seed: int,
+    runs: str,
+) -> tuple[TrainConfig, tuple[str, ...]]:
+    """Return how an arm's artifact is trained, and the names of the jobs that it needs."""
+    said, where = arms[arm], f"{file}: arm {arm}"
+
+    def job_named(value: Any) -> str | None:
+        """Return the name of the job that "arm:NAME" means, with the same seed."""
+        if not str(value or "").startswith("arm:"):
+            return None
+        if value[4:] not in arms:
+            raise ConfigError(f"{where} names the arm {value[4:]!r}, which is none.")
+        return f"{file.stem}-{value[4:]}-{seed}"
+
+    if needed := job_named(said["train"]):
+        other = said["train"][4:]
+        if job_named(arms[other]["train"]):
+            raise ConfigError(f"{where} names the arm {other!r}, which trains nothing itself.")
+        return _training(file, content, arms, other, seed, runs)[0], (needed,)
+    sets = said["data"] if isinstance(said["data"], list) else [said["data"]]
+    data = [_data(name, where) for name in sets]
+    options = {
+        "data": [one["train"] for one in data],
+        "validation": [one["validation"] for one in data],
+        **_known(content["train"], None, f"{file}: train"),
+        **_known(said["train"], None, where),
+        "seed": seed,
+        "output": f"{runs}/{file.stem}-{arm}-{seed}",
+    }
+    needs = {key: job_named(options.get(key)) for key in ARM_PATHS}
+    options |= {key: f"{runs}/{name}" for key, name in needs.items() if name}
+    config = from_dict(TrainConfig, options, where=f" in {where}")
+    return config, tuple(name for name in needs.values() if name)
+
+
+def _data(name: Any, where: str) -> dict[str, str]:
     """Return the files of a data set by split: a folder, or one below the data variable's."""
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"{where} names the data {name!r}; expected one data set. With several to train on, "
+            "say with `test` which one is scored."
+        )
     folder = Path(name)
     if not folder.is_dir():
         folder = Path(os.environ.get(DATA_VARIABLE, "")) / name

@@ -116,9 +116,11 @@ def to_dict(cfg: Any) -> dict[str, Any]:
     values = {}
     for name, field in _fields(type(cfg)).items():
         value = getattr(cfg, name)
-        if field.metadata.get("path") and isinstance(value, str):
-            value = portable(value)
-        values[name] = list(value) if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            value = list(value)
+        if field.metadata.get("path") and value is not None:
+            value = [portable(v) for v in value] if isinstance(value, list) else portable(value)
+        values[name] = value
     return values
 
 
@@ -127,9 +129,13 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
     return cls(**_check(cls, values, where))
 
 
-def check(cfg: Any) -> None:
-    """Raise `ConfigError` if a field of `cfg` has a wrong type or isn't one of its choices."""
-    _check(type(cfg), {field: getattr(cfg, field) for field in _fields(type(cfg))}, "")
+def check(cfg: Any) -> dict[str, Any]:
+    """Return the fields of `cfg` as their types say.
+
+    Raises:
+        ConfigError: one has a wrong type or isn't one of its choices.
+    """
+    return _check(type(cfg), {field: getattr(cfg, field) for field in _fields(type(cfg))}, "")
 
 
 def to_yaml(cfg: Any) -> str:
@@ -225,16 +231,22 @@ def _value(cls: type, name: str, value: Any, shown: str) -> Any:
     for number in found if isinstance(found, list | tuple) else [found]:
         if number is not None and not bounds.hold(number):
             raise ConfigError(f"{shown} is {number}; expected {bounds}.")
-    if metadata.get("path") and isinstance(found, str):
-        found = os.path.expandvars(found)
-        try:
-            return str(Path(found).expanduser()) if found.startswith("~") else found
-        except RuntimeError as error:
-            raise ConfigError(
-                f"{shown} is {value!r}, but no user of that name has a home folder here; "
-                "put ./ before a name that begins with ~."
-            ) from error
+    if metadata.get("path") and found is not None:
+        many = isinstance(found, list)
+        return [_expanded(path, shown) for path in found] if many else _expanded(found, shown)
     return found
+
+
+def _expanded(path: str, shown: str) -> str:
+    """Return a path without ~ and $NAMES; `shown` names the option in errors."""
+    found = os.path.expandvars(path)
+    try:
+        return str(Path(found).expanduser()) if found.startswith("~") else found
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{shown} is {path!r}, but no user of that name has a home folder here; "
+            "put ./ before a name that begins with ~."
+        ) from error
 
 
 def _read_yaml(cls: type, path: str | Path) -> dict[str, Any]:
@@ -267,6 +279,8 @@ def _convert(hint: Any, value: Any, name: str, choices: Sequence[Any] | None) ->
         return None
     if not many:
         return _scalar(kind, value, name, choices, optional)
+    if isinstance(value, str):  # one value is a list of one, too
+        value = [value]
     if not isinstance(value, list | tuple):
         raise ConfigError(f"{name} is {value!r}; expected a list, each {_NOUNS[kind]}.")
     items = [_scalar(kind, item, name, choices, optional) for item in value]

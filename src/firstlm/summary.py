@@ -18,7 +18,7 @@ from firstlm.config import BASELINES, TrainConfig
 from firstlm.errors import DataError
 from firstlm.examples import load_examples
 from firstlm.masks import describe_masks, from_bits, length_correlation
-from firstlm.metrics import Scores, over_seeds
+from firstlm.metrics import Scores, over_seeds, perplexity
 from firstlm.tasks import Task, find_task
 
 # Below this the reference itself has hardly learnt the task: a share of it would mean nothing.
@@ -53,6 +53,8 @@ class Arm:
                 f"The results of {train.output} are over {self.count} items, but {score.data} has "
                 f"{len(examples)}."
             )
+        self.dataset = Path(score.data).parent.name
+        self.trained_on = [Path(file).parent.name for file in train.data or ()]
         self.task: Task = find_task(examples, score.task)
         self._references = [example.references for example in examples]
 
@@ -85,8 +87,13 @@ class Arm:
         """Return each metric's scores of a run, one a seed."""
         found: dict[str, list[Scores]] = {}
         for run in self.runs(name).values():
-            predictions = [item["prediction"] for item in run["items"]]
-            for metric, scores in self.task.score(predictions, self._references).items():
+            items = run["items"]
+            by_metric = self.task.score([item["prediction"] for item in items], self._references)
+            if all("answer_tokens" in item for item in items):  # not in results of 2026-11-25
+                tokens = [item["answer_tokens"] for item in items]
+                losses = [np.log(item["perplexity"]) * item["answer_tokens"] for item in items]
+                by_metric |= {"perplexity": perplexity(losses, tokens)}
+            for metric, scores in by_metric.items():
                 found.setdefault(metric, []).append(scores)
         return found
 
@@ -95,16 +102,11 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     """Return one row per arm, run and metric; retention is against plain LoRA with all layers.
 
     Args:
-        arms: of one model and data set.
+        arms: of one file.
     """
-    plain = next((arm for arm in arms if arm.lora and arm.train.skip_rate == 0), None)
-    reference = {
-        metric: scores
-        for metric, scores in (plain.scores("run_all") if plain else {}).items()
-        if over_seeds(scores, samples=1).value >= LOWEST.get(metric, 0.0)
-    }
     found = []
     for arm in arms:
+        reference = _reference(arm, arms)
         for name in arm.names:
             runs = list(arm.runs(name).values())
             routed = name.startswith("router@")
@@ -112,13 +114,17 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
             for metric, scores in arm.scores(name).items():
                 score = over_seeds(scores)
                 base = reference.get(metric)
-                kept = over_seeds(scores, base) if base else None
+                kept = None
+                if base:  # a perplexity is the better the lower it is
+                    lower = metric == "perplexity"
+                    kept = over_seeds(base, scores) if lower else over_seeds(scores, base)
                 own = majority.get(metric)
                 gain = over_seeds(scores, own, difference=True) if own else None
                 found.append(
                     {
                         "task": arm.task.name,
-                        "dataset": Path(arm.train.data or "").parent.name,
+                        "dataset": arm.dataset,
+                        "trained_on": "+".join(arm.trained_on),
                         "model": arm.train.model,
                         "arm": arm.name,
                         **_policy(arm, name, runs[0]["policy"]),
@@ -144,6 +150,27 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                     }
                 )
     return found
+
+
+def _reference(arm: Arm, arms: Sequence[Arm]) -> dict[str, list[Scores]]:
+    """Return what plain LoRA scores on an arm's test set, where it has learnt the task.
+
+    Best is the one that was trained on the same task alone, then one trained on what the arm was.
+    """
+    plain = [
+        other
+        for other in arms
+        if other.lora and other.train.skip_rate == 0 and other.dataset == arm.dataset
+    ]
+    picked = [other for other in plain if other.trained_on == [arm.dataset]]
+    picked += [other for other in plain if other.trained_on == arm.trained_on]
+    if not picked:
+        return {}
+    return {
+        metric: scores
+        for metric, scores in picked[0].scores("run_all").items()
+        if over_seeds(scores, samples=1).value >= LOWEST.get(metric, 0.0)
+    }
 
 
 def adaptivity(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

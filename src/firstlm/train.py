@@ -50,7 +50,7 @@ FREE = ("resume", "output", "tensorboard", "logging_steps", "device")
 
 def run(config: TrainConfig) -> int:
     """Train as the options say and save an artifact (`firstlm train`)."""
-    if config.data is None:
+    if not config.data:
         raise ConfigError("Nothing to train on: name a file or a hub dataset with --data.")
     artifact_files.check_target(config.output)
     model, train, validation = prepare(config)
@@ -162,11 +162,11 @@ def prepare(config: TrainConfig) -> tuple[FirstModel, list[Encoded], list[Encode
             base, RouterConfig(**{name: getattr(config, name) for name in fields}), tokenizer
         )
     model.base_id = name
-    assert config.data is not None
+    assert config.data
     options: dict[str, Any] = {"template": config.template, "tokenizer": tokenizer}
-    train = load_examples(config.data, limit=config.limit, **options)
+    train = [e for file in config.data for e in load_examples(file, limit=config.limit, **options)]
     if config.validation is not None:
-        validation = load_examples(config.validation, **options)
+        validation = [e for file in config.validation for e in load_examples(file, **options)]
     else:
         train, validation = split_validation(train, VALIDATION_SHARE, config.seed)
     validation = draw(validation, config.validation_limit, config.seed)
@@ -244,9 +244,12 @@ def changed_options(before: Mapping[str, Any], config: TrainConfig) -> list[str]
 
 def _data_hash(config: TrainConfig) -> dict[str, str]:
     """Return hashes of what a run learns from: its files, and artifacts that it goes on from."""
-    files = {"train": config.data, "validation": config.validation}
+    found: dict[str, str] = {}
+    for name, files in (("train", config.data), ("validation", config.validation)):
+        hashes = [sha256_of(file) for file in files or () if Path(file).is_file()]
+        if hashes:
+            found[name] = " ".join(hashes)
     artifacts = {"artifact": config.artifact, "majority_of": config.majority_of}
-    found = {k: sha256_of(v) for k, v in files.items() if v is not None and Path(v).is_file()}
     return found | {k: artifact_files.content_hash(v) for k, v in artifacts.items() if v}
 
 
