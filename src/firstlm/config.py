@@ -26,7 +26,10 @@ RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40)  # that calibration serves un
 UNMEASURED = ("random", "random_interior", "random_fixed", "unified", "early_exit")
 BASELINES = (*UNMEASURED, "static_importance", "majority", "skip_decode")
 POLICIES = ("router", *BASELINES)
-EVAL_POLICIES = ("base", "run_all", *POLICIES)
+# Measured on what routers say of the scored prompts: one mask for all, or one for each token.
+DIAGNOSTICS = ("majority_here", "token_level")
+RATED = (*POLICIES, *DIAGNOSTICS)  # that are scored at skip rates
+EVAL_POLICIES = ("base", "run_all", *RATED)
 TASKS = ("qa", "translation", "summarization")  # that `firstlm eval` has metrics for
 
 
@@ -188,6 +191,12 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         at_least=0,
         help="weight, in phase 1, of staying close to what all layers compute: every token of a "
         "row says what a layer is worth, not only the answer's",
+    )
+    prompt_loss: float = option(
+        0.0,
+        at_least=0,
+        help="weight, in phase 2, of next-token loss on prompts: where answers are short, most of "
+        "what a row can teach about running with fewer layers is in its prompt",
     )
     warm_start: int = option(
         16,

@@ -14,9 +14,10 @@ import torch
 
 from firstlm import artifact_files
 from firstlm.command_config import EvalConfig
-from firstlm.config import POLICIES, TASKS
+from firstlm.config import RATED, TASKS
 from firstlm.errors import ConfigError
-from firstlm.evaluate import choose, encode_rows, evaluate, own_policy, run_name
+from firstlm.eval_policies import choose, own_policy, run_name
+from firstlm.evaluate import encode_rows, evaluate
 from firstlm.examples import Example, load_examples
 from firstlm.journal import Journal
 from firstlm.lora import is_lora
@@ -145,7 +146,7 @@ def _asked(options: EvalConfig, own: str) -> list[tuple[str, float | None]]:
     """Return each policy with each rate at which it is scored."""
     asked: list[tuple[str, float | None]] = []
     for policy in dict.fromkeys(options.policies or ("base", "run_all", own)):
-        rates = dict.fromkeys(options.skip_rates) if policy in POLICIES else (None,)
+        rates = dict.fromkeys(options.skip_rates) if policy in RATED else (None,)
         asked += [(policy, rate) for rate in rates]
     return asked
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -18,18 +17,19 @@ import torch
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from firstlm.config import BASELINES, EVAL_POLICIES, POLICIES
 from firstlm.data import Encoded, check_room, encode, pad_left
-from firstlm.errors import ConfigError, DataError
+from firstlm.errors import DataError
+from firstlm.eval_policies import choose, run_name, settle
 from firstlm.examples import Example
 from firstlm.journal import Journal
 from firstlm.losses import item_losses
 from firstlm.masks import describe_masks, describe_rates, from_bits, to_bits
 from firstlm.metrics import Scores, perplexity
 from firstlm.model import FirstModel
-from firstlm.policies import Policy, RunAll, SteppedPolicy
+from firstlm.policies import Policy, SteppedPolicy
 from firstlm.probes import decode_times
 from firstlm.tasks import Task, find_task
+from firstlm.token_level import TokenLevel
 
 RHO_BINS = 20  # of the histogram of router outputs
 
@@ -56,7 +56,7 @@ def evaluate(
         model: a model with its tokenizer.
         examples: what to answer; answers are compared with each example's `references`.
         policy: "base" (adapter off, all layers), "run_all" (adapter on, all layers), "router", one
-            of `config.BASELINES`, or a policy object.
+            of `config.BASELINES` or `config.DIAGNOSTICS`, or a policy object.
         skip_rate: share of layers to skip, for "router" and baselines; None is what was trained.
         task: what is scored, and how; default the one that the examples' rows name.
         prefill: "skip" or "full".
@@ -72,17 +72,18 @@ def evaluate(
         One JSON object: each metric of the task in percent, and perplexity per token of the wanted
         answers, with 95% intervals; skip rates per prompt and layer, number of distinct masks,
         layer calls, `tpot_ratio` (time per token over that with all layers) where prompts were
-        timed, `rho_histogram` [layers, bins] where routers decide, and the items in the order of
-        `examples`.
+        timed, `rho_histogram` [layers, bins] where routers decide, `kv_recomputed` where tokens
+        decide by themselves (`token_level.usage`), and the items in the order of `examples`.
     """
     if not examples:
         raise DataError("There are no examples to score.")
     name = run_name(policy, skip_rate)
     task = task or find_task(examples)
-    chosen, scope = choose(model, policy, skip_rate, prefill, seed)
     rows = encode_rows(model, examples, max_new_tokens)
     prompts = [row.prompt_ids for row in rows]
     model.eval()
+    chosen, scope = choose(model, policy, skip_rate, prefill, seed)
+    chosen = settle(chosen, model, prompts, prefill, batch_size)
     answer = partial(_answer, model, chosen, prefill, task, max_new_tokens)
     with scope:
         answers, keep, rates, totals = _answer_all(
@@ -152,9 +153,10 @@ def _tpot_ratio(
 
     Returns:
         Median over prompts, batch 1, with the 5th and 95th percentile and their number; None where
-        nothing is timed, or layers go as an answer grows, so that it depends on its length.
+        nothing is timed, layers go as an answer grows, so that it depends on its length, or no
+        layer is skipped for real.
     """
-    if not timed or isinstance(policy, SteppedPolicy):
+    if not timed or isinstance(policy, SteppedPolicy | TokenLevel):
         return None
     by_length = sorted(prompts, key=len)
     places = np.linspace(0, len(by_length) - 1, min(timed, len(by_length))).round().astype(int)
@@ -185,6 +187,7 @@ def _answer_all(
     rates = np.empty((len(prompts), 2))
     calls, steps, seconds = {"prefill": 0, "decode": 0}, 0, 0.0
     rho: list[list[float]] = []
+    recomputed: list[float] = []
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     with tqdm(total=len(prompts), desc=name, unit="prompt", disable=not progress) as bar:
         for first in range(0, len(order), batch_size):
@@ -199,10 +202,13 @@ def _answer_all(
             calls = {phase: calls[phase] + done["layer_calls"][phase] for phase in calls}
             steps, seconds = steps + done["decode_steps"], seconds + done["seconds"]
             rho += done["rho"]
+            recomputed += done["kv_recomputed"]
             bar.update(len(picked))
     totals = {"layer_calls": calls, "decode_steps": steps, "seconds": seconds}
     if rho:
         totals["rho_histogram"] = _histogram(np.array(rho))
+    if recomputed:
+        totals["kv_recomputed"] = float(np.mean(recomputed))
     return answers, keep, rates, totals
 
 
@@ -241,10 +247,15 @@ def _answer(
     steps = _decode_steps(new, [task.ended(text) for text in texts], model)
     # A mask that holds for the whole answer counts once a prompt, others by tokens.
     weights = steps if state.stepped is not None else [1] * len(steps)
+    keep, rates, recomputed = state.keep_after(steps), state.skip_rates(steps), list[float]()
+    if isinstance(policy, TokenLevel):
+        keep, rates, recomputed = policy.take(mask, steps)
+        weights = [len(prompt) + step for prompt, step in zip(prompts, steps, strict=True)]
     return {
         "answers": [task.clean(text) for text in texts],
-        "keep": to_bits(state.keep_after(steps).tolist()),
-        "skip_rates": list(zip(state.skip_rates(steps), weights, strict=True)),
+        "keep": to_bits(keep.tolist()),
+        "skip_rates": list(zip(rates, weights, strict=True)),
+        "kv_recomputed": recomputed,
         "rho": [] if rho is None else [[round(x, 4) for x in row] for row in rho.tolist()],
         "layer_calls": output.layer_calls,
         "decode_steps": new.shape[1] - 1,
@@ -267,32 +278,6 @@ def _decode_steps(new: torch.Tensor, ended: Sequence[bool], model: FirstModel) -
     return [min(max(n, 0), new.shape[1] - 1) for n in found]
 
 
-def choose(
-    model: FirstModel, policy: str | Policy, skip_rate: float | None, prefill: str, seed: int
-) -> tuple[Policy, Any]:
-    """Return the policy object, and the scope in which it is measured."""
-    if policy == own_policy(model):
-        return model.policy_for(skip_rate, prefill), nullcontext()
-    if policy in BASELINES and skip_rate is not None:
-        return model.baseline_for(str(policy), skip_rate, prefill, seed).at(), nullcontext()
-    if policy in POLICIES:
-        needs = (
-            "a skip_rate" if policy in BASELINES else f"an artifact without {own_policy(model)!r}"
-        )
-        raise ConfigError(f"policy={policy!r} needs {needs}.")
-    if skip_rate is not None:
-        raise ConfigError(
-            f"skip_rate={skip_rate} is for 'router' and baselines; {policy!r} has none."
-        )
-    if not isinstance(policy, str):
-        return policy, nullcontext()
-    known = {"base": (RunAll, model.disable_adapter), "run_all": (RunAll, nullcontext)}
-    if policy not in known:
-        raise ConfigError(f"policy is {policy!r}; expected one of {', '.join(EVAL_POLICIES)}.")
-    make, scope = known[policy]
-    return make(), scope()
-
-
 def encode_rows(
     model: FirstModel, examples: Sequence[Example], max_new_tokens: int
 ) -> list[Encoded]:
@@ -303,14 +288,3 @@ def encode_rows(
         where = f"{example.where or 'example'} (id {example.id})"
         check_room(row.prompt_ids, max_new_tokens, model.context_length, where)
     return rows
-
-
-def own_policy(model: FirstModel) -> str:
-    """Return the name of what decides in an artifact: routers, or the policy it was trained for."""
-    return model.baseline.name if model.baseline else "router"
-
-
-def run_name(policy: str | Policy, skip_rate: float | None) -> str:
-    """Return the name of a run, such as base or router@0.25."""
-    kind = policy if isinstance(policy, str) else type(policy).__name__
-    return kind if skip_rate is None else f"{kind}@{skip_rate:g}"

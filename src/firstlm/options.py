@@ -232,7 +232,7 @@ def _value(cls: type, name: str, value: Any, shown: str) -> Any:
         if number is not None and not bounds.hold(number):
             raise ConfigError(f"{shown} is {number}; expected {bounds}.")
     if metadata.get("path") and found is not None:
-        many = isinstance(found, list)
+        many = isinstance(found, list | tuple)
         return [_expanded(path, shown) for path in found] if many else _expanded(found, shown)
     return found
 

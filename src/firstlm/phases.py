@@ -248,6 +248,7 @@ def _fit(
             prefill=config.prefill,
             l2=config.l2 if phase == "routers" else 0.0,
             distill=config.distill if phase == "routers" else 0.0,
+            prompt_loss=config.prompt_loss if phase == "lora" else 0.0,
             log_path=log,
             args=_arguments(model, config, phase, steps, folder),
             train_dataset=train,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from firstlm.command_config import EvalConfig
-from firstlm.config import BASELINES, TrainConfig
+from firstlm.config import BASELINES, DIAGNOSTICS, TrainConfig
 from firstlm.errors import DataError
 from firstlm.examples import load_examples
 from firstlm.masks import describe_masks, from_bits, length_correlation
@@ -203,7 +203,7 @@ def _policy(arm: Arm, name: str, policy: str) -> dict[str, Any]:
         return {"policy": "base", "lora": False, "lora_of": None}
     if policy == "run_all" and arm.train.skip_rate == 0:
         return {"policy": "base", "lora": arm.lora, "lora_of": "base" if arm.lora else None}
-    shown = policy if policy in BASELINES else trained_for
+    shown = policy if policy in (*BASELINES, *DIAGNOSTICS) else trained_for
     return {"policy": shown, "lora": arm.lora, "lora_of": trained_for if arm.lora else None}
 
 

@@ -25,7 +25,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from firstlm.data import IGNORE
 from firstlm.decisions import RoutingState
 from firstlm.errors import FirstError
-from firstlm.losses import FullDepth, answer_cross_entropy, answer_pass, non_skip_penalty
+from firstlm.losses import (
+    FullDepth,
+    answer_cross_entropy,
+    answer_pass,
+    non_skip_penalty,
+    prompt_cross_entropy,
+    prompt_positions,
+)
 from firstlm.model import FirstModel
 from firstlm.policies import Policy
 from firstlm.rates import RateDriver
@@ -63,6 +70,7 @@ class FirstTrainer(Trainer):
         prefill: "skip" or "full".
         l2: weight of the squared router weights.
         distill: weight of the distance to what all layers compute (`FullDepth`); 0 leaves it out.
+        prompt_loss: weight of next-token cross-entropy on prompts; 0 leaves it out.
         log_path: JSON lines with every logged step, per-layer skip rates included.
         kwargs: as for transformers' Trainer; datasets are lists of `Encoded`.
     """
@@ -76,13 +84,14 @@ class FirstTrainer(Trainer):
         prefill: str,
         l2: float,
         distill: float,
+        prompt_loss: float,
         log_path: Path,
         **kwargs: Any,
     ) -> None:
         self.first, self.driver, self.gate = first, driver, gate
         self.policy_at = policy_at
         self.prefill, self.log_path = prefill, log_path
-        self.l2, self.distill = l2, distill
+        self.l2, self.distill, self.prompt_loss = l2, distill, prompt_loss
         self._sums: dict[str, float] = {}
         self._skipped = torch.zeros(first.layer_count)
         self._batches = 0
@@ -95,11 +104,11 @@ class FirstTrainer(Trainer):
         rate: float | None,
         gate: str,
         scope: ExitStack,
-        distill: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, RoutingState]:
-        """Return a batch's answer cross-entropy, its distance to the full depth, and decisions."""
+        train: bool = False,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], RoutingState]:
+        """Return a batch's answer cross-entropy, the other terms of its loss, and decisions."""
         full = None
-        if distill and self.distill:
+        if train and self.distill:
             with mixed_precision(self.first):
                 full = FullDepth.of(self.first, inputs)
         state = self.first.new_state(
@@ -112,15 +121,23 @@ class FirstTrainer(Trainer):
         # Checkpointed layers are replayed in backward, so the scope must outlast the forward.
         scope.enter_context(self.first.routing.tracing(state))
         scope.enter_context(mixed_precision(self.first))
+        also = prompt_positions(inputs) if train and self.prompt_loss else None
         output, labels = answer_pass(
-            self.first, inputs, state, self.model_wrapped, output_hidden_states=full is not None
+            self.first,
+            inputs,
+            state,
+            self.model_wrapped,
+            also,
+            output_hidden_states=full is not None,
         )
-        distance = None
+        logits, terms = output.logits, {}
+        if also is not None:
+            terms["prompt_ce"] = prompt_cross_entropy(logits[:, : len(also)], inputs, also)
+            logits = logits[:, len(also) :]
         if full is not None:
-            distance = full.distance(
-                output.hidden_states[-1], output.logits, labels, inputs["attention_mask"]
-            )
-        return answer_cross_entropy(output.logits, labels), distance, state
+            states, mask = output.hidden_states[-1], inputs["attention_mask"]
+            terms["distance"] = full.distance(states, logits, labels, mask)
+        return answer_cross_entropy(logits, labels), terms, state
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Do one forward and backward pass within the scope of its decisions."""
@@ -132,11 +149,13 @@ class FirstTrainer(Trainer):
     ) -> torch.Tensor:
         """Return CE + lambda * ||w||^2 + alpha * sum_i rho_i (the paper's equation 4).
 
-        `distill` adds the distance to what all layers compute.
+        `distill` adds the distance to what all layers compute, `prompt_loss` the cross-entropy of
+        prompts.
         """
         rate = self.driver.sample() if self.driver else None
-        ce, distance, state = self._run(inputs, rate, self.gate, self._scope, distill=True)
-        loss = ce if distance is None else ce + self.distill * distance
+        ce, terms, state = self._run(inputs, rate, self.gate, self._scope, train=True)
+        weights = {"distance": self.distill, "prompt_ce": self.prompt_loss}
+        loss = ce + sum(weights[name] * term for name, term in terms.items())
         skip = 1 - state.keep.float().mean(0)
         rho = state.rho
         if self.driver is not None and rho is not None:
@@ -150,7 +169,7 @@ class FirstTrainer(Trainer):
                 f"{self.state.global_step + 1}. Lower the learning rate, and start over from the "
                 "last checkpoint or with --no-resume."
             )
-        self._note(rate, float(ce.detach()), skip, rho, distance)
+        self._note(rate, float(ce.detach()), skip, rho, terms)
         if not loss.requires_grad:  # every row of the batch skips every layer that has LoRA
             loss = loss + 0.0 * sum(p.sum() for p in self.first.parameters() if p.requires_grad)
         return loss
@@ -161,15 +180,15 @@ class FirstTrainer(Trainer):
         ce: float,
         skip: torch.Tensor,
         rho: torch.Tensor | None,
-        distance: torch.Tensor | None,
+        terms: dict[str, torch.Tensor],
     ) -> None:
         primary = self.driver is None or rate == self.driver.primary
         name = "" if primary else f"_at_{rate}"
         values = {f"ce{name}": ce, f"skip_rate{name}": float(skip.mean())}
         if rho is not None and primary:
             values["mean_rho"] = float(rho.detach().mean())
-        if distance is not None and primary:
-            values["distance"] = float(distance.detach())
+        if primary:
+            values |= {name: float(term.detach()) for name, term in terms.items()}
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
             self._sums[f"#{key}"] = self._sums.get(f"#{key}", 0.0) + 1
