@@ -208,3 +208,18 @@ def test_a_detached_model_says_so() -> None:
     with pytest.raises(ConfigError, match="was detached"):
         model.generate(torch.arange(5)[None], max_new_tokens=2)
     assert base.generate(torch.arange(5)[None], max_new_tokens=2).shape == (1, 7)
+
+
+@pytest.mark.parametrize("way", ["generate", "stream"])
+def test_the_vocabulary_matmul_reads_no_strided_view(way):
+    """For one, the CPU copies the whole matrix once a row."""
+    model = FirstModel.from_base(tiny_llama())
+    seen = []
+    model.base.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    ids = torch.randint(5, 200, (3, 7))
+    if way == "generate":
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    else:
+        list(stream(model, ids, max_new_tokens=3))
+    assert [tuple(states.shape[:2]) for states in seen] == [(3, 1)] * 3
+    assert all(states.is_contiguous() for states in seen)

@@ -102,10 +102,7 @@ def prefill(
             )
     extra: dict[str, Any] = {}
     if "logits_to_keep" in takes:
-        # A tensor where layers share keys and values: for a number transformers would cut the
-        # prompt to its last token before those layers, and their routers would see no more of it.
-        locked = model.routing.stack.locked
-        extra["logits_to_keep"] = torch.tensor([-1], device=input_ids.device) if locked else 1
+        extra["logits_to_keep"] = torch.tensor([-1], device=input_ids.device)  # see model.generate
     positions = None
     if "position_ids" in takes:
         extra["position_ids"] = positions = position_ids(attention_mask)

@@ -452,9 +452,10 @@ class FirstModel(nn.Module):
             # None gives way to the model's own default, unless it comes as an argument.
             own = self.base.generation_config.cache_implementation
             ours = {} if own is None else {"cache_implementation": None}
-        if self.routing.stack.locked:
-            # As a tensor: transformers would cut prompts to the last token for layers that share
-            # keys and values, and their routers would see no more of them.
+        if "logits_to_keep" in inspect.signature(self.plain_base.forward).parameters:
+            # As a tensor: for a number transformers takes a strided view, for which the CPU copies
+            # the vocabulary's matrix once a row, and where layers share keys and values it cuts
+            # prompts to their last token, so that routers would see no more of them.
             generate_kwargs.setdefault("logits_to_keep", torch.tensor([-1], device=self.device))
         hf = self.base.generate(
             input_ids=input_ids,

@@ -94,7 +94,7 @@ def _cached_difference(model: FirstModel, batch: Batch, policy: Policy, steps: i
         takes = inspect.signature(model.plain_base.forward).parameters
         more: dict[str, Any] = {}
         if "logits_to_keep" in takes:  # the same matmul, so that equal means equal bits
-            more["logits_to_keep"] = 1
+            more["logits_to_keep"] = torch.tensor([-1], device=model.device)
         positions = position_ids(mask)
         worst = 0.0
         more[model.routing.stack.cache_argument] = DynamicCache(config=model.config)
