@@ -262,6 +262,22 @@ def test_an_arm_trains_on_several_sets_and_is_scored_on_each(words, tmp_path):
     assert [r["retention"] is None for r in rows] == [True, False, False]  # no plain LoRA on "set"
 
 
+def test_processes_share_a_matrix(words, monkeypatch, capsys):
+    """What another process holds is left to it, and what needs that waits."""
+    monkeypatch.setattr(experiment, "WAIT_S", 0.05)
+    runs = Path(words[words.index("--runs") + 1])
+    known = {job.name: job for job in jobs_of(Path(words[2]) / "tiny.yaml", str(runs), "results")}
+    with experiment._claimed(known["tiny-first-0"], known, runs) as ours:
+        assert ours
+        assert cli.main([*words, "--minutes", "0.4"]) == 0
+        assert list(results(words)) == ["tiny-first-1"]
+        said = capsys.readouterr().out
+        assert "Waiting for other processes: tiny-first-0, tiny-majority-0" in said
+        assert "2 of 3 are left" in said
+    assert cli.main(words) == 0
+    assert list(results(words)) == JOBS
+
+
 def test_what_a_job_needs_is_trained_for_it(words):
     assert cli.main([*words, "--only", "tiny-majority"]) == 0
     assert list(results(words)) == ["tiny-majority-0"]

@@ -4,6 +4,7 @@
 A file names a model, a data set and arms. Each arm is trained and scored once a seed, into
 `RUNS/NAME-ARM-SEED` and `RESULTS/NAME-ARM-SEED.json`. What is there is not made again, and what was
 interrupted goes on, so the same command works through a whole matrix, `--minutes` at a time.
+Started several times at once, say with one GPU or core each, it shares the matrix between them.
 
 An arm may have `data` of its own to train on (several sets are mixed) and a `test` set of its own.
 One whose `train` is "arm:NAME" trains nothing: it scores the artifact of that arm, on other data or
@@ -15,13 +16,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from firstlm import artifact_files, eval_command, train
 from firstlm.command_config import EvalConfig, ExperimentConfig
@@ -33,6 +35,7 @@ from firstlm.results import DATA_VARIABLE, write_json
 from firstlm.summary import Arm, read, rows
 
 SUMMARY = "summary.json"
+WAIT_S = 5.0  # between looks at what other processes have done
 KEYS = {"data", "train", "eval", "arms"}
 ARM_KEYS = {"seeds", "data", "test", "train", "eval"}
 ARM_PATHS = ("artifact", "majority_of")  # options of training that may name an arm as "arm:NAME"
@@ -148,9 +151,7 @@ def run(options: ExperimentConfig) -> int:
     end = None if options.minutes is None else monotonic() + 60 * options.minutes
     try:
         with _interrupted_after(options.minutes):
-            for job in jobs:
-                if not job.scored:
-                    job.run(known)
+            _work_through(jobs, known, Path(options.runs))
     except KeyboardInterrupt:
         left = sum(not job.scored for job in jobs)
         if end is None or monotonic() < end:
@@ -159,6 +160,49 @@ def run(options: ExperimentConfig) -> int:
         return 0
     print(f"All {len(jobs)} are in {options.results}.")
     return 0
+
+
+def _work_through(jobs: list[Job], known: Mapping[str, Job], runs: Path) -> None:
+    """Run all jobs that are not scored; those that another process is at are waited for."""
+    left, waits = [job for job in jobs if not job.scored], False
+    while left:
+        busy = []
+        for job in left:
+            with _claimed(job, known, runs) as ours:
+                if not ours:
+                    busy.append(job)
+                elif not job.scored:
+                    job.run(known)
+        left, before = [job for job in busy if not job.scored], left
+        if left and len(left) == len(before):
+            if not waits:
+                print(f"Waiting for other processes: {', '.join(job.name for job in left)}.")
+            waits = True
+            sleep(WAIT_S)
+
+
+@contextmanager
+def _claimed(job: Job, known: Mapping[str, Job], runs: Path) -> Iterator[bool]:
+    """Hold a job, and those that it would have to train, against other processes.
+
+    Yields whether nobody else has one of them.
+    """
+    names, more = [job.name], list(job.needs)
+    while more:
+        if not (needed := known[more.pop()]).trained:
+            names.append(needed.name)
+            more += needed.needs
+    folder = runs / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            for name in dict.fromkeys(names):
+                stack.enter_context(FileLock(folder / f"{name}.lock").acquire(timeout=0))
+        except Timeout:
+            stack.close()
+            yield False
+            return
+        yield True
 
 
 def _summary(jobs: list[Job], file: Path) -> int:
