@@ -21,7 +21,7 @@ from training import config, make_examples, make_model, write_run
 
 from firstlm import FirstModel
 from firstlm.errors import ArtifactError, ConfigError
-from firstlm.phases import train_lora, train_routers, work_folder
+from firstlm.phases import train_joint, train_lora, train_routers, work_folder
 from firstlm.train import run
 from firstlm.trainer import DRIVER_FILE, FirstTrainer, last_checkpoint
 
@@ -68,7 +68,7 @@ def test_a_phase_called_from_python_leaves_a_command_lines_run_alone(
 
 
 @pytest.mark.parametrize("step", [9, 12])
-@pytest.mark.parametrize("phase", ["routers", "lora"])
+@pytest.mark.parametrize("phase", ["routers", "lora", "joint"])
 def test_resume_continues_exactly(tmp_path: Path, phase: str, step: int, monkeypatch) -> None:
     """Stopping amid the steps, or in the last, and running again ends as an unbroken run does."""
     train, validation = make_examples(64, 0), make_examples(16, 1)
@@ -85,8 +85,9 @@ def test_resume_continues_exactly(tmp_path: Path, phase: str, step: int, monkeyp
             eval_steps=6,
             skip_rates=[0.5],
             distill=2.0,
+            prompt_loss=0.5,
         )
-        fit = train_routers if phase == "routers" else train_lora
+        fit = {"routers": train_routers, "lora": train_lora, "joint": train_joint}[phase]
         if break_at:
             with monkeypatch.context() as patch:
                 patch.setattr(FirstTrainer, "compute_loss", interrupted(break_at))

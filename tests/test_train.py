@@ -18,7 +18,7 @@ from firstlm.data import Collator, Encoded, draw, pad_left
 from firstlm.errors import ConfigError, DataError, FirstError
 from firstlm.losses import answer_cross_entropy, answer_logits, mean_loss, non_skip_penalty
 from firstlm.model import FirstModel
-from firstlm.phases import _offsets, train_lora, train_routers, work_folder
+from firstlm.phases import _offsets, add_lora, train_joint, train_lora, train_routers, work_folder
 from firstlm.policies import RouterPolicy, RunAll
 from firstlm.train import run
 from firstlm.trainer import FirstTrainer
@@ -129,6 +129,43 @@ def test_phase_one_moves_routers_only_and_phase_two_lora_only(tmp_path: Path) ->
     assert all("lora_" in name for name in changed)
     assert any("self_attn" in name for name in changed)
     assert any("mlp" in name for name in changed)
+
+
+def test_both_at_once_move_each_at_its_own_rate(tmp_path: Path) -> None:
+    """Adam's first step is as long as the learning rate."""
+
+    def moved(router_lr: float) -> dict[str, float]:
+        model, rows = make_model(), make_examples(64, 0)
+        add_lora(model, config(tmp_path))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        options = {"lora_steps": 1, "router_lr": router_lr, "lora_lr": 3e-3, "warmup": 0.0}
+        settings = config(tmp_path / str(router_lr), **options)
+        assert train_joint(model, rows, rows[:16], settings)["steps"] == 1
+        after = dict(model.named_parameters())
+        return {n: float((after[n].detach() - before[n]).abs().max()) for n in before}
+
+    slow, fast = moved(0.01), moved(0.02)
+    for name, by in slow.items():
+        if "lora_B" in name:
+            assert by == pytest.approx(3e-3, rel=0.02)
+            assert fast[name] == pytest.approx(by, rel=0.02)
+        elif name.startswith("routers."):
+            assert by > 0
+            assert fast[name] == pytest.approx(2 * by, rel=0.02)
+        elif "lora_" not in name:
+            assert by == 0
+
+
+def test_both_at_once_learn_the_task_and_meet_the_rate(tmp_path: Path, byte_tokenizer) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    options = {"model": str(folder), "data": str(data), "stage": "joint", "lora_steps": 40}
+    settings = config(tmp_path, **options, skip_rate=0.34, warm_start=4, router_lr=0.002)
+    assert run(settings) == 0
+    model = FirstModel.from_pretrained(settings.output)
+    assert model.has_adapter
+    record = model.training_record["joint"]
+    assert record["ce_after"] < record["ce_before"] - 0.4
+    assert record["skip_rate"] == pytest.approx(0.34, abs=0.1)
 
 
 @pytest.mark.parametrize("wanted", [0.15, 0.25])

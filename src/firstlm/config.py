@@ -19,7 +19,7 @@ UNITS = ("block", "attention", "mlp")
 READS = ("states", "length")
 PREFILL_MODES = ("skip", "full")
 GATES = ("straight_through", "soft")
-STAGES = ("both", "routers", "lora")
+STAGES = ("both", "routers", "lora", "joint")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 RATES = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40)  # that calibration serves unless told otherwise
 # Policies to compare routers with (`baselines.py`); the first ones need no measurement.
@@ -151,7 +151,12 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         path=True,
         help="folder for the artifact; logs and checkpoints go beside it, to OUTPUT-run",
     )
-    stage: str = option("both", choices=STAGES, help="which phases to run")
+    stage: str = option(
+        "both",
+        choices=STAGES,
+        help="which phases to run: routers, then lora (both), one of them, or the two at once "
+        "(joint), for as many steps as lora_steps says",
+    )
     policy: str = option(
         "router",
         choices=POLICIES,
@@ -248,7 +253,7 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
                 "policy=majority and majority_of go together: the layers that most prompts skip "
                 "are measured on an artifact's routers."
             )
-        if self.policy != "router" and (self.stage == "routers" or not self.skip_rate):
+        if self.policy != "router" and (self.stage in ("routers", "joint") or not self.skip_rate):
             raise ConfigError(
                 f"policy={self.policy} trains LoRA for layers that are skipped without routers; "
                 "expected stage both or lora, and a skip_rate above 0."

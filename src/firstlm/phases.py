@@ -36,7 +36,7 @@ STATISTICS_PROMPTS = 64  # prompts on which router inputs are standardised
 OFFSET_PROMPTS = 32  # on which phase 2 finds its first offsets
 DECISION_PROMPTS = 64  # on which it is counted how many decisions LoRA flips
 CURVES = {"ce", "skip_rate", "eval_loss", "eval_skip_rate"}  # that a run's record keeps
-STEPS = {"routers": "router_steps", "lora": "lora_steps"}
+STEPS = {"routers": "router_steps", "lora": "lora_steps", "joint": "lora_steps"}
 
 
 def train_routers(
@@ -64,6 +64,41 @@ def train_routers(
     train, validation = _begin(model, train, validation, config, resume)
     model.requires_grad_(False)
     model.routers.requires_grad_(True)
+    return _fit_routers(model, train, validation, config, "routers", resume)
+
+
+def train_joint(
+    model: FirstModel,
+    train: Sequence[Any],
+    validation: Sequence[Any],
+    config: TrainConfig | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train routers and LoRA at once, for `lora_steps`, each at its own learning rate.
+
+    The paper met instability here. What keeps it stable: routers start from a removal order
+    (`warm_start`), so that gates need not move far, hard gates forward (`straight_through`), and a
+    `router_lr` far below what LoRA's matrices want. Arguments and return as for `train_routers`.
+    """
+    config = config or TrainConfig()
+    train, validation = _begin(model, train, validation, config, resume)
+    if not model.has_adapter:
+        add_lora(model, config)
+    model.requires_grad_(False)
+    for parameter in (*lora_parameters(model).values(), *model.routers.parameters()):
+        parameter.requires_grad_(True)
+    return _fit_routers(model, train, validation, config, "joint", resume)
+
+
+def _fit_routers(
+    model: FirstModel,
+    train: list[Encoded],
+    validation: list[Encoded],
+    config: TrainConfig,
+    phase: str,
+    resume: bool,
+) -> dict[str, Any]:
+    """Start routers from a removal order, where they are new, and fit what requires gradients."""
     record: dict[str, Any] = {}
     driver = RateDriver(config)
     if config.warm_start and config.skip_rate and model.routers.untrained:
@@ -73,7 +108,7 @@ def train_routers(
         record["removal_order"] = order
     _standardise(model, draw(train, STATISTICS_PROMPTS, config.seed))
     policy_at = _routed(model, driver)
-    record.update(_fit(model, train, validation, config, "routers", driver, policy_at, resume))
+    record.update(_fit(model, train, validation, config, phase, driver, policy_at, resume))
     model.routers.fold()
     return record
 
@@ -244,11 +279,12 @@ def _fit(
             model,
             driver,
             policy_at,
-            gate=config.gate if phase == "routers" else "hard",
+            gate="hard" if phase == "lora" else config.gate,
             prefill=config.prefill,
-            l2=config.l2 if phase == "routers" else 0.0,
+            router_lr=config.router_lr,
+            l2=0.0 if phase == "lora" else config.l2,
             distill=config.distill if phase == "routers" else 0.0,
-            prompt_loss=config.prompt_loss if phase == "lora" else 0.0,
+            prompt_loss=0.0 if phase == "routers" else config.prompt_loss,
             log_path=log,
             args=_arguments(model, config, phase, steps, folder),
             train_dataset=train,
@@ -318,7 +354,7 @@ def _checkpointed(model: FirstModel, config: TrainConfig):
 def _arguments(
     model: FirstModel, config: TrainConfig, phase: str, steps: int, folder: Path
 ) -> TrainingArguments:
-    lora = phase == "lora"
+    lora = phase != "routers"
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -331,13 +367,13 @@ def _arguments(
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         # Rows in an order of the phase's own: the next phase shall not begin with rows just learnt.
-        data_seed=len(STEPS) * config.seed + list(STEPS).index(phase),
+        data_seed=2 * config.seed + lora,
         eval_strategy="steps",
         eval_steps=config.eval_steps,
         save_strategy="steps",
         save_steps=config.eval_steps if lora else config.save_steps,
         save_total_limit=2,
-        load_best_model_at_end=lora,
+        load_best_model_at_end=phase == "lora",  # where routers move, few skips would win
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=min(config.logging_steps, max(steps, 1)),

@@ -166,7 +166,8 @@ def curves(reports: Mapping[str, Any]) -> dict[str, dict[str, list[Row]]]:
     """Return how training went, by data set and arm; one entry a seed."""
     found: dict[str, dict[str, list[Row]]] = {}
     for file, report in reports.items():
-        curve = report.get("training", {}).get("lora", {}).get("curve")
+        training = report.get("training", {})
+        curve = training.get("joint", training.get("lora", {})).get("curve")
         if curve:
             dataset, arm = Path(report["inputs"]["data"]).parent.name, file.rpartition("-")[0]
             found.setdefault(dataset, {}).setdefault(arm, []).append(curve)

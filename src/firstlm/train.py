@@ -31,6 +31,7 @@ from firstlm.options import load_yaml, to_dict, to_yaml
 from firstlm.phases import (
     RUN_FILE,
     add_lora,
+    train_joint,
     train_lora,
     train_routers,
     work_folder,
@@ -66,6 +67,10 @@ def run(config: TrainConfig) -> int:
         if config.stage in ("both", "routers") and model.baseline is None:
             record["routers"] = _once(
                 model, config, "routers", lambda: train_routers(*arguments, resume=True)
+            )
+        if config.stage == "joint":
+            record["joint"] = _once(
+                model, config, "joint", lambda: train_joint(*arguments, resume=True)
             )
         if config.stage in ("both", "lora"):
             record["lora"] = _once(

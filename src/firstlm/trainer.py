@@ -68,6 +68,7 @@ class FirstTrainer(Trainer):
         policy_at: what decides about a batch that is trained at a rate.
         gate: gate mode of the forward pass.
         prefill: "skip" or "full".
+        router_lr: learning rate of routers, where they train; everything else has that of `args`.
         l2: weight of the squared router weights.
         distill: weight of the distance to what all layers compute (`FullDepth`); 0 leaves it out.
         prompt_loss: weight of next-token cross-entropy on prompts; 0 leaves it out.
@@ -82,6 +83,7 @@ class FirstTrainer(Trainer):
         policy_at: Callable[[float | None], Policy],
         gate: str,
         prefill: str,
+        router_lr: float,
         l2: float,
         distill: float,
         prompt_loss: float,
@@ -91,7 +93,8 @@ class FirstTrainer(Trainer):
         self.first, self.driver, self.gate = first, driver, gate
         self.policy_at = policy_at
         self.prefill, self.log_path = prefill, log_path
-        self.l2, self.distill, self.prompt_loss = l2, distill, prompt_loss
+        self.router_lr, self.l2 = router_lr, l2
+        self.distill, self.prompt_loss = distill, prompt_loss
         self._sums: dict[str, float] = {}
         self._skipped = torch.zeros(first.layer_count)
         self._batches = 0
@@ -253,16 +256,19 @@ class FirstTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build AdamW; a router's weights step such that its logit moves by about the rate."""
         if self.optimizer is None:
-            rate = self.args.learning_rate
-            routers = {id(p) for router in self.first.routers for p in [router.weight]}
+            lora_lr, router_lr = self.args.learning_rate, self.router_lr
             width = self.first.routers[0].weight.numel()
-            trained = [p for p in self.first.parameters() if p.requires_grad]
-            groups = [
-                {"params": [p for p in trained if id(p) not in routers], "lr": rate},
-                {"params": [p for p in trained if id(p) in routers], "lr": rate / width**0.5},
-            ]
+            groups: dict[float, list[nn.Parameter]] = {}
+            for name, parameter in self.first.named_parameters():
+                if parameter.requires_grad:
+                    rate = lora_lr
+                    if name.startswith("routers."):
+                        rate = router_lr / width**0.5 if name.endswith("weight") else router_lr
+                    groups.setdefault(rate, []).append(parameter)
             self.optimizer = torch.optim.AdamW(
-                [g for g in groups if g["params"]], lr=rate, weight_decay=0.0
+                [{"params": found, "lr": rate} for rate, found in groups.items()],
+                lr=lora_lr,
+                weight_decay=0.0,
             )
         return self.optimizer
 
