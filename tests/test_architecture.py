@@ -54,6 +54,7 @@ FLOORS = {
     "kv_probe": "work",
     "verdicts": "work",
     "importance": "work",
+    "clusters": "work",
     "rates": "work",
     "interrupts": "work",
     "trainer": "work",

@@ -208,6 +208,11 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         at_least=0,
         help="examples on which layers are ranked to start the routers from (0: no ranking)",
     )
+    clusters: int = count_option(
+        1,
+        "groups of prompts, found by their content, that each get a ranking of layers of their own "
+        "to start from: as many as there are tasks in the data",
+    )
     router_steps: int = option(100, at_least=0, help="optimizer steps of phase 1")
     router_lr: float = option(
         0.005, above=0, help="learning rate of phase 1: about how far a logit moves"

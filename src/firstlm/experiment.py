@@ -163,8 +163,11 @@ def run(options: ExperimentConfig) -> int:
 
 
 def _work_through(jobs: list[Job], known: Mapping[str, Job], runs: Path) -> None:
-    """Run all jobs that are not scored; those that another process is at are waited for."""
-    left, waits = [job for job in jobs if not job.scored], False
+    """Run all jobs that are not scored; those that another process is at are waited for.
+
+    Every arm's first seed comes before second ones, so that there is something to compare early.
+    """
+    left, waits = sorted((job for job in jobs if not job.scored), key=lambda job: job.seed), False
     while left:
         busy = []
         for job in left:

@@ -207,7 +207,13 @@ def influence_order(
 @torch.no_grad()
 def start_from_order(model: FirstModel, order: Sequence[int], skip_rate: float) -> None:
     """Set router biases so that the first layers of the order are skipped at `skip_rate`."""
-    cut = skip_rate * model.layer_count
+    logits = order_logits(order, model.layer_count, skip_rate)
+    for router, logit in zip(model.routers, logits.tolist(), strict=True):
+        router.bias.fill_(logit)
+
+
+def order_logits(order: Sequence[int], layers: int, skip_rate: float) -> torch.Tensor:
+    """Return logits [layers] that rise with the place in an order, below 0 for what goes first."""
     place = {layer: i for i, layer in enumerate(order)}
-    for layer, router in enumerate(model.routers):
-        router.bias.fill_(SPACING * (place.get(layer, len(order) + 2) + 0.5 - cut))
+    places = torch.tensor([float(place.get(i, len(order) + 2)) for i in range(layers)])
+    return SPACING * (places + 0.5 - skip_rate * layers)

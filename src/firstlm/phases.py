@@ -20,6 +20,7 @@ import torch
 from transformers import TrainerState, TrainingArguments, set_seed
 
 from firstlm.calibration import find_offsets
+from firstlm.clusters import DEPTH, group, router_inputs, start_from_orders
 from firstlm.config import TrainConfig
 from firstlm.data import Collator, Encoded, draw, encode, prompt_batches
 from firstlm.errors import ConfigError, DataError
@@ -27,11 +28,12 @@ from firstlm.importance import SPACING, removal_order, start_from_order
 from firstlm.interrupts import Interrupts
 from firstlm.lora import lora_parameters, without_peft_warning
 from firstlm.model import FirstModel
-from firstlm.policies import Policy, RouterPolicy, RunAll, router_input
+from firstlm.policies import Policy, RouterPolicy, RunAll
 from firstlm.rates import RateDriver
 from firstlm.trainer import FirstTrainer, last_checkpoint, mixed_precision
 
 RUN_FILE = "run.yaml"  # in a work folder that `firstlm train` has claimed
+CLUSTER_PROMPTS = 64  # for each group of prompts, to find groups and to fit routers to them
 STATISTICS_PROMPTS = 64  # prompts on which router inputs are standardised
 OFFSET_PROMPTS = 32  # on which phase 2 finds its first offsets
 DECISION_PROMPTS = 64  # on which it is counted how many decisions LoRA flips
@@ -102,10 +104,8 @@ def _fit_routers(
     record: dict[str, Any] = {}
     driver = RateDriver(config)
     if config.warm_start and config.skip_rate and model.routers.untrained:
-        order = _removal_order(model, train, config)
-        start_from_order(model, order, config.skip_rate)
+        record |= _warm_start(model, train, config, config.skip_rate)
         driver.start(SPACING * model.layer_count)
-        record["removal_order"] = order
     _standardise(model, draw(train, STATISTICS_PROMPTS, config.seed))
     policy_at = _routed(model, driver)
     record.update(_fit(model, train, validation, config, phase, driver, policy_at, resume))
@@ -183,29 +183,44 @@ def _encoded(model: FirstModel, examples: Sequence[Any], config: TrainConfig) ->
     return [encode(example, model.tokenizer, config.max_length) for example in examples]
 
 
-def _removal_order(model: FirstModel, train: list[Encoded], config: TrainConfig) -> list[int]:
-    highest = max([config.skip_rate or 0.0, *(config.skip_rates or ())])
-    picked = draw(train, config.warm_start, config.seed)
+def _warm_start(
+    model: FirstModel, train: list[Encoded], config: TrainConfig, skip_rate: float
+) -> dict[str, Any]:
+    """Rank layers, for each group of prompts by itself, and start routers from the ranking."""
+    highest = max([skip_rate, *(config.skip_rates or ())])
+
+    def ranked(rows: list[Encoded]) -> list[int]:
+        picked = draw(rows, config.warm_start, config.seed)
+        return removal_order(model, picked, highest + 0.05, config.batch_size, config.prefill)
+
     model.eval()
     with mixed_precision(model):
-        return removal_order(model, picked, highest + 0.05, config.batch_size, config.prefill)
+        if config.clusters == 1:
+            order = ranked(train)
+            start_from_order(model, order, skip_rate)
+            return {"removal_order": order}
+        rows = draw(train, CLUSTER_PROMPTS * config.clusters, config.seed)
+        prompts = [row.prompt_ids for row in rows]
+        everything = torch.ones(model.layer_count, dtype=torch.bool)
+        layer = int(DEPTH * model.layer_count)
+        states = router_inputs(model, prompts, everything)[layer]
+        labels = group(states, config.clusters, config.seed)
+        groups = [
+            [row for row, label in zip(rows, labels.tolist(), strict=True) if label == i]
+            for i in range(int(labels.max()) + 1)
+        ]
+        orders = [ranked(rows) for rows in groups]
+        start_from_orders(model, prompts, labels, orders, skip_rate)
+    return {"removal_orders": orders, "cluster_prompts": [len(rows) for rows in groups]}
 
 
 @torch.no_grad()
 def _standardise(model: FirstModel, rows: list[Encoded]) -> None:
     """Give every router an input of mean 0 and deviation 1 over prompts."""
-
-    class Recorder(RunAll):
-        def decide(self, layer, prompts):
-            seen[layer].append(router_input(prompts, model.routers.reads))
-            return super().decide(layer, prompts)
-
-    seen: list[list[torch.Tensor]] = [[] for _ in range(model.layer_count)]
-    model.eval()
-    for batch in prompt_batches([row.prompt_ids for row in rows], 16, model.pad_id):
-        model.decide(*batch, Recorder())
-    for router, means in zip(model.routers, seen, strict=True):
-        states = torch.cat(means).to(router.weight.device)
+    everything = torch.ones(model.layer_count, dtype=torch.bool)
+    seen = router_inputs(model, [row.prompt_ids for row in rows], everything)
+    for router, states in zip(model.routers, seen, strict=True):
+        states = states.to(router.weight.device)
         if len(states) > 1:
             router.standardise(states.mean(0), states.std(0))
 
