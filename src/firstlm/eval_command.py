@@ -85,6 +85,7 @@ def run(options: EvalConfig) -> int:
             max_new_tokens=options.max_new_tokens,
             timed=options.timed,
             seed=options.seed,
+            bert_model=options.bert_model,
             journal=journal,
         )
         result["provenance"] = provenance(seed=options.seed)

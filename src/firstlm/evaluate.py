@@ -24,9 +24,10 @@ from firstlm.examples import Example
 from firstlm.journal import Journal
 from firstlm.losses import item_losses
 from firstlm.masks import describe_masks, describe_rates, from_bits, to_bits
-from firstlm.metrics import Scores, perplexity
+from firstlm.metrics import Scores, perplexity, score_bert
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, SteppedPolicy
+from firstlm.pretrained import resolve_encoder
 from firstlm.probes import decode_times
 from firstlm.tasks import Task, find_task
 from firstlm.token_level import TokenLevel
@@ -46,6 +47,7 @@ def evaluate(
     max_new_tokens: int = 32,
     timed: int = 0,
     seed: int = 0,
+    bert_model: str | None = None,
     progress: bool = True,
     items: bool = True,
     journal: Journal | None = None,
@@ -64,6 +66,7 @@ def evaluate(
         max_new_tokens: longest answer; where the task's answers have one line, they end with it.
         timed: prompts, evenly drawn by length, after which decoding is timed.
         seed: seed of the bootstrap, and of the policies that draw layers.
+        bert_model: folder or hub id of an encoder for BERTScore; None leaves that out.
         progress: show a progress bar.
         items: put every answer with its scores and mask into the result.
         journal: what an interrupted call has answered; batches in it are not answered again.
@@ -91,7 +94,11 @@ def evaluate(
         )
         scores = {"perplexity": _perplexity(model, rows, chosen, batch_size, prefill)}
         ratio = _tpot_ratio(model, chosen, prefill, prompts, timed)
-    scores = task.score(answers, [example.references for example in examples]) | scores
+    references = [example.references for example in examples]
+    if bert_model is not None:
+        found = score_bert(answers, references, resolve_encoder(bert_model), str(model.device))
+        scores = {"bertscore": found} | scores
+    scores = task.score(answers, references) | scores
     result = {
         "policy": policy if isinstance(policy, str) else type(policy).__name__,
         "asked_skip_rate": skip_rate,

