@@ -148,6 +148,40 @@ def test_fingerprint_reads_a_layer_of_other_families(family: str) -> None:
     assert "-" not in fingerprint(AutoModelForCausalLM.from_config(config))
 
 
+def test_gguf_files_are_converted_once_and_told_apart(
+    tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(gguf: Path, folder: Path) -> None:
+        made.append(gguf.name)
+        save(folder, tiny_llama(), byte_tokenizer)
+
+    made: list[str] = []
+    monkeypatch.setenv("FIRSTLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pretrained, "_convert", convert)
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"x" * 5_000_000)
+    first = resolve_model(str(file))
+    assert Path(first).parent == tmp_path / "cache"
+    assert Path(first).name.startswith("tiny-")
+    model, _ = load_base(str(file), device="cpu")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert made == ["tiny.gguf"]
+    file.write_bytes(b"x" * 4_999_999 + b"y")
+    assert resolve_model(str(file)) != first
+    assert made == ["tiny.gguf"] * 2
+    with pytest.raises(ConfigError, match="no such file"):
+        resolve_model(str(tmp_path / "none.gguf"))
+
+
+def test_a_file_that_is_no_gguf_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIRSTLM_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "text.gguf"
+    file.write_text("no weights here")
+    with pytest.raises(ConfigError, match=r"text\.gguf"):
+        load_base(str(file), device="cpu")
+    assert [p for p in (tmp_path / "cache").iterdir() if p.is_dir()] == []
+
+
 # --- SmolLM2 -------------------------------------------------------------------------------------
 
 

