@@ -68,6 +68,7 @@ FLOORS = {
     "inspect_artifact": "edges",
     "generate_command": "edges",
     "summary": "edges",
+    "figures": "edges",
     "report": "edges",
     "harness": "edges",
     "experiment": "edges",

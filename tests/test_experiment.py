@@ -8,6 +8,7 @@ import json
 import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from training import write_run
 from firstlm import FirstModel, cli, evaluate, experiment
 from firstlm.errors import ConfigError
 from firstlm.experiment import jobs_of
-from firstlm.report import labelled
+from firstlm.figures import labelled, swept
 
 FILE = """
 data: {data}
@@ -260,6 +261,50 @@ def test_an_arm_trains_on_several_sets_and_is_scored_on_each(words, tmp_path):
         ("other", "other"),
     ]
     assert [r["retention"] is None for r in rows] == [True, False, False]  # no plain LoRA on "set"
+
+
+def test_a_file_like_another_differs_where_it_says_so(words):
+    folder = Path(words[2])
+    (folder / "more.yaml").write_text(
+        "like: tiny.yaml\ntrain: {lora_steps: 9}\neval: {limit: 2}\narms: [first]\n"
+    )
+    before, after = (
+        {job.name: job for job in jobs_of(folder / f"{name}.yaml", "runs", "results")}
+        for name in ("tiny", "more")
+    )
+    assert list(after) == ["more-first-0", "more-first-1"]
+    one, other = before["tiny-first-1"], after["more-first-1"]
+    assert (other.train.lora_steps, other.score.limit) == (9, 2)
+    changed = {"lora_steps": 9, "output": "runs/more-first-1"}
+    assert other.train == replace(one.train, **changed)
+    assert other.score == replace(
+        one.score, limit=2, artifact="runs/more-first-1", output="results/more-first-1.json"
+    )
+    (folder / "more.yaml").write_text("like: tiny.yaml\narms: [second]\n")
+    with pytest.raises(ConfigError, match=r"takes the arms second, but"):
+        jobs_of(folder / "more.yaml", "runs", "results")
+
+
+def test_a_sweep_has_a_picture(words, tmp_path, capsys):
+    file = Path(words[2]) / "tiny.yaml"
+    head = file.read_text().split("arms:")[0].replace("lora_steps: 2", "router_steps: 1")
+    arms = [
+        f"  a{i}: {{train: {{stage: routers, skip_rate: null, warm_start: 0, alpha: {alpha}, "
+        f"l2: {l2}}}, eval: {{policies: [router], skip_rates: null}}}}\n"
+        for i, (alpha, l2) in enumerate([(0.0, 0.01), (0.1, 0.01), (1.0, 0.01), (0.1, 0.5)])
+    ]
+    file.write_text(head + "arms:\n" + "".join(arms))
+    assert cli.main(words) == 0
+    assert cli.main([words[0], "summary", *words[2:]]) == 0
+    folder = tmp_path / "results"
+    rows = [r for r in json.loads((folder / "summary.json").read_text()) if r["primary"]]
+    assert [(r["alpha"], r["l2"]) for r in rows] == [(0, 0.01), (0.1, 0.01), (1, 0.01), (0.1, 0.5)]
+    assert {r["skip_rate_asked"] for r in rows} == {None}
+    assert [r["alpha"] for r in swept(rows, "alpha")] == [0, 0.1, 1]
+    assert swept(rows, "l2") == []
+    assert cli.main(["report", str(folder)]) == 0
+    assert (folder / "report" / "alpha-set-base.png").is_file()
+    assert not (folder / "report" / "l2-set-base.png").exists()
 
 
 def test_processes_share_a_matrix(words, monkeypatch, capsys):

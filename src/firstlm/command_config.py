@@ -140,7 +140,9 @@ class EvalConfig(AnswerOptions):
         help="what to score: the base model, the artifact with all layers, or what decides which "
         "run (none: base, run_all and what the artifact was trained with)",
     )
-    skip_rates: list[float] = option([0.15, 0.25], help="rates at which policies are scored")
+    skip_rates: list[float] | None = option(
+        [0.15, 0.25], help="rates at which policies are scored (none: at thresholds of 0.5)"
+    )
     limit: int | None = count_option(None, "use the first N examples only")
     batch_size: int = count_option(16, "prompts per batch")
     max_new_tokens: int = count_option(32, "longest answer, in tokens")

@@ -147,7 +147,7 @@ def _asked(options: EvalConfig, own: str) -> list[tuple[str, float | None]]:
     """Return each policy with each rate at which it is scored."""
     asked: list[tuple[str, float | None]] = []
     for policy in dict.fromkeys(options.policies or ("base", "run_all", own)):
-        rates = dict.fromkeys(options.skip_rates) if policy in RATED else (None,)
+        rates = dict.fromkeys(options.skip_rates or [None]) if policy in RATED else (None,)
         asked += [(policy, rate) for rate in rates]
     return asked
 

@@ -6,9 +6,10 @@ A file names a model, a data set and arms. Each arm is trained and scored once a
 interrupted goes on, so the same command works through a whole matrix, `--minutes` at a time.
 Started several times at once, say with one GPU or core each, it shares the matrix between them.
 
-An arm may have `data` of its own to train on (several sets are mixed) and a `test` set of its own.
-One whose `train` is "arm:NAME" trains nothing: it scores the artifact of that arm, on other data or
-under other policies.
+A file that is `like` another takes over what that says and it does not, `train` and `eval` option
+by option; its `arms` are its own, or a list of those to take over. An arm may have `data` of its
+own to train on (several sets are mixed) and a `test` set of its own. One whose `train` is "arm:NAME"
+trains nothing: it scores the artifact of that arm, on other data or under other policies.
 """
 
 from __future__ import annotations
@@ -243,7 +244,7 @@ def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
     Raises:
         ConfigError: the file holds what is no experiment, or options that do not exist.
     """
-    content = _known(read_yaml(file), KEYS, str(file))
+    content = _content(file)
     listed = _known(content["arms"], None, f"{file}: arms")
     arms = {arm: _arm(said, content, f"{file}: arm {arm}") for arm, said in listed.items()}
     jobs = []
@@ -267,6 +268,26 @@ def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
         for name in set(job.needs) - names:
             raise ConfigError(f"{file}: {job.name} needs {name}, but that arm has no such seed.")
     return jobs
+
+
+def _content(file: Path) -> Mapping[str, Any]:
+    """Return what an experiment file says, together with the one that it is `like`."""
+    found = read_yaml(file)
+    if not (isinstance(found, dict) and "like" in found):
+        return _known(found, KEYS, str(file))
+    other = file.parent / str(found.pop("like"))
+    content = dict(_content(other))
+    for key, value in found.items():
+        if key == "arms" and isinstance(value, list):
+            if missing := [str(arm) for arm in value if arm not in content["arms"]]:
+                raise ConfigError(
+                    f"{file} takes the arms {', '.join(missing)}, but {other} has none."
+                )
+            value = {arm: content["arms"][arm] for arm in value}
+        elif key in ("train", "eval") and isinstance(value, dict):
+            value = {**content.get(key, {}), **value}
+        content[key] = value
+    return _known(content, KEYS, str(file))
 
 
 def _arm(said: Any, content: Mapping[str, Any], where: str) -> Mapping[str, Any]:

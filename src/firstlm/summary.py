@@ -135,7 +135,9 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "skip_rate": _mean([run["skip_rate"]["mean"] for run in runs]),
                         "skip_rate_p5": _mean([run["skip_rate"]["p5"] for run in runs]),
                         "skip_rate_p95": _mean([run["skip_rate"]["p95"] for run in runs]),
-                        "skip_rate_asked": runs[0]["asked_skip_rate"] or 0.0,
+                        "skip_rate_asked": _asked(runs[0]),
+                        "alpha": arm.train.alpha if arm.train.skip_rate is None else None,
+                        "l2": arm.train.l2,
                         **adaptivity(runs),
                         "gain_over_majority": gain.value if gain else None,
                         "gain_over_majority_ci95": [gain.low, gain.high] if gain else None,
@@ -195,6 +197,12 @@ def adaptivity(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         "mask_entropy": _mean([one["mask_entropy"] for one in found]),
         "length_correlation": _mean(known) if known else None,
     }
+
+
+def _asked(run: Mapping[str, Any]) -> float | None:
+    """Return the rate asked for; None where routers decided at thresholds of 0.5."""
+    routed = run["policy"] == "router" and run["asked_skip_rate"] is None
+    return None if routed else run["asked_skip_rate"] or 0.0
 
 
 def _policy(arm: Arm, name: str, policy: str) -> dict[str, Any]:
