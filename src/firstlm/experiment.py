@@ -8,8 +8,8 @@ Started several times at once, say with one GPU or core each, it shares the matr
 
 A file that is `like` another takes over what that says and it does not, `train` and `eval` option
 by option; its `arms` are its own, or a list of those to take over. An arm may have `data` of its
-own to train on (several sets are mixed) and a `test` set of its own. One whose `train` is "arm:NAME"
-trains nothing: it scores the artifact of that arm, on other data or under other policies.
+own to train on (several sets are mixed) and a `test` set of its own. One whose `train` is
+"arm:NAME" trains nothing: it scores the artifact of that arm, on other data or under other policies.
 """
 
 from __future__ import annotations
