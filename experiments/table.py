@@ -1,49 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the README's tables from results/*.json, so that no number is typed by hand.
+"""Write the tables of README.md and docs/results.md from results/*.json, none typed by hand.
 
-python experiments/table.py            # print
-python experiments/table.py --write    # put between the markers in README.md
+python experiments/table.py            # print those of README.md
+python experiments/table.py --write    # put the tables into both
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from firstlm.report import groups, labelled
+from firstlm.figures import Section, groups, labelled, title
 from firstlm.scoreboard import LABELS
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results -->", "<!-- /results -->"
+SHOWN = ("qamr", "debian", "multi30k")  # experiment files whose policies README compares
+RATES = (0.15, 0.25, 0.40)
+Row = Mapping[str, Any]
 
 
-def quality_table(rows: list[dict]) -> list[str]:
-    """Return the lines of the quality table of one model and data set."""
-    first, named = rows[0], labelled(rows)
+def compact_table(section: Section, rows: Sequence[Row]) -> list[str]:
+    """Return a table with a line a policy and a column a skip rate, primary metric alone."""
+    primary = [row for row in rows if row["primary"] and row["skip_rate_asked"] is not None]
+    metric, count = LABELS[primary[0]["metric"]], primary[0]["n_test"]
+    rates = " | ".join(f"{rate:.0%} skipped" for rate in RATES)
+    lines = [
+        f"{title(section, rows)}: {metric} on {count} unseen items, and its share of base + LoRA",
+        "",
+        f"| policy | all layers | {rates} | seeds |",
+        "|---|---|" + "---|" * (len(RATES) + 1),
+    ]
+    by_policy: dict[str, dict[float, Row]] = {}
+    for shown, row in labelled(primary):
+        by_policy.setdefault(shown, {})[row["skip_rate_asked"]] = row
+    for shown, by_rate in by_policy.items():
+        cells = [_cell(by_rate.get(rate)) for rate in (0.0, *RATES)]
+        seeds = max(row["seeds"] for row in by_rate.values())
+        lines.append(f"| {shown} | {' | '.join(cells)} | {seeds} |")
+    return lines
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    kept = "" if row["retention"] is None else f" ({row['retention']:.0%})"
+    return f"{row['score']:.1f}{kept}"
+
+
+def full_table(section: Section, rows: Sequence[Row]) -> list[str]:
+    """Return a table with a line a policy and rate, and every metric."""
     primary = next(row["metric"] for row in rows if row["primary"])
     others = list(dict.fromkeys(row["metric"] for row in rows if not row["primary"]))
     metric = LABELS[primary]
     lines = [
-        f"{first['model']} on {first['dataset']}, {first['n_test']} unseen test items, greedy:",
+        f"## {title(section, rows)}",
         "",
-        f"| model | layers skipped | p5-p95 | {' | '.join(LABELS[m] for m in others)} | {metric} "
-        f"| 95% of {metric} | of base + LoRA | seeds |",
-        "|---|---|---|" + "---|" * (len(others) + 4),
+        f"{rows[0]['n_test']} unseen test items, greedy. Made by `firstlm experiment run "
+        f"experiments/{section.file}.yaml`.",
+        "",
+        f"| policy | asked | skipped | p5-p95 | masks | {' | '.join(LABELS[m] for m in others)} "
+        f"| {metric} | 95% of {metric} | of base + LoRA | time per token | seeds |",
+        "|---|---|---|---|---|" + "---|" * (len(others) + 5),
     ]
-    for shown, row in named:
-        if not row["primary"]:
-            continue
-        same = [r for name, r in named if name == shown]
-        same = [r for r in same if r["skip_rate_asked"] == row["skip_rate_asked"]]
-        scores = [f"{r['score']:.1f}" for m in others for r in same if r["metric"] == m]
-        asked = f", {row['skip_rate_asked']:.0%} asked" if row["skip_rate_asked"] else ""
+    by_run: dict[tuple[str, Any], dict[str, Row]] = {}
+    for shown, row in labelled(rows):
+        by_run.setdefault((shown, row["skip_rate_asked"]), {})[row["metric"]] = row
+    for (shown, asked), by_metric in by_run.items():
+        row = by_metric[primary]
+        scores = [f"{by_metric[m]['score']:.1f}" if m in by_metric else "" for m in others]
         low, high = row["ci95"]
         kept = f"{row['retention']:.1%}" if row["retention"] is not None else ""
+        time = f"{row['tpot_ratio']:.2f}x" if row["tpot_ratio"] is not None else ""
         lines.append(
-            f"| {shown}{asked} | {row['skip_rate']:.1%} "
-            f"| {row['skip_rate_p5']:.0%}-{row['skip_rate_p95']:.0%} | {' | '.join(scores)} "
-            f"| {row['score']:.1f} | {low:.1f}-{high:.1f} | {kept} | {row['seeds']} |"
+            f"| {shown} | {'as trained' if asked is None else f'{asked:.0%}'} "
+            f"| {row['skip_rate']:.1%} | {row['skip_rate_p5']:.0%}-{row['skip_rate_p95']:.0%} "
+            f"| {row['distinct_masks']:.1f} | {' | '.join(scores)} | {row['score']:.1f} "
+            f"| {low:.1f}-{high:.1f} | {kept} | {time} | {row['seeds']} |"
         )
     return lines
 
@@ -75,30 +111,46 @@ def timing_table(report: dict) -> list[str]:
     return lines
 
 
+def sections() -> dict[Section, list[Row]]:
+    """Return the summary's rows by section."""
+    return groups(json.loads((ROOT / "results" / "summary.json").read_text()))
+
+
 def text() -> str:
-    """Return what stands between the markers."""
-    rows = json.loads((ROOT / "results" / "summary.json").read_text())
+    """Return what stands between README's markers."""
     parts: list[str] = []
-    for (_, dataset, _), found in groups(rows).items():
-        parts += [*quality_table(found), ""]
-        parts += [f"Made by `firstlm experiment run experiments/{dataset}.yaml`.", ""]
+    for section, rows in sections().items():
+        if section.file in SHOWN:
+            parts += [*compact_table(section, rows), ""]
+            parts += [f"Made by `firstlm experiment run experiments/{section.file}.yaml`.", ""]
     timing = ROOT / "results" / "timing_smollm2.json"
     parts += [*timing_table(json.loads(timing.read_text())), ""]
     parts += ["Made by `python experiments/timing.py`.", ""]
     return "\n".join(parts).rstrip() + "\n"
 
 
+def pages() -> dict[Path, str]:
+    """Return what the files with tables hold."""
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(START)
+    parts = ["# Results", "", "Written by `python experiments/table.py --write` from results/.", ""]
+    for section, rows in sections().items():
+        parts += [*full_table(section, rows), ""]
+    return {
+        readme: f"{before}{START}\n{text()}{END}{rest.split(END)[1]}",
+        ROOT / "docs" / "results.md": "\n".join(parts).rstrip() + "\n",
+    }
+
+
 def main() -> None:
-    """Print the tables, or write them into the README."""
+    """Print the tables, or write them into their files."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--write", action="store_true", help="put them into README.md")
+    parser.add_argument("--write", action="store_true", help="put them into README and docs")
     if not parser.parse_args().write:
         print(text())
         return
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(START)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{START}\n{text()}{END}{after}")
+    for file, content in pages().items():
+        file.write_text(content)
 
 
 if __name__ == "__main__":

@@ -128,17 +128,16 @@ def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys)
 def see_the_report(folder: Path, rows: list[dict], capsys) -> None:
     """The page holds every score and its pictures, and asks no other machine for anything."""
     assert cli.main(["report", str(folder)]) == 0
-    assert "with 7 pictures" in capsys.readouterr().out
+    assert "with 6 pictures" in capsys.readouterr().out
     page = (folder / "report" / "index.html").read_text()
     pictures = {file.stem: file.read_bytes() for file in (folder / "report").glob("*.png")}
     assert set(pictures) == {
-        "quality-set-base",
-        "time-set-base",
+        "quality-tiny-set",
+        "time-tiny-set",
         "layers-tiny-first-0-router-0.34",
-        "layers-tiny-first-1-router-0.34",
         "outputs-tiny-first-0-router-0.34",
-        "outputs-tiny-first-1-router-0.34",
-        "training-set",
+        "masks-tiny-set",
+        "training-tiny-set",
     }
     inside = [base64.b64decode(code) for code in re.findall(r"base64,([^\"]+)", page)]
     assert sorted(inside) == sorted(pictures.values())
@@ -303,8 +302,8 @@ def test_a_sweep_has_a_picture(words, tmp_path, capsys):
     assert [r["alpha"] for r in swept(rows, "alpha")] == [0, 0.1, 1]
     assert swept(rows, "l2") == []
     assert cli.main(["report", str(folder)]) == 0
-    assert (folder / "report" / "alpha-set-base.png").is_file()
-    assert not (folder / "report" / "l2-set-base.png").exists()
+    assert (folder / "report" / "alpha-tiny-set.png").is_file()
+    assert not (folder / "report" / "l2-tiny-set.png").exists()
 
 
 def test_processes_share_a_matrix(words, monkeypatch, capsys):

@@ -9,7 +9,7 @@ Started several times at once, say with one GPU or core each, it shares the matr
 A file that is `like` another takes over what that says and it does not, `train` and `eval` option
 by option; its `arms` are its own, or a list of those to take over. An arm may have `data` of its
 own to train on (several sets are mixed) and a `test` set of its own. One whose `train` is
-"arm:NAME" trains nothing: it scores the artifact of that arm, on other data or under other policies.
+"arm:NAME" trains nothing: it scores that arm's artifact on other data or under other policies.
 """
 
 from __future__ import annotations
@@ -91,6 +91,12 @@ class Job:
         )
         report = self.report or {}
         runs = [made.get("run", {}) for made in (trained, report.get("training", {}))]
+        for made in runs:  # other arms' artifacts may lie elsewhere now
+            asked = {key: getattr(self.train, key) for key in ARM_PATHS}
+            same = [
+                k for k, v in asked.items() if v and Path(made.get(k) or "").name == Path(v).name
+            ]
+            made |= {key: asked[key] for key in same}
         found = [name for run in runs for name in train.changed_options(run, self.train)]
         scored, asked = report.get("options", {}), eval_command.compared_options(self.score)
         found += [name for name in asked if name in scored and asked[name] != scored[name]]

@@ -30,75 +30,123 @@ LENGTH_GROUPS = 4  # of prompts, from short to long
 SWEPT = {"alpha": "alpha, weight of the non-skip penalty", "l2": "lambda, weight of the L2 penalty"}
 
 
-def groups(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """Return rows by task, data set and model."""
-    found: dict[tuple[str, str, str], list[Row]] = {}
+class Section(NamedTuple):
+    """What is shown together: one experiment file on one test set."""
+
+    file: str
+    dataset: str
+
+    @classmethod
+    def of(cls, name: str, data: str) -> Section:
+        """Return where results named FILE-ARM-SEED, of the test set in this file, belong."""
+        return cls(name.partition("-")[0], Path(data).parent.name)
+
+    def __str__(self) -> str:
+        """Return a name for files."""
+        return self.file if self.file == self.dataset else f"{self.file}-{self.dataset}"
+
+
+def groups(rows: Sequence[Row]) -> dict[Section, list[Row]]:
+    """Return rows by section."""
+    found: dict[Section, list[Row]] = {}
     for row in rows:
-        found.setdefault((row["task"], row["dataset"], str(row["model"])), []).append(row)
+        found.setdefault(Section(row["arm"].partition("-")[0], row["dataset"]), []).append(row)
     return found
 
 
+def title(section: Section, rows: Sequence[Row]) -> str:
+    """Name a section: its file, test set, task and model."""
+    model = Path(str(rows[0]["model"])).stem
+    return f"{section.file}: {rows[0]['task']} on {section.dataset}, {model}"
+
+
 class Picture(NamedTuple):
-    """A PNG picture, and of what it is."""
+    """A PNG picture, and where it belongs."""
 
     name: str
-    dataset: str
-    model: str | None  # None: of every model on the data set
+    section: Section
     png: bytes
     caption: str
 
 
 def draw(rows: Sequence[Row], reports: Mapping[str, Any]) -> list[Picture]:
-    """Return the pictures, in the order in which a page shows them."""
-    pictures = []
-    for (task, dataset, model), found in groups(rows).items():
-        name = f"quality-{dataset}-{Path(model).name}"
-        shown = [row for row in found if row["primary"] and row["skip_rate_asked"] is not None]
-        png = _quality(shown or found)
-        caption = (
-            f"{dataset} ({task}, {model}): quality against the share of layers skipped. Bars are "
-            "95% intervals over items and seeds."
-        )
-        pictures.append(Picture(name, dataset, model, png, caption))
-        timed = [row for row in shown if row["tpot_ratio"] is not None]
-        if timed:
-            caption = (
-                f"{dataset} ({task}, {model}): quality against measured time per token, as a share "
-                "of that with all layers of the same model, batch 1."
-            )
-            png = _quality(timed, "tpot_ratio", "time per token, % of all layers")
-            pictures.append(
-                Picture(f"time-{dataset}-{Path(model).name}", dataset, model, png, caption)
-            )
-        for name in SWEPT:
-            if points := swept(found, name):
-                caption = f"{dataset} ({task}, {model}): what {SWEPT[name]}, does to routers."
-                png = _sensitivity(points, name)
-                pictures.append(
-                    Picture(f"{name}-{dataset}-{Path(model).name}", dataset, model, png, caption)
-                )
-    for file, report in reports.items():
-        dataset = Path(report["inputs"]["data"]).parent.name
+    """Return the pictures, in the order in which a page shows them.
+
+    Args:
+        rows: of a summary.
+        reports: what `firstlm eval` wrote, by FILE-ARM-SEED.
+    """
+    sections = groups(rows)
+    pictures = [one for section, found in sections.items() for one in _of_rows(section, found)]
+    reports = {
+        name: report
+        for name, report in reports.items()
+        if Section.of(name, report["inputs"]["data"]) in sections
+    }
+    masks: dict[Section, dict[str, np.ndarray]] = {}
+    shown: set[tuple[str, str]] = set()
+    for name, report in reports.items():
+        section, arm = Section.of(name, report["inputs"]["data"]), name.rpartition("-")[0]
         for run, result in report["runs"].items():
-            if run.startswith("router@") and "prompt_tokens" in result["items"][0]:
-                name = f"layers-{file}-{run.replace('@', '-')}"
-                caption = f"{file}, {run}: share of prompts that run each layer, by their length."
-                pictures.append(Picture(name, dataset, None, _layers(result["items"]), caption))
-            if "rho_histogram" in result:
-                name = f"outputs-{file}-{run.replace('@', '-')}"
-                caption = (
-                    f"{file}, {run}: what routers say about each layer, as a share of the prompts. "
-                    "Below 0.5 the layer is skipped."
-                )
-                png = _outputs(np.array(result["rho_histogram"]))
-                pictures.append(Picture(name, dataset, None, png, caption))
-    for dataset, found in curves(reports).items():
+            if run.startswith("router"):
+                keep = from_bits([item["keep"] for item in result["items"]])
+                masks.setdefault(section, {})[f"{name}, {run}"] = keep.mean(0)
+                if (arm, run) not in shown:  # one seed of each is enough to look at
+                    shown.add((arm, run))
+                    pictures += _of_run(section, name, run, result)
+    for section, found in masks.items():
+        caption = "Share of prompts that run each layer: every artifact and rate."
+        pictures.append(Picture(f"masks-{section}", section, _masks(found), caption))
+    for section, found in curves(reports).items():
         caption = (
-            f"{dataset}: cross-entropy while LoRA trains, of batches (faint) and validation rows, "
-            "at the skip rate asked for; one line a seed."
+            "Cross-entropy while LoRA trains, of batches (faint) and validation rows, at the skip "
+            "rate asked for; one line a seed."
         )
-        pictures.append(Picture(f"training-{dataset}", dataset, None, _training(found), caption))
+        pictures.append(Picture(f"training-{section}", section, _training(found), caption))
     return pictures
+
+
+def _of_rows(section: Section, rows: Sequence[Row]) -> list[Picture]:
+    """Return the pictures of a summary's rows of one section."""
+    primary = [row for row in rows if row["primary"]]
+    asked = [row for row in primary if row["skip_rate_asked"] is not None]
+    timed = [row for row in asked if row["tpot_ratio"] is not None]
+    found = []
+    if asked:
+        caption = (
+            "Quality against the share of layers skipped. Bars are 95% intervals over items and "
+            "seeds."
+        )
+        found.append(Picture(f"quality-{section}", section, _quality(asked), caption))
+    if timed:
+        caption = (
+            "Quality against measured time per token, as a share of that with all layers of the "
+            "same model, batch 1."
+        )
+        png = _quality(timed, "tpot_ratio", "time per token, % of all layers")
+        found.append(Picture(f"time-{section}", section, png, caption))
+    for name in SWEPT:
+        if points := swept(primary, name):
+            caption = f"What {SWEPT[name]}, does to routers."
+            png = _sensitivity(points, name)
+            found.append(Picture(f"{name}-{section}", section, png, caption))
+    return found
+
+
+def _of_run(section: Section, name: str, run: str, result: Row) -> list[Picture]:
+    """Return the pictures of one run of routers."""
+    found, file = [], f"{name}-{run.replace('@', '-')}"
+    if "prompt_tokens" in result["items"][0]:
+        caption = f"{name}, {run}: share of prompts that run each layer, by their length."
+        found.append(Picture(f"layers-{file}", section, _layers(result["items"]), caption))
+    if "rho_histogram" in result:
+        caption = (
+            f"{name}, {run}: what routers say about each layer, as a share of the prompts. Below "
+            "0.5 the layer is skipped."
+        )
+        png = _outputs(np.array(result["rho_histogram"]))
+        found.append(Picture(f"outputs-{file}", section, png, caption))
+    return found
 
 
 def swept(rows: Sequence[Row], name: str) -> list[Row]:
@@ -115,15 +163,15 @@ def swept(rows: Sequence[Row], name: str) -> list[Row]:
     return [longest[value] for value in sorted(longest)] if len(longest) > 2 else []
 
 
-def curves(reports: Mapping[str, Any]) -> dict[str, dict[str, list[Row]]]:
-    """Return how training went, by data set and arm; one entry a seed."""
-    found: dict[str, dict[str, list[Row]]] = {}
-    for file, report in reports.items():
+def curves(reports: Mapping[str, Any]) -> dict[Section, dict[str, list[Row]]]:
+    """Return how training went, by section and arm; one entry a seed."""
+    found: dict[Section, dict[str, list[Row]]] = {}
+    for name, report in reports.items():
         training = report.get("training", {})
         curve = training.get("joint", training.get("lora", {})).get("curve")
         if curve:
-            dataset, arm = Path(report["inputs"]["data"]).parent.name, file.rpartition("-")[0]
-            found.setdefault(dataset, {}).setdefault(arm, []).append(curve)
+            section, arm = Section.of(name, report["inputs"]["data"]), name.rpartition("-")[0]
+            found.setdefault(section, {}).setdefault(arm, []).append(curve)
     return found
 
 
@@ -175,6 +223,18 @@ def _quality(
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="#e5e7eb")
     figure.legend(fontsize="small", frameon=False, loc="outside lower center", ncols=3)
+    return _png(figure)
+
+
+def _masks(shares: Mapping[str, np.ndarray]) -> bytes:
+    """Draw how often each layer runs, one line of boxes a run."""
+    figure, axes = _figure(9, 0.28 * len(shares) + 1.2)
+    lines = np.array(list(shares.values()))
+    image = axes.imshow(lines, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_yticks(range(len(shares)))
+    axes.set_yticklabels(list(shares), fontsize="small")
+    axes.set_xlabel("layer")
+    figure.colorbar(image, ax=axes, label="runs it")
     return _png(figure)
 
 
