@@ -92,11 +92,10 @@ class Job:
         report = self.report or {}
         runs = [made.get("run", {}) for made in (trained, report.get("training", {}))]
         for made in runs:  # other arms' artifacts may lie elsewhere now
-            asked = {key: getattr(self.train, key) for key in ARM_PATHS}
-            same = [
-                k for k, v in asked.items() if v and Path(made.get(k) or "").name == Path(v).name
-            ]
-            made |= {key: asked[key] for key in same}
+            for key in ARM_PATHS:
+                asked = getattr(self.train, key)
+                if asked and Path(made.get(key) or "").name == Path(asked).name:
+                    made[key] = asked
         found = [name for run in runs for name in train.changed_options(run, self.train)]
         scored, asked = report.get("options", {}), eval_command.compared_options(self.score)
         found += [name for name in asked if name in scored and asked[name] != scored[name]]

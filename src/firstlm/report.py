@@ -28,8 +28,8 @@ PAPER = (
 TITLE = "firstlm: what was measured"
 INTRODUCTION = (
     "Every policy has a LoRA of its own of the same budget, unless its name says whose it ran "
-    "with. Skip rates are measured, not asked. Intervals are over test items and seeds; with one seed, "
-    "over items alone. “Of base + LoRA” is against the same budget with all layers."
+    "with. Skip rates are measured, not asked. Intervals are over test items and seeds; with one "
+    "seed, over items alone. “Of base + LoRA” is against the same budget with all layers."
 )
 STYLE = """
 :root { color-scheme: light; }
