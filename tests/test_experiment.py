@@ -107,6 +107,13 @@ def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys)
     assert found[7]["by_seed"] == pytest.approx(scores)
     assert found[7]["score"] == pytest.approx(sum(scores) / 2)
     assert found[7]["retention"] is None  # plain LoRA has an F1 under 20 here
+    gains = {(g["policy"], g["lora_of"]): g for g in found[7]["gains"]}
+    assert set(gains) == {("majority", "first"), ("majority", "majority")}
+    for at, key in ((10, ("majority", "first")), (13, ("majority", "majority"))):
+        gain = gains[key]
+        assert gain["value"] == pytest.approx(found[7]["score"] - found[at]["score"])
+        assert gain["low"] <= gain["value"] <= gain["high"]
+    assert not any(row["gains"] for row in [*found[:7], *found[8:]])
     losses = [report["runs"]["router@0.34"]["perplexity"]["value"] for report in reports]
     assert found[8]["by_seed"] == pytest.approx(losses, rel=1e-3)
     assert found[8]["retention"] == pytest.approx(found[-1]["score"] / found[8]["score"])

@@ -49,6 +49,15 @@ def describe_masks(keep: np.ndarray) -> dict[str, Any]:
     }
 
 
+def layer_length_correlation(keep: np.ndarray, lengths: Sequence[int]) -> float | None:
+    """Return the correlation, furthest from 0, of a layer's being skipped with prompts' length.
+
+    `keep` is [prompts, layers]. None where every layer has but one answer, or lengths are constant.
+    """
+    found = [length_correlation((1 - layer).tolist(), lengths) for layer in keep.T.astype(float)]
+    return max((value for value in found if value is not None), key=abs, default=None)
+
+
 def length_correlation(rates: Sequence[float], lengths: Sequence[int]) -> float | None:
     """Return Pearson's correlation of skip rates with the logarithm of prompts' tokens.
 

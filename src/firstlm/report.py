@@ -96,7 +96,7 @@ def page(rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
         shown = [picture for picture in pictures if picture.section == section]
         parts.append(f"<h2>{html.escape(title(section, found))}</h2>")
         parts += [_img(picture) for picture in shown[:1]]
-        parts += [_scores(found), _adaptivity(found)]
+        parts += [_scores(found), _gains(found), _adaptivity(found)]
         parts += [_img(picture) for picture in shown[1:]]
     parts.append(_paper(rows))
     return (
@@ -156,23 +156,41 @@ def _adaptivity(rows: Sequence[Row]) -> str:
     for shown, row in labelled(rows):
         if not (row["primary"] and row["policy"] == "first" and row["skip_rate_asked"]):
             continue
-        gain, length = row["gain_over_majority"], row["length_correlation"]
-        interval = row["gain_over_majority_ci95"] or (0.0, 0.0)
         lines.append(
             [
                 f"{shown}, {row['skip_rate_asked']:.0%}",
                 f"{row['distinct_masks']:.1f}",
                 f"{row['mask_entropy']:.2f}",
-                "-" if length is None else f"{length:+.2f}",
-                "-" if gain is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(gain, *interval),
+                *(
+                    "-" if row[name] is None else f"{row[name]:+.2f}"
+                    for name in ("length_correlation", "layer_length_correlation")
+                ),
             ]
         )
     if not lines:
         return ""
-    head = ["asked", "distinct masks", "entropy, bits", "correlation with length"]
-    return _table(
-        [*head, "above its majority mask"], lines, "How much FiRST's masks differ by prompt"
-    )
+    head = ["asked", "distinct masks", "entropy, bits", "correlation with length", "of one layer"]
+    return _table(head, lines, "How much FiRST's masks differ by prompt")
+
+
+def _gains(rows: Sequence[Row]) -> str:
+    """Return a table of how far FiRST is above each policy, a column for each rate."""
+    routed = [row for row in rows if row["primary"] and row["gains"]]
+    arms = list(dict.fromkeys(row["arm"] for row in routed))
+    tables = []
+    for arm in arms:
+        mine = [row for row in routed if row["arm"] == arm]
+        found: dict[str, dict[float, str]] = {}
+        for row in mine:
+            for shown, gain in labelled(row["gains"]):
+                text = "{value:+.1f} ({low:+.1f} to {high:+.1f})".format(**gain)
+                found.setdefault(shown, {})[row["skip_rate_asked"]] = text
+        rates = [row["skip_rate_asked"] for row in mine]
+        lines = [[name, *(by_rate.get(r, "-") for r in rates)] for name, by_rate in found.items()]
+        metric = metric_name(mine[0]["metric"])
+        caption = f"{metric} of {arm} above that of others at the same rate, with 95% intervals"
+        tables.append(_table(["above", *(f"{rate:.0%} skipped" for rate in rates)], lines, caption))
+    return "".join(tables)
 
 
 def _paper(rows: Sequence[Row]) -> str:

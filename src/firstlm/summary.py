@@ -17,7 +17,12 @@ from firstlm.command_config import EvalConfig
 from firstlm.config import BASELINES, DIAGNOSTICS, TrainConfig
 from firstlm.errors import DataError
 from firstlm.examples import load_examples
-from firstlm.masks import describe_masks, from_bits, length_correlation
+from firstlm.masks import (
+    describe_masks,
+    from_bits,
+    layer_length_correlation,
+    length_correlation,
+)
 from firstlm.metrics import Scores, means, over_seeds, perplexity
 from firstlm.tasks import Task, find_task
 
@@ -57,6 +62,7 @@ class Arm:
         self.trained_on = [Path(file).parent.name for file in train.data or ()]
         self.task: Task = find_task(examples, score.task)
         self._references = [example.references for example in examples]
+        self._scores: dict[str, dict[str, list[Scores]]] = {}
 
     @property
     def lora(self) -> bool:
@@ -85,7 +91,9 @@ class Arm:
 
     def scores(self, name: str) -> dict[str, list[Scores]]:
         """Return each metric's scores of a run, one a seed."""
-        found: dict[str, list[Scores]] = {}
+        if name in self._scores:
+            return self._scores[name]
+        found = self._scores[name] = dict[str, list[Scores]]()
         for run in self.runs(name).values():
             items = run["items"]
             by_metric = self.task.score([item["prediction"] for item in items], self._references)
@@ -111,8 +119,7 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
         reference = _reference(arm, arms)
         for name in arm.names:
             runs = list(arm.runs(name).values())
-            routed = name.startswith("router@")
-            majority = arm.scores(name.replace("router@", "majority@")) if routed else {}
+            gains = _gains(arm, name, arms)
             for metric, scores in arm.scores(name).items():
                 score = over_seeds(scores)
                 base = reference.get(metric)
@@ -120,8 +127,6 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                 if base:  # a perplexity is the better the lower it is
                     lower = metric == "perplexity"
                     kept = over_seeds(base, scores) if lower else over_seeds(scores, base)
-                own = majority.get(metric)
-                gain = over_seeds(scores, own, difference=True) if own else None
                 found.append(
                     {
                         "task": arm.task.name,
@@ -139,8 +144,7 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "alpha": arm.train.alpha if arm.train.skip_rate is None else None,
                         "l2": arm.train.l2,
                         **adaptivity(runs),
-                        "gain_over_majority": gain.value if gain else None,
-                        "gain_over_majority_ci95": [gain.low, gain.high] if gain else None,
+                        "gains": gains if metric == arm.task.primary else [],
                         "metric": metric,
                         "primary": metric == arm.task.primary,
                         "score": score.value,
@@ -177,25 +181,50 @@ def _reference(arm: Arm, arms: Sequence[Arm]) -> dict[str, list[Scores]]:
     }
 
 
+def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Return by how much FiRST's primary score is above that of other policies at the same rate.
+
+    Returns:
+        For each: arm, policy, lora_of, the difference (value) and its 95% interval (low, high),
+        paired over items, and over seeds where both have as many.
+    """
+    routed, _, rate = name.partition("@")
+    if routed != "router" or not rate or arm.train.reads != "states":
+        return []
+    ours = arm.scores(name)[arm.task.primary]
+    found = []
+    for other in arms:
+        for run in other.names if other.dataset == arm.dataset else ():
+            if run.partition("@")[2] == rate and (other.name, run) != (arm.name, name):
+                theirs = other.scores(run)[other.task.primary]
+                gain = over_seeds(ours, theirs, difference=True)
+                shown = _policy(other, run, run.partition("@")[0])
+                shown = {key: shown[key] for key in ("policy", "lora_of")}
+                difference = {"value": gain.value, "low": gain.low, "high": gain.high}
+                found.append({"arm": other.name, **shown, **difference})
+    return found
+
+
 def adaptivity(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Say how much masks differ from prompt to prompt; means over runs.
 
     Returns:
-        distinct_masks, mask_entropy and length_correlation; see `masks`. The last is None where
-        no run has one.
+        distinct_masks, mask_entropy, length_correlation and layer_length_correlation; see `masks`.
+        The last two are None where no run has one.
     """
-    found, correlations = [], []
+    found, correlations, by_layer = [], [], []
     for run in runs:
         keep = from_bits([item["keep"] for item in run["items"]])
         found.append(describe_masks(keep))
         # Results of before 2026-11-25 do not say how long prompts are.
         lengths = [item.get("prompt_tokens", 1) for item in run["items"]]
         correlations.append(length_correlation((1 - keep.mean(1)).tolist(), lengths))
-    known = [value for value in correlations if value is not None]
+        by_layer.append(layer_length_correlation(keep, lengths))
     return {
         "distinct_masks": _mean([one["distinct_masks"] for one in found]),
         "mask_entropy": _mean([one["mask_entropy"] for one in found]),
-        "length_correlation": _mean(known) if known else None,
+        "length_correlation": _known_mean(correlations),
+        "layer_length_correlation": _known_mean(by_layer),
     }
 
 
@@ -219,8 +248,12 @@ def _policy(arm: Arm, name: str, policy: str) -> dict[str, Any]:
 
 def _tpot_ratio(runs: Sequence[Mapping[str, Any]]) -> float | None:
     """Return the mean over runs of their time per token over that with all layers."""
-    found = [run["tpot_ratio"]["value"] for run in runs if run.get("tpot_ratio")]
-    return _mean(found) if found else None
+    return _known_mean([run["tpot_ratio"]["value"] for run in runs if run.get("tpot_ratio")])
+
+
+def _known_mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _mean(known) if known else None
 
 
 def _mean(values: Sequence[float]) -> float:
