@@ -391,6 +391,8 @@ def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
         ("[0, 1]", "null", r"arm first: seeds is None; expected a list"),
         ("seeds", "seed", "arm first has 'seed', 'seeds' missing or too much|'seed'"),
         ("arms:", "arms: [", "is not YAML"),
+        ("{router_steps: 2, warm_start: 4}", '{artifact: "arm:first"}', "first-0 needs itself"),
+        ("train: {", "like: tiny.yaml\ntrain: {", "is like itself"),
         ("data: ", "data: [a, b] #", r"names the data \['a', 'b'\]; expected one data set"),
         (
             '{policy: majority, majority_of: "arm:first"}',

@@ -223,3 +223,14 @@ def test_the_vocabulary_matmul_reads_no_strided_view(way):
         list(stream(model, ids, max_new_tokens=3))
     assert [tuple(states.shape[:2]) for states in seen] == [(3, 1)] * 3
     assert all(states.is_contiguous() for states in seen)
+
+
+def test_beams_share_no_vocabulary_matmul_twice():
+    model = FirstModel.from_base(tiny_llama())
+    seen = []
+    model.base.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2]))
+    ids = torch.randint(5, 200, (3, 7))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
+    model.generate(ids, num_beams=4, **options)
+    assert {tuple(shape) for shape in seen[1:]} == {(12, 1)}
+    assert seen[0][1] == 1

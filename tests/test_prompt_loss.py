@@ -79,3 +79,9 @@ def test_lora_learns_prompts_too(tmp_path: Path) -> None:
             )
 
     assert prompt_ce(1.0) < prompt_ce(0.0) - 0.3
+
+
+def test_prompts_of_one_token_have_none(tmp_path: Path) -> None:
+    short = [Encoded([97 + i], [120, 257]) for i in range(8)]
+    options = config(tmp_path, lora_steps=1, skip_rate=0.0, stage="lora", prompt_loss=1.0)
+    assert train_lora(make_model(), short, short, options)["steps"] == 1

@@ -38,7 +38,10 @@ class _Recorder(FixedMask):
 
 @torch.no_grad()
 def router_inputs(
-    model: FirstModel, prompts: Sequence[Sequence[int]], keep: torch.Tensor
+    model: FirstModel,
+    prompts: Sequence[Sequence[int]],
+    keep: torch.Tensor,
+    prefill: str = "skip",
 ) -> list[torch.Tensor]:
     """Return what each router reads of prompts that run under masks, [prompts, width] a layer.
 
@@ -46,6 +49,7 @@ def router_inputs(
         model: a routed model.
         prompts: their token ids.
         keep: [layers] for all, or [prompts, layers].
+        prefill: "skip" or "full".
     """
     model.eval()
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -54,7 +58,8 @@ def router_inputs(
         picked = by_length[first : first + BATCH]
         mask = keep if keep.dim() == 1 else keep[picked]
         recorder = _Recorder(mask, model.routers.reads, model.layer_count)
-        model.decide(*pad_left([prompts[i] for i in picked], model.pad_id), recorder)
+        batch = pad_left([prompts[i] for i in picked], model.pad_id)
+        model.decide(*batch, recorder, prefill=prefill)
         parts.append(recorder.seen)
     back = torch.tensor(by_length).argsort()
     return [torch.cat(layer)[back] for layer in zip(*parts, strict=True)]
@@ -105,6 +110,7 @@ def start_from_orders(
     labels: torch.Tensor,
     orders: Sequence[Sequence[int]],
     skip_rate: float,
+    prefill: str = "skip",
 ) -> None:
     """Fit routers such that a prompt's logits are those of its group's order.
 
@@ -116,18 +122,22 @@ def start_from_orders(
         labels: the group of each prompt [prompts].
         orders: of each group, the layers to skip first in front.
         skip_rate: at which logits are negative for the layers that go.
+        prefill: "skip" or "full".
     """
     wanted = torch.stack([order_logits(o, model.layer_count, skip_rate) for o in orders])[labels]
-    for layer, states in enumerate(router_inputs(model, prompts, wanted >= 0)):
+    for layer, states in enumerate(router_inputs(model, prompts, wanted >= 0, prefill)):
         router, target = model.routers[layer], wanted[:, layer]
         router.bias.fill_(float(target.mean()))
         router.weight.zero_()
-        router.standardise(states.mean(0), states.std(0))
+        device = router.weight.device
+        router.standardise(states.mean(0).to(device), states.std(0).to(device))
         assert router.center is not None
         assert router.scale is not None
-        rows = (states - router.center.cpu()) * router.scale.cpu()
+        # In float64, which no autocast around it rounds to bfloat16.
+        rows = ((states - router.center.cpu()) * router.scale.cpu()).double()
         width = rows.shape[1]
-        alike = rows @ rows.T / width + RIDGE * torch.eye(len(rows))
-        weight = rows.T @ torch.linalg.solve(alike, target - target.mean()) / width
+        alike = rows @ rows.T / width + RIDGE * torch.eye(len(rows), dtype=rows.dtype)
+        wish = (target - target.mean()).double()
+        weight = rows.T @ torch.linalg.solve(alike, wish) / width
         router.weight.copy_(weight)
         router.fold()

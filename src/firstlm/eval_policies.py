@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 
 from firstlm.baselines import OrderedSkip
@@ -79,8 +80,9 @@ def settle(
     """Return a policy that has seen the prompts it is scored on, if it is one that must."""
     if isinstance(policy, TokenLevel):
         by_length = sorted(prompts, key=len)
-        picked = by_length[:: max(len(by_length) // TOKEN_LEVEL_PROMPTS, 1)][:TOKEN_LEVEL_PROMPTS]
-        ids, mask = pad_left(picked, model.pad_id)
+        count = min(TOKEN_LEVEL_PROMPTS, len(by_length))
+        places = np.linspace(0, len(by_length) - 1, count).round().astype(int)
+        ids, mask = pad_left([by_length[place] for place in places], model.pad_id)
         policy.fit(lambda: model.decide(ids, mask, policy), mask)
     elif isinstance(policy, MajorityHere):
         batches = prompt_batches(prompts, batch_size, model.pad_id)

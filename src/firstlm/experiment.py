@@ -198,7 +198,8 @@ def _claimed(job: Job, known: Mapping[str, Job], runs: Path) -> Iterator[bool]:
     """
     names, more = [job.name], list(job.needs)
     while more:
-        if not (needed := known[more.pop()]).trained:
+        needed = known[more.pop()]
+        if needed.name not in names and not needed.trained:
             names.append(needed.name)
             more += needed.needs
     folder = runs / ".locks"
@@ -268,20 +269,31 @@ def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
                 raise ConfigError(f"{where} does not say which policies to score.")
             score = from_dict(EvalConfig, scoring, where=f" in {where}")
             jobs.append(Job(file.stem, arm, seed, training, score, needs))
-    names = {job.name for job in jobs}
+    known = {job.name: job for job in jobs}
     for job in jobs:
-        for name in set(job.needs) - names:
+        for name in set(job.needs) - known.keys():
             raise ConfigError(f"{file}: {job.name} needs {name}, but that arm has no such seed.")
+    for job in jobs:
+        needed, seen = list(job.needs), set[str]()
+        while needed:
+            name = needed.pop()
+            if name == job.name:
+                raise ConfigError(f"{file}: {job.name} needs itself, by way of what it needs.")
+            if name not in seen:
+                seen.add(name)
+                needed += known[name].needs
     return jobs
 
 
-def _content(file: Path) -> Mapping[str, Any]:
+def _content(file: Path, above: tuple[Path, ...] = ()) -> Mapping[str, Any]:
     """Return what an experiment file says, together with the one that it is `like`."""
+    if file.resolve() in above:
+        raise ConfigError(f"{file} is like itself, by way of the files that it is like.")
     found = read_yaml(file)
     if not (isinstance(found, dict) and "like" in found):
         return _known(found, KEYS, str(file))
     other = file.parent / str(found.pop("like"))
-    content = dict(_content(other))
+    content = dict(_content(other, (*above, file.resolve())))
     for key, value in found.items():
         if key == "arms" and isinstance(value, list):
             if missing := [str(arm) for arm in value if arm not in content["arms"]]:

@@ -453,10 +453,11 @@ class FirstModel(nn.Module):
             own = self.base.generation_config.cache_implementation
             ours = {} if own is None else {"cache_implementation": None}
         if "logits_to_keep" in inspect.signature(self.plain_base.forward).parameters:
-            # As a tensor: for a number transformers takes a strided view, for which the CPU copies
+            # As an index: for a number transformers takes a strided view, for which the CPU copies
             # the vocabulary's matrix once a row, and where layers share keys and values it cuts
-            # prompts to their last token, so that routers would see no more of them.
-            generate_kwargs.setdefault("logits_to_keep", torch.tensor([-1], device=self.device))
+            # prompts to their last token, so that routers would see no more of them. A tensor
+            # would be repeated for beams.
+            generate_kwargs.setdefault("logits_to_keep", [-1])
         hf = self.base.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,

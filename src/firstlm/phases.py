@@ -203,14 +203,14 @@ def _warm_start(
         prompts = [row.prompt_ids for row in rows]
         everything = torch.ones(model.layer_count, dtype=torch.bool)
         layer = int(DEPTH * model.layer_count)
-        states = router_inputs(model, prompts, everything)[layer]
+        states = router_inputs(model, prompts, everything, config.prefill)[layer]
         labels = group(states, config.clusters, config.seed)
         groups = [
             [row for row, label in zip(rows, labels.tolist(), strict=True) if label == i]
             for i in range(int(labels.max()) + 1)
         ]
         orders = [ranked(rows) for rows in groups]
-        start_from_orders(model, prompts, labels, orders, skip_rate)
+        start_from_orders(model, prompts, labels, orders, skip_rate, config.prefill)
     return {"removal_orders": orders, "cluster_prompts": [len(rows) for rows in groups]}
 
 

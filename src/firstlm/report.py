@@ -78,7 +78,7 @@ def _read(folder: Path) -> tuple[list[Row], dict[str, Any]]:
         )
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
-        names = {"dataset", "policy", "metric", "score", "skip_rate", "ci95"}
+        names = {"arm", "dataset", "policy", "metric", "primary", "score", "skip_rate", "gains"}
         if not rows or not all(names <= set(row) for row in rows):
             raise ValueError("rows without scores")
     except (ValueError, TypeError) as error:
@@ -139,7 +139,7 @@ def _scores(rows: Sequence[Row]) -> str:
             [
                 shown,
                 f"{row['skip_rate']:.1%} ({spread})",
-                *(f"{by_metric[m]['score']:.1f}" for m in metrics),
+                *(f"{by_metric[m]['score']:.1f}" if m in by_metric else "" for m in metrics),
                 "{:.1f} to {:.1f}".format(*row["ci95"]),
                 kept,
                 f"{row['seeds']} x {row['n_test']}",
@@ -181,14 +181,16 @@ def _gains(rows: Sequence[Row]) -> str:
     for arm in arms:
         mine = [row for row in routed if row["arm"] == arm]
         found: dict[str, dict[float, str]] = {}
-        for row in mine:
-            for shown, gain in labelled(row["gains"]):
-                text = "{value:+.1f} ({low:+.1f} to {high:+.1f})".format(**gain)
-                found.setdefault(shown, {})[row["skip_rate_asked"]] = text
+        gains = [{**gain, "at": row["skip_rate_asked"]} for row in mine for gain in row["gains"]]
+        for shown, gain in labelled(gains):
+            text = "{value:+.1f} ({low:+.1f} to {high:+.1f}), {seeds} seeds".format(**gain)
+            found.setdefault(shown, {})[gain["at"]] = text
         rates = [row["skip_rate_asked"] for row in mine]
         lines = [[name, *(by_rate.get(r, "-") for r in rates)] for name, by_rate in found.items()]
         metric = metric_name(mine[0]["metric"])
-        caption = f"{metric} of {arm} above that of others at the same rate, with 95% intervals"
+        caption = (
+            f"{metric} of {arm} above that of others asked for the same rate, with 95% intervals"
+        )
         tables.append(_table(["above", *(f"{rate:.0%} skipped" for rate in rates)], lines, caption))
     return "".join(tables)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from firstlm.command_config import EvalConfig
-from firstlm.config import BASELINES, DIAGNOSTICS, TrainConfig
+from firstlm.config import BASELINES, DIAGNOSTICS, RATED, TrainConfig
 from firstlm.errors import DataError
 from firstlm.examples import load_examples
 from firstlm.masks import (
@@ -186,22 +186,31 @@ def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
 
     Returns:
         For each: arm, policy, lora_of, the difference (value) and its 95% interval (low, high),
-        paired over items, and over seeds where both have as many.
+        paired over items and seeds, of which there are `seeds` that both have.
     """
     routed, _, rate = name.partition("@")
     if routed != "router" or not rate or arm.train.reads != "states":
         return []
-    ours = arm.scores(name)[arm.task.primary]
     found = []
     for other in arms:
-        for run in other.names if other.dataset == arm.dataset else ():
-            if run.partition("@")[2] == rate and (other.name, run) != (arm.name, name):
-                theirs = other.scores(run)[other.task.primary]
+        comparable = (other.dataset, other.count) == (arm.dataset, arm.count)
+        for run in other.names if comparable else ():
+            # Seeds that both have: those of others differ by more than policies do.
+            seeds = [seed for seed in arm.runs(name) if seed in other.runs(run)]
+            same = (other.name, run) == (arm.name, name)
+            if seeds and run.partition("@")[2] == rate and not same:
+                ours, theirs = (
+                    [
+                        one.scores(which)[arm.task.primary][list(one.runs(which)).index(s)]
+                        for s in seeds
+                    ]
+                    for one, which in ((arm, name), (other, run))
+                )
                 gain = over_seeds(ours, theirs, difference=True)
                 shown = _policy(other, run, run.partition("@")[0])
                 shown = {key: shown[key] for key in ("policy", "lora_of")}
                 difference = {"value": gain.value, "low": gain.low, "high": gain.high}
-                found.append({"arm": other.name, **shown, **difference})
+                found.append({"arm": other.name, **shown, **difference, "seeds": len(seeds)})
     return found
 
 
@@ -229,9 +238,9 @@ def adaptivity(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def _asked(run: Mapping[str, Any]) -> float | None:
-    """Return the rate asked for; None where routers decided at thresholds of 0.5."""
-    routed = run["policy"] == "router" and run["asked_skip_rate"] is None
-    return None if routed else run["asked_skip_rate"] or 0.0
+    """Return the rate asked for; None where it was the one trained for."""
+    rated = run["policy"] in RATED and run["asked_skip_rate"] is None
+    return None if rated else run["asked_skip_rate"] or 0.0
 
 
 def _policy(arm: Arm, name: str, policy: str) -> dict[str, Any]:

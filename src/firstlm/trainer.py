@@ -125,6 +125,8 @@ class FirstTrainer(Trainer):
         scope.enter_context(self.first.routing.tracing(state))
         scope.enter_context(mixed_precision(self.first))
         also = prompt_positions(inputs) if train and self.prompt_loss else None
+        if also is not None and not len(also):  # prompts of one token
+            also = None
         output, labels = answer_pass(
             self.first,
             inputs,
