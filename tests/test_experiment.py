@@ -246,7 +246,7 @@ def test_an_arm_trains_on_several_sets_and_is_scored_on_each(words, tmp_path):
     file.write_text(MIXED.format(data=data, other=other, model=model))
     assert cli.main(words) == 0
     runs, folder = tmp_path / "runs", tmp_path / "results"
-    trained = [f.name for f in runs.iterdir() if not f.name.endswith("-run")]
+    trained = [f.name for f in runs.glob("tiny-*") if not f.name.endswith("-run")]
     assert sorted(trained) == ["tiny-lora_other-0", "tiny-mix-0"]
     config = json.loads((runs / "tiny-mix-0" / "first_config.json").read_text())["training"]
     assert config["run"]["data"] == [f"{data}/train.jsonl", f"{other}/train.jsonl"]
@@ -333,7 +333,7 @@ def test_what_a_job_needs_is_trained_for_it(words):
     assert cli.main([*words, "--only", "tiny-majority"]) == 0
     assert list(results(words)) == ["tiny-majority-0"]
     runs = Path(words[words.index("--runs") + 1])
-    assert sorted(f.name for f in runs.iterdir() if not f.name.endswith("-run")) == [
+    assert sorted(f.name for f in runs.glob("tiny-*") if not f.name.endswith("-run")) == [
         "tiny-first-0",
         "tiny-majority-0",
     ]
