@@ -71,6 +71,7 @@ FLOORS = {
     "figures": "edges",
     "report": "edges",
     "harness": "edges",
+    "jobs": "edges",
     "experiment": "edges",
     "demo": "edges",
     "cli": "edges",

@@ -17,8 +17,8 @@ from training import write_run
 
 from firstlm import FirstModel, cli, evaluate, experiment
 from firstlm.errors import ConfigError
-from firstlm.experiment import jobs_of
 from firstlm.figures import labelled, swept
+from firstlm.jobs import jobs_of
 
 FILE = """
 data: {data}

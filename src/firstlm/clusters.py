@@ -2,8 +2,8 @@
 """Prompts of a kind get layers of their own: where routers start from when tasks are mixed.
 
 Gradients of gates hardly find masks that differ from prompt to prompt. So groups of prompts are
-found by what the first router reads, layers are ranked for each group by itself, and router weights
-are fitted such that every prompt's logits are those of its group's order.
+found by what a router a third of the way up reads, layers are ranked for each group by itself, and
+router weights are fitted such that every prompt's logits are those of its group's order.
 """
 
 from __future__ import annotations

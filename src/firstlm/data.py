@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,6 +135,13 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
             ids[i, -len(row) :] = torch.tensor(row)
             mask[i, -len(row) :] = 1
     return ids, mask
+
+
+def spread_by_length(prompts: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:
+    """Return up to `count` prompts, evenly drawn from short to long, the ends among them."""
+    by_length = sorted(prompts, key=len)
+    places = np.linspace(0, len(by_length) - 1, min(count, len(by_length))).round().astype(int)
+    return [by_length[place] for place in places]
 
 
 def prompt_batches(

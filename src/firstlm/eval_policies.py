@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 
 from firstlm.baselines import OrderedSkip
 from firstlm.config import BASELINES, DIAGNOSTICS, EVAL_POLICIES, RATED
-from firstlm.data import pad_left, prompt_batches
+from firstlm.data import pad_left, prompt_batches, spread_by_length
 from firstlm.errors import ConfigError
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RouterPolicy, RunAll
+from firstlm.thresholds import most_skipped_first
 from firstlm.token_level import TokenLevel
 
 TOKEN_LEVEL_PROMPTS = 32  # on which the offset of token-level routing is found
@@ -79,16 +79,13 @@ def settle(
 ) -> Policy:
     """Return a policy that has seen the prompts it is scored on, if it is one that must."""
     if isinstance(policy, TokenLevel):
-        by_length = sorted(prompts, key=len)
-        count = min(TOKEN_LEVEL_PROMPTS, len(by_length))
-        places = np.linspace(0, len(by_length) - 1, count).round().astype(int)
-        ids, mask = pad_left([by_length[place] for place in places], model.pad_id)
+        ids, mask = pad_left(spread_by_length(prompts, TOKEN_LEVEL_PROMPTS), model.pad_id)
         policy.fit(lambda: model.decide(ids, mask, policy), mask)
     elif isinstance(policy, MajorityHere):
         batches = prompt_batches(prompts, batch_size, model.pad_id)
         keep = torch.cat([model.decide(*b, policy, prefill=prefill).keep for b in batches])
         skipped = (~keep).float().mean(0)
-        order = sorted(range(len(skipped)), key=lambda layer: -float(skipped[layer]))
+        order = most_skipped_first(skipped.tolist())
         free = [layer for layer in order if layer in model.free_layers]
         return OrderedSkip(free, model.layer_count, float(skipped.mean()))
     return policy

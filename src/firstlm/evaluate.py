@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from firstlm.data import Encoded, check_room, encode, pad_left
+from firstlm.data import Encoded, check_room, encode, pad_left, spread_by_length
 from firstlm.errors import DataError
 from firstlm.eval_policies import choose, run_name, settle
 from firstlm.examples import Example
@@ -165,11 +165,9 @@ def _tpot_ratio(
     """
     if not timed or isinstance(policy, SteppedPolicy | TokenLevel):
         return None
-    by_length = sorted(prompts, key=len)
-    places = np.linspace(0, len(by_length) - 1, min(timed, len(by_length))).round().astype(int)
     ratios = []
-    for place in places:
-        found = decode_times(model, pad_left([by_length[place]], model.pad_id), policy, prefill)
+    for prompt in spread_by_length(prompts, timed):
+        found = decode_times(model, pad_left([prompt], model.pad_id), policy, prefill)
         seconds = {name: float(np.median(times)) for name, times in found["seconds"].items()}
         ratios.append(seconds["routed"] / seconds["run_all"])
     low, median, high = np.percentile(ratios, [5, 50, 95]).tolist()

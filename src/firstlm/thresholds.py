@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,6 +30,11 @@ class Threshold(NamedTuple):
     skipped: tuple[float, ...] = ()
 
 
+def most_skipped_first(skipped: Sequence[float]) -> list[int]:
+    """Return all layers, those first that most prompts skipped; `skipped` is [layers]."""
+    return sorted(range(len(skipped)), key=lambda layer: -skipped[layer])
+
+
 @dataclass
 class Thresholds:
     """Logit offsets that meet wanted skip rates, measured on validation prompts.
@@ -47,7 +53,7 @@ class Thresholds:
                 "`firstlm calibrate` (or firstlm.calibrate) on validation prompts."
             )
         skipped = min(rows, key=lambda row: abs(row.rate - rate)).skipped
-        return sorted(range(len(skipped)), key=lambda layer: -skipped[layer])
+        return most_skipped_first(skipped)
 
     def offset(self, rate: float, prefill: str) -> float:
         """Return the logit offset for a wanted skip rate, interpolated between measured ones."""

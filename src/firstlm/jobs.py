@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experiment files and the jobs that they name: what is trained, how it is scored, what is done.
+
+A file that is `like` another takes over what that says and it does not, `train` and `eval` option
+by option; its `arms` are its own, or a list of those to take over. An arm may have `data` of its
+own to train on (several sets are mixed) and a `test` set of its own. One whose `train` is
+"arm:NAME" trains nothing: it scores that arm's artifact on other data or under other policies.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from firstlm import artifact_files, eval_command, train
+from firstlm.command_config import EvalConfig
+from firstlm.config import TrainConfig
+from firstlm.errors import ConfigError
+from firstlm.options import from_dict, read_yaml
+from firstlm.pretrained import ARTIFACT_FILE
+from firstlm.results import DATA_VARIABLE
+from firstlm.summary import read
+
+KEYS = {"data", "train", "eval", "arms"}
+ARM_KEYS = {"seeds", "data", "test", "train", "eval"}
+ARM_PATHS = ("artifact", "majority_of")  # options of training that may name an arm as "arm:NAME"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm with one seed: what is trained, and how it is scored.
+
+    Attributes:
+        file: name of the experiment file, without its ending.
+        arm: name of the arm.
+        seed: its seed.
+        train: the options of its training, the seed among them.
+        score: the options of its evaluation.
+        needs: names of the jobs whose artifacts it takes.
+    """
+
+    file: str
+    arm: str
+    seed: int
+    train: TrainConfig
+    score: EvalConfig
+    needs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """FILE-ARM-SEED."""
+        return f"{self.file}-{self.arm}-{self.seed}"
+
+    @property
+    def report(self) -> dict[str, Any] | None:
+        """What its evaluation wrote, if it is there."""
+        return read(Path(str(self.score.output)))
+
+    @property
+    def trained(self) -> bool:
+        """Whether its artifact is there."""
+        return (Path(self.train.output) / ARTIFACT_FILE).is_file()
+
+    @property
+    def scored(self) -> bool:
+        """Whether its results hold all that was asked for."""
+        report = self.report
+        return report is not None and set(eval_command.run_names(self.score)) <= set(report["runs"])
+
+    @property
+    def changed(self) -> list[str]:
+        """Options with which its artifact or results were made, and that the file has otherwise."""
+        trained = (
+            artifact_files.read_config(Path(self.train.output))["training"] if self.trained else {}
+        )
+        report = self.report or {}
+        runs = [made.get("run", {}) for made in (trained, report.get("training", {}))]
+        for made in runs:  # other arms' artifacts may lie elsewhere now
+            for key in ARM_PATHS:
+                asked = getattr(self.train, key)
+                if asked and Path(made.get(key) or "").name == Path(asked).name:
+                    made[key] = asked
+        found = [name for run in runs for name in train.changed_options(run, self.train)]
+        scored, asked = report.get("options", {}), eval_command.compared_options(self.score)
+        found += [name for name in asked if name in scored and asked[name] != scored[name]]
+        return list(dict.fromkeys(found))
+
+    def make(self, others: Mapping[str, Job]) -> None:
+        """Train, and before that what its training needs, as far as that is not done."""
+        if self.trained:
+            return
+        for name in self.needs:
+            others[name].make(others)
+        if self.trained:  # it scores the artifact of another
+            return
+        print(f"{self.name}: training", flush=True)
+        train.run(self.train)
+
+    def run(self, others: Mapping[str, Job]) -> None:
+        """Train and score, as far as that is not done.
+
+        Args:
+            others: all jobs of the file by name, of which some may be needed.
+        """
+        self.make(others)
+        print(f"{self.name}: scoring", flush=True)
+        eval_command.run(self.score)
+
+
+def files_of(paths: list[str]) -> list[Path]:
+    """Return the files that are named, and those in folders that are."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        inside = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+        if not inside or not all(file.is_file() for file in inside):
+            raise ConfigError(f"{path} is no experiment file, nor a folder with any (*.yaml).")
+        found += inside
+    return found
+
+
+def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
+    """Return the jobs of an experiment file, in the order in which they are to be done.
+
+    Raises:
+        ConfigError: the file holds what is no experiment, or options that do not exist.
+    """
+    content = _content(file)
+    listed = _known(content["arms"], None, f"{file}: arms")
+    arms = {arm: _arm(said, content, f"{file}: arm {arm}") for arm, said in listed.items()}
+    jobs = []
+    for arm, said in arms.items():
+        where = f"{file}: arm {arm}"
+        for seed in said["seeds"]:
+            training, needs = _training(file, content, arms, arm, seed, runs)
+            scoring = {
+                "data": _data(said["test"], where)["test"],
+                **_known(content["eval"], None, f"{file}: eval"),
+                **_known(said["eval"], None, where),
+                "artifact": training.output,
+                "output": f"{results}/{file.stem}-{arm}-{seed}.json",
+            }
+            if not scoring.get("policies"):
+                raise ConfigError(f"{where} does not say which policies to score.")
+            score = from_dict(EvalConfig, scoring, where=f" in {where}")
+            jobs.append(Job(file.stem, arm, seed, training, score, needs))
+    known = {job.name: job for job in jobs}
+    for job in jobs:
+        for name in set(job.needs) - known.keys():
+            raise ConfigError(f"{file}: {job.name} needs {name}, but that arm has no such seed.")
+    for job in jobs:
+        needed, seen = list(job.needs), set[str]()
+        while needed:
+            name = needed.pop()
+            if name == job.name:
+                raise ConfigError(f"{file}: {job.name} needs itself, by way of what it needs.")
+            if name not in seen:
+                seen.add(name)
+                needed += known[name].needs
+    return jobs
+
+
+def _content(file: Path, above: tuple[Path, ...] = ()) -> Mapping[str, Any]:
+    """Return what an experiment file says, together with the one that it is `like`."""
+    if file.resolve() in above:
+        raise ConfigError(f"{file} is like itself, by way of the files that it is like.")
+    found = read_yaml(file)
+    if not (isinstance(found, dict) and "like" in found):
+        return _known(found, KEYS, str(file))
+    other = file.parent / str(found.pop("like"))
+    content = dict(_content(other, (*above, file.resolve())))
+    for key, value in found.items():
+        if key == "arms" and isinstance(value, list):
+            if missing := [str(arm) for arm in value if arm not in content["arms"]]:
+                raise ConfigError(
+                    f"{file} takes the arms {', '.join(missing)}, but {other} has none."
+                )
+            value = {arm: content["arms"][arm] for arm in value}
+        elif key in ("train", "eval") and isinstance(value, dict):
+            value = {**content.get(key, {}), **value}
+        content[key] = value
+    return _known(content, KEYS, str(file))
+
+
+def _arm(said: Any, content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return all that a file says of an arm, as far as it differs from arm to arm."""
+    if not isinstance(said or {}, dict):
+        raise ConfigError(f"{where} is {said!r}; expected names with values.")
+    sets: Any = (said or {}).get("data", content["data"])
+    usual = {"seeds": [0], "data": sets, "test": sets, "train": {}, "eval": {}}
+    found = _known(usual | (said or {}), ARM_KEYS, where)
+    if not (isinstance(found["seeds"], list) and all(type(s) is int for s in found["seeds"])):
+        raise ConfigError(f"{where}: seeds is {found['seeds']!r}; expected a list: [0, 1, 2].")
+    return found
+
+
+def _training(
+    file: Path,
+    content: Mapping[str, Any],
+    arms: Mapping[str, Mapping[str, Any]],
+    arm: str,
+    seed: int,
+    runs: str,
+) -> tuple[TrainConfig, tuple[str, ...]]:
+    """Return how an arm's artifact is trained, and the names of the jobs that it needs."""
+    said, where = arms[arm], f"{file}: arm {arm}"
+
+    def job_named(value: Any) -> str | None:
+        """Return the name of the job that "arm:NAME" means, with the same seed."""
+        if not str(value or "").startswith("arm:"):
+            return None
+        if value[4:] not in arms:
+            raise ConfigError(f"{where} names the arm {value[4:]!r}, which is none.")
+        return f"{file.stem}-{value[4:]}-{seed}"
+
+    if needed := job_named(said["train"]):
+        other = said["train"][4:]
+        if job_named(arms[other]["train"]):
+            raise ConfigError(f"{where} names the arm {other!r}, which trains nothing itself.")
+        return _training(file, content, arms, other, seed, runs)[0], (needed,)
+    sets = said["data"] if isinstance(said["data"], list) else [said["data"]]
+    data = [_data(name, where) for name in sets]
+    options = {
+        "data": [one["train"] for one in data],
+        "validation": [one["validation"] for one in data],
+        **_known(content["train"], None, f"{file}: train"),
+        **_known(said["train"], None, where),
+        "seed": seed,
+        "output": f"{runs}/{file.stem}-{arm}-{seed}",
+    }
+    needs = {key: job_named(options.get(key)) for key in ARM_PATHS}
+    options |= {key: f"{runs}/{name}" for key, name in needs.items() if name}
+    config = from_dict(TrainConfig, options, where=f" in {where}")
+    return config, tuple(name for name in needs.values() if name)
+
+
+def _data(name: Any, where: str) -> dict[str, str]:
+    """Return the files of a data set by split: a folder, or one below the data variable's."""
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"{where} names the data {name!r}; expected one data set. With several to train on, "
+            "say with `test` which one is scored."
+        )
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(os.environ.get(DATA_VARIABLE, "")) / name
+    found = {}
+    for split in ("train", "validation", "test"):
+        files = [folder / f"{split}.jsonl{end}" for end in ("", ".gz")]
+        found[split] = str(next((file for file in files if file.is_file()), files[-1]))
+    return found
+
+
+def _known(found: Any, keys: set[str] | None, where: str) -> Mapping[str, Any]:
+    """Return a mapping from an experiment file; other things and other keys are refused."""
+    if not isinstance(found, dict) or (not found and keys):
+        raise ConfigError(f"{where} is {found!r}; expected names with values.")
+    wrong = sorted(set(found) ^ keys) if keys is not None else []
+    if wrong:
+        raise ConfigError(
+            f"{where} has {', '.join(map(repr, wrong))} missing or too much; expected "
+            f"{', '.join(sorted(keys or ()))}."
+        )
+    return found
