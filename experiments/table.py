@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from firstlm.figures import Section, groups, labelled, title
+from firstlm.report import recomputed
 from firstlm.scoreboard import LABELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +82,7 @@ def full_table(section: Section, rows: Sequence[Row]) -> list[str]:
             f"| {row['distinct_masks']:.1f} | {' | '.join(scores)} | {row['score']:.1f} "
             f"| {low:.1f}-{high:.1f} | {kept} | {time} | {row['seeds']} |"
         )
-    return lines
+    return [*lines, "", text] if (text := recomputed(rows)) else lines
 
 
 def timing_table(report: dict) -> list[str]:

@@ -46,6 +46,7 @@ FLOORS = {
     "data": "work",
     "masks": "work",
     "metrics": "work",
+    "bertscore": "work",
     "tasks": "work",
     "scoreboard": "work",
     "journal": "work",

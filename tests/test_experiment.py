@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -17,8 +18,10 @@ from training import write_run
 
 from firstlm import FirstModel, cli, evaluate, experiment
 from firstlm.errors import ConfigError
-from firstlm.figures import labelled, swept
+from firstlm.figures import curves, labelled, swept
 from firstlm.jobs import jobs_of
+from firstlm.report import recomputed
+from firstlm.summary import adaptivity, read
 
 FILE = """
 data: {data}
@@ -107,12 +110,23 @@ def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys)
     assert found[7]["by_seed"] == pytest.approx(scores)
     assert found[7]["score"] == pytest.approx(sum(scores) / 2)
     assert found[7]["retention"] is None  # plain LoRA has an F1 under 20 here
+    majority = json.loads((folder / f"{JOBS[2]}.json").read_text())
     gains = {(g["policy"], g["lora_of"]): g for g in found[7]["gains"]}
     assert set(gains) == {("majority", "first"), ("majority", "majority")}
     for at, key in ((10, ("majority", "first")), (13, ("majority", "majority"))):
         gain = gains[key]
         assert gain["value"] == pytest.approx(found[7]["score"] - found[at]["score"])
         assert gain["low"] <= gain["value"] <= gain["high"]
+        seeds = range(gain["seeds"])  # majority was scored with one seed of the two
+        ours, theirs = (
+            [r["runs"][run]["skip_rate"]["mean"] for r in by_seed]
+            for run, by_seed in (
+                ("router@0.34", reports[: len(seeds)]),
+                ("majority@0.34", reports if at == 10 else [majority]),
+            )
+        )
+        above = sum(ours) / len(ours) - sum(theirs) / len(theirs)
+        assert gain["skip_rate_above"] == pytest.approx(above)
     assert not any(row["gains"] for row in [*found[:7], *found[8:]])
     losses = [report["runs"]["router@0.34"]["perplexity"]["value"] for report in reports]
     assert found[8]["by_seed"] == pytest.approx(losses, rel=1e-3)
@@ -173,6 +187,13 @@ def test_arms_with_one_policy_are_told_apart():
     rows = [row("qamr-first"), row("qamr-full"), row("qamr-unified", "unified")]
     names = [name for name, _ in labelled(rows)]
     assert names == ["FiRST (qamr-first)", "FiRST (qamr-full)", "unified"]
+
+
+def test_what_token_level_routing_computes_again_is_said():
+    row = {"primary": True, "skip_rate": 0.25, "kv_recomputed": None}
+    assert recomputed([row]) == ""
+    said = recomputed([row, {**row, "kv_recomputed": 0.875}, {**row, "primary": False}])
+    assert "88% at 25% skipped" in said
 
 
 def test_a_report_needs_a_summary(tmp_path, capsys):
@@ -267,6 +288,41 @@ def test_an_arm_trains_on_several_sets_and_is_scored_on_each(words, tmp_path):
         ("other", "other"),
     ]
     assert [r["retention"] is None for r in rows] == [True, False, False]  # no plain LoRA on "set"
+    drawn = curves({f.stem: read(f) for f in folder.glob("tiny-*.json")})
+    arms = {str(section): list(found) for section, found in drawn.items()}
+    assert arms == {"tiny-set": ["tiny-mix"], "tiny-other": ["tiny-lora_other"]}
+
+
+def test_shares_are_of_the_same_items_only(words):
+    """Plain LoRA on another number of them is no reference, and no mistake either."""
+    file = Path(words[2]) / "tiny.yaml"
+    plain = "train: {stage: lora, skip_rate: 0.0}, eval: {policies: [run_all], limit: 3}"
+    file.write_text(file.read_text() + f"  lora: {{{plain}}}\n")
+    assert cli.main([*words, "--only", "tiny-first-0", "tiny-lora"]) == 0
+    assert cli.main([words[0], "summary", *words[2:]]) == 0
+    folder = Path(words[words.index("--results") + 1])
+    rows = json.loads((folder / "summary.json").read_text())
+    kept = {(r["arm"], r["n_test"]): r["retention"] for r in rows if r["metric"] == "perplexity"}
+    assert kept == {("tiny-first", 4): None, ("tiny-lora", 3): pytest.approx(1)}
+
+
+def test_a_layers_correlation_with_length_is_over_seeds():
+    """What one seed's layer does by chance, another's does not."""
+    short, long = [1, 1, 1], [1, 0, 1]
+
+    def run(masks):
+        return {
+            "items": [
+                {"keep": "".join(map(str, mask)), "prompt_tokens": tokens}
+                for mask, tokens in zip(masks, (10, 20), strict=True)
+            ]
+        }
+
+    up, down = run([short, long]), run([long, short])
+    assert adaptivity([up])["layer_length_correlation"] == pytest.approx(1)
+    assert adaptivity([down])["layer_length_correlation"] == pytest.approx(-1)
+    assert adaptivity([up, down])["layer_length_correlation"] == pytest.approx(0)
+    assert adaptivity([run([short, short])])["layer_length_correlation"] is None
 
 
 def test_a_file_like_another_differs_where_it_says_so(words):
@@ -359,6 +415,21 @@ def test_what_was_made_with_other_options_is_not_taken_for_done(words, capsys):
     assert cli.main([*words, "--only", "tiny-first"]) == 0
 
 
+def test_an_artifact_made_anew_is_noticed_by_what_took_it(words, capsys, tmp_path):
+    assert cli.main([*words, "--only", "tiny-majority"]) == 0
+    file = Path(words[2]) / "tiny.yaml"
+    for warm_start, last in ((4, "scored"), (0, "trained with another tiny-first-0 than is there")):
+        if last != "scored":
+            for folder in (tmp_path / "runs").glob("tiny-first-0*"):
+                shutil.rmtree(folder)
+            file.write_text(file.read_text().replace("warm_start: 4", f"warm_start: {warm_start}"))
+            assert cli.main([*words, "--only", "tiny-first-0"]) == 0
+        capsys.readouterr()
+        assert cli.main([words[0], "list", *words[2:], "--only", "tiny-majority"]) == 0
+        said = capsys.readouterr().out
+        assert last in said and ("another" in said) == ("another" in last)
+
+
 def test_gradients_are_on_again_after_an_interrupt(words, monkeypatch):
     def stuck(self, others):
         torch.set_grad_enabled(False)
@@ -391,6 +462,7 @@ def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
         ("[0, 1]", "null", r"arm first: seeds is None; expected a list"),
         ("seeds", "seed", "arm first has 'seed', 'seeds' missing or too much|'seed'"),
         ("arms:", "arms: [", "is not YAML"),
+        ("  first:", "  my-first:", "'my-first' has a '-'"),
         ("{router_steps: 2, warm_start: 4}", '{artifact: "arm:first"}', "first-0 needs itself"),
         ("train: {", "like: tiny.yaml\ntrain: {", "is like itself"),
         ("data: ", "data: [a, b] #", r"names the data \['a', 'b'\]; expected one data set"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from firstlm.bertscore import BertScore
 from firstlm.errors import ConfigError, DataError
 from firstlm.metrics import (
     exact_match,
@@ -18,7 +19,6 @@ from firstlm.metrics import (
     over_seeds,
     perplexity,
     retention,
-    score_bert,
     score_qa,
     score_summaries,
     score_translation,
@@ -189,7 +189,7 @@ def test_bertscore_knows_meaning_takes_the_nearest_reference_and_survives_silenc
         ["Oil prices rose."],
         ["My cat likes to sleep.", "The cost of petroleum went up.", " "],
     ]
-    scores = score_bert(texts, wanted, encoder)
+    scores = BertScore(encoder)(texts, wanted)
     same, near, far, silent, best = scores.items
     assert same == pytest.approx(1, abs=1e-4)
     assert 0 == silent < far < near < same
@@ -199,4 +199,4 @@ def test_bertscore_knows_meaning_takes_the_nearest_reference_and_survives_silenc
 
 def test_an_encoder_that_is_none_is_named(tmp_path):
     with pytest.raises(ConfigError, match="is no encoder for BERTScore"):
-        score_bert(["a"], [["b"]], str(tmp_path))
+        BertScore(str(tmp_path))

@@ -269,3 +269,24 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
                 "stage=lora trains LoRA for routers that exist: name their artifact with "
                 "--artifact, or set --skip-rate 0 for plain LoRA without skips."
             )
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        """Refuse options that would do nothing, so that nobody believes they did something."""
+        ranks = self.policy == "router" and self.stage != "lora" and self.warm_start
+        if self.clusters > 1 and not (ranks and self.skip_rate):
+            raise ConfigError(
+                f"clusters={self.clusters} ranks layers for groups of prompts, but nothing is ranked "
+                "here; expected policy router, a stage that trains routers, a skip_rate and a "
+                "warm_start above 0."
+            )
+        if self.distill and not (self.policy == "router" and self.stage in ("routers", "both")):
+            raise ConfigError(
+                f"distill={self.distill:g} is for routers that train by themselves; expected policy "
+                "router and stage both or routers."
+            )
+        if self.prompt_loss and (self.stage == "routers" or self.prefill == "full"):
+            raise ConfigError(
+                f"prompt_loss={self.prompt_loss:g} teaches LoRA from prompts that skip layers; "
+                "expected a stage with LoRA, and prefill skip."
+            )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from firstlm import artifact_files
+from firstlm.bertscore import BertScore
 from firstlm.command_config import EvalConfig
 from firstlm.config import RATED, TASKS
 from firstlm.errors import ConfigError
@@ -24,6 +25,7 @@ from firstlm.lora import is_lora
 from firstlm.metrics import Scores, retention
 from firstlm.model import FirstModel
 from firstlm.options import to_dict
+from firstlm.pretrained import resolve_encoder
 from firstlm.results import check_file, portable, provenance, sha256_of, to_json, write_json
 from firstlm.scoreboard import summary, table
 from firstlm.tasks import Task, find_task
@@ -63,6 +65,9 @@ def run(options: EvalConfig) -> int:
     for policy, rate in asked:  # an impossible rate is refused before anything is run
         choose(model, policy, rate, options.prefill, options.seed)
     encode_rows(model, examples, options.max_new_tokens)
+    bert_score = None
+    if options.bert_model is not None:
+        bert_score = BertScore(resolve_encoder(options.bert_model), str(model.device))
     report = _start(options, model, examples, task)
     scored: dict[str, Scores] = {}
     journal = Journal(
@@ -85,7 +90,7 @@ def run(options: EvalConfig) -> int:
             max_new_tokens=options.max_new_tokens,
             timed=options.timed,
             seed=options.seed,
-            bert_model=options.bert_model,
+            bert_score=bert_score,
             journal=journal,
         )
         result["provenance"] = provenance(seed=options.seed)

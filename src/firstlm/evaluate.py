@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from firstlm.bertscore import BertScore
 from firstlm.data import Encoded, check_room, encode, pad_left, spread_by_length
 from firstlm.errors import DataError
 from firstlm.eval_policies import choose, run_name, settle
@@ -24,10 +25,9 @@ from firstlm.examples import Example
 from firstlm.journal import Journal
 from firstlm.losses import item_losses
 from firstlm.masks import describe_masks, describe_rates, from_bits, to_bits
-from firstlm.metrics import Scores, perplexity, score_bert
+from firstlm.metrics import Scores, perplexity
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, SteppedPolicy
-from firstlm.pretrained import resolve_encoder
 from firstlm.probes import decode_times
 from firstlm.tasks import Task, find_task
 from firstlm.token_level import TokenLevel
@@ -47,7 +47,7 @@ def evaluate(
     max_new_tokens: int = 32,
     timed: int = 0,
     seed: int = 0,
-    bert_model: str | None = None,
+    bert_score: BertScore | None = None,
     progress: bool = True,
     items: bool = True,
     journal: Journal | None = None,
@@ -66,7 +66,7 @@ def evaluate(
         max_new_tokens: longest answer; where the task's answers have one line, they end with it.
         timed: prompts, evenly drawn by length, after which decoding is timed.
         seed: seed of the bootstrap, and of the policies that draw layers.
-        bert_model: folder or hub id of an encoder for BERTScore; None leaves that out.
+        bert_score: scores the answers' meaning too; None leaves that out.
         progress: show a progress bar.
         items: put every answer with its scores and mask into the result.
         journal: what an interrupted call has answered; batches in it are not answered again.
@@ -95,9 +95,8 @@ def evaluate(
         scores = {"perplexity": _perplexity(model, rows, chosen, batch_size, prefill)}
         ratio = _tpot_ratio(model, chosen, prefill, prompts, timed)
     references = [example.references for example in examples]
-    if bert_model is not None:
-        found = score_bert(answers, references, resolve_encoder(bert_model), str(model.device))
-        scores = {"bertscore": found} | scores
+    if bert_score is not None:
+        scores = {"bertscore": bert_score(answers, references)} | scores
     scores = task.score(answers, references) | scores
     result = {
         "policy": policy if isinstance(policy, str) else type(policy).__name__,

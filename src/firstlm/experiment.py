@@ -49,6 +49,8 @@ def run(options: ExperimentConfig) -> int:
                 done = f"made with other options: {', '.join(changed)}"
             else:
                 done = "scored" if job.scored else "to do"
+            if stale := job.stale:
+                done += f"; trained with another {', '.join(stale)} than is there now"
             print(f"{job.name:40} {done}")
         return 0
     for job in jobs:

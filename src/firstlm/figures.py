@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ COLORS = {
     "early_exit": "#be123c",
     "static_importance": "#4d7c0f",
 }
+SPARE_COLORS = ("#db2777", "#ca8a04", "#475569", "#9333ea", "#65a30d", "#0f766e", "#991b1b")
 LENGTH_GROUPS = 4  # of prompts, from short to long
 SWEPT = {"alpha": "alpha, weight of the non-skip penalty", "l2": "lambda, weight of the L2 penalty"}
 
@@ -164,9 +166,14 @@ def swept(rows: Sequence[Row], name: str) -> list[Row]:
 
 
 def curves(reports: Mapping[str, Any]) -> dict[Section, dict[str, list[Row]]]:
-    """Return how training went, by section and arm; one entry a seed."""
+    """Return how training went, by section and arm; one entry a seed.
+
+    Arms that score the artifact of another have had no training of their own.
+    """
     found: dict[Section, dict[str, list[Row]]] = {}
     for name, report in reports.items():
+        if Path(report["inputs"].get("artifact", name)).name != name:
+            continue
         training = report.get("training", {})
         curve = training.get("joint", training.get("lora", {})).get("curve")
         if curve:
@@ -198,12 +205,17 @@ def _quality(
     lines: dict[str, list[Row]] = {}
     for shown, row in labelled(rows):
         lines.setdefault(shown, []).append(row)
+    spare, used = cycle(SPARE_COLORS), set[str]()
     for shown, points in lines.items():
         policy, lora_of = points[0]["policy"], points[0]["lora_of"]
         if policy == "base":
             style = "--" if lora_of else ":"
             axes.axhline(points[0]["score"], color="#6b7280", linestyle=style, label=shown)
             continue
+        color = COLORS.get(policy, "")
+        if not color or color in used:  # a second arm of the same policy
+            color = next(spare)
+        used.add(color)
         points = sorted(points, key=lambda row: row[over])
         scores = np.array([row["score"] for row in points])
         low, high = np.array([row["ci95"] for row in points]).T
@@ -211,7 +223,7 @@ def _quality(
             [100 * row[over] for row in points],
             scores,
             yerr=[np.maximum(scores - low, 0), np.maximum(high - scores, 0)],
-            color=COLORS.get(policy, "#374151"),
+            color=color,
             linestyle="-" if lora_of == policy else "-." if lora_of else ":",
             marker="o",
             markersize=4,

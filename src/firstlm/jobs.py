@@ -88,6 +88,21 @@ class Job:
         found += [name for name in asked if name in scored and asked[name] != scored[name]]
         return list(dict.fromkeys(found))
 
+    @property
+    def stale(self) -> list[str]:
+        """Names of other jobs' artifacts that it took, and that were made anew since."""
+        if not self.trained:
+            return []
+        training = artifact_files.read_config(Path(self.train.output))["training"]
+        taken = training.get("provenance", {}).get("data", {})
+        found = []
+        for key in ARM_PATHS:
+            folder = Path(getattr(self.train, key) or "")
+            there = key in taken and (folder / ARTIFACT_FILE).is_file()
+            if there and artifact_files.content_hash(str(folder)) != taken[key]:
+                found.append(folder.name)
+        return found
+
     def make(self, others: Mapping[str, Job]) -> None:
         """Train, and before that what its training needs, as far as that is not done."""
         if self.trained:
@@ -129,6 +144,11 @@ def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
     """
     content = _content(file)
     listed = _known(content["arms"], None, f"{file}: arms")
+    if wrong := [name for name in (file.stem, *map(str, listed)) if "-" in name]:
+        raise ConfigError(
+            f"{file}: {', '.join(map(repr, wrong))} has a '-', which parts file, arm and seed in the "
+            "names of results; use '_' in names of files and arms."
+        )
     arms = {arm: _arm(said, content, f"{file}: arm {arm}") for arm, said in listed.items()}
     jobs = []
     for arm, said in arms.items():

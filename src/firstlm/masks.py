@@ -49,13 +49,14 @@ def describe_masks(keep: np.ndarray) -> dict[str, Any]:
     }
 
 
-def layer_length_correlation(keep: np.ndarray, lengths: Sequence[int]) -> float | None:
-    """Return the correlation, furthest from 0, of a layer's being skipped with prompts' length.
+def layer_length_correlations(
+    keep: np.ndarray, lengths: Sequence[int]
+) -> list[float | None]:
+    """Return for each layer the correlation of its being skipped with prompts' length.
 
-    `keep` is [prompts, layers]. None where every layer has but one answer, or lengths are constant.
+    `keep` is [prompts, layers]. None for a layer with but one answer, or where lengths are constant.
     """
-    found = [length_correlation((1 - layer).tolist(), lengths) for layer in keep.T.astype(float)]
-    return max((value for value in found if value is not None), key=abs, default=None)
+    return [length_correlation((1 - layer).tolist(), lengths) for layer in keep.T.astype(float)]
 
 
 def length_correlation(rates: Sequence[float], lengths: Sequence[int]) -> float | None:

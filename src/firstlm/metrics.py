@@ -179,7 +179,7 @@ def perplexity(losses: Sequence[float], tokens: Sequence[int]) -> Scores:
 
 def score_qa(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Scores]:
     """Return exact match (em) and F1 (f1), in percent."""
-    pairs = _pairs(predictions, references)
+    pairs = paired(predictions, references)
     return {
         "em": means([exact_match(*pair) for pair in pairs]),
         "f1": means([f1(*pair) for pair in pairs]),
@@ -199,7 +199,7 @@ def score_translation(
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    _pairs(predictions, references)
+    paired(predictions, references)
     metrics = {
         "bleu": BLEU(tokenize=tokenize, force=True),
         "chrf": CHRF(),
@@ -232,50 +232,8 @@ def score_summaries(
 
     names = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(names, use_stemmer=True)
-    found = [scorer.score_multi(refs, text) for text, refs in _pairs(predictions, references)]
+    found = [scorer.score_multi(refs, text) for text, refs in paired(predictions, references)]
     return {name: means([item[name].fmeasure for item in found]) for name in names}
-
-
-def score_bert(
-    predictions: Sequence[str],
-    references: Sequence[Sequence[str]],
-    encoder: str,
-    device: str = "cpu",
-) -> Scores:
-    """Return BERTScore's F1 (in percent, not rescaled) by bert-score; an empty prediction has 0.
-
-    Args:
-        predictions: one an item.
-        references: one or more an item; the nearest one counts.
-        encoder: folder or hub id of an encoder, whose last layer is taken.
-        device: where it computes.
-    """
-    try:
-        from bert_score import BERTScorer
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"BERTScore needs {error.name}: install it with `pip install 'firstlm[bertscore]'`."
-        ) from error
-    from transformers import AutoConfig
-
-    pairs = _pairs(predictions, references)
-    try:
-        layers = AutoConfig.from_pretrained(encoder).num_hidden_layers
-        scorer: Any = BERTScorer(encoder, num_layers=layers, device=device)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"{encoder} is no encoder for BERTScore ({error}); expected a folder or hub id of a "
-            "model such as BERT or RoBERTa."
-        ) from error
-    found = [0.0] * len(pairs)
-    # bert-score cannot write an empty text as tokens of transformers 5.
-    said = [i for i, (text, _) in enumerate(pairs) if text.strip()]
-    if said:
-        texts = [pairs[i][0] for i in said]
-        wanted = [[ref for ref in pairs[i][1] if ref.strip()] or ["."] for i in said]
-        for i, value in zip(said, scorer.score(texts, wanted)[2].tolist(), strict=True):
-            found[i] = value
-    return means(found)
 
 
 def tokenizer_for(language: str | None) -> str:
@@ -293,9 +251,10 @@ def tokenizer_for(language: str | None) -> str:
     return "zh" if code == "zh" else "13a"
 
 
-def _pairs(
+def paired(
     predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> list[tuple[str, Sequence[str]]]:
+    """Return each prediction with its references, of which there must be one or more."""
     if len(predictions) != len(references):
         raise DataError(f"{len(predictions)} predictions for {len(references)} items.")
     if not predictions:

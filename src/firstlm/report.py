@@ -26,6 +26,7 @@ PAPER = (
     ("summarisation (CNN/DailyMail)", "ROUGE-L", 16.99, 20.13),
 )
 PAPER_METRICS = ("bleu1", "rouge1")
+NOTABLE = 0.005  # difference of two policies' measured skip rates that a table mentions
 TITLE = "firstlm: what was measured"
 INTRODUCTION = (
     "Every policy has a LoRA of its own of the same budget, unless its name says whose it ran "
@@ -97,6 +98,7 @@ def page(rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
         parts.append(f"<h2>{html.escape(title(section, found))}</h2>")
         parts += [_img(picture) for picture in shown[:1]]
         parts += [_scores(found), _gains(found), _adaptivity(found)]
+        parts += [f"<p>{html.escape(text)}</p>" for text in [recomputed(found)] if text]
         parts += [_img(picture) for picture in shown[1:]]
     parts.append(_paper(rows))
     return (
@@ -151,6 +153,21 @@ def _scores(rows: Sequence[Row]) -> str:
     return _table(head, lines)
 
 
+def recomputed(rows: Sequence[Row]) -> str:
+    """Say what routing token by token would have to compute again; empty where none was scored."""
+    shares = [
+        f"{row['kv_recomputed']:.0%} at {row['skip_rate']:.0%} skipped"
+        for row in rows
+        if row["primary"] and row.get("kv_recomputed") is not None
+    ]
+    if not shares:
+        return ""
+    return (
+        "Token by token, layers that a token skips are needed by later tokens, which look at its "
+        f"keys and values there: {', '.join(shares)}. So much of what is skipped is computed anyway."
+    )
+
+
 def _adaptivity(rows: Sequence[Row]) -> str:
     lines = []
     for shown, row in labelled(rows):
@@ -184,6 +201,8 @@ def _gains(rows: Sequence[Row]) -> str:
         gains = [{**gain, "at": row["skip_rate_asked"]} for row in mine for gain in row["gains"]]
         for shown, gain in labelled(gains):
             text = "{value:+.1f} ({low:+.1f} to {high:+.1f}), {seeds} seeds".format(**gain)
+            if abs(gain["skip_rate_above"]) >= NOTABLE:
+                text += f", {100 * gain['skip_rate_above']:+.1f} points skipped"
             found.setdefault(shown, {})[gain["at"]] = text
         rates = [row["skip_rate_asked"] for row in mine]
         lines = [[name, *(by_rate.get(r, "-") for r in rates)] for name, by_rate in found.items()]

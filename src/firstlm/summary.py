@@ -20,7 +20,7 @@ from firstlm.examples import load_examples
 from firstlm.masks import (
     describe_masks,
     from_bits,
-    layer_length_correlation,
+    layer_length_correlations,
     length_correlation,
 )
 from firstlm.metrics import Scores, means, over_seeds, perplexity
@@ -144,6 +144,7 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "alpha": arm.train.alpha if arm.train.skip_rate is None else None,
                         "l2": arm.train.l2,
                         **adaptivity(runs),
+                        "kv_recomputed": _known_mean([run.get("kv_recomputed") for run in runs]),
                         "gains": gains if metric == arm.task.primary else [],
                         "metric": metric,
                         "primary": metric == arm.task.primary,
@@ -168,7 +169,9 @@ def _reference(arm: Arm, arms: Sequence[Arm]) -> dict[str, list[Scores]]:
     plain = [
         other
         for other in arms
-        if other.lora and other.train.skip_rate == 0 and other.dataset == arm.dataset
+        if other.lora
+        and other.train.skip_rate == 0
+        and (other.dataset, other.count) == (arm.dataset, arm.count)
     ]
     picked = [other for other in plain if other.trained_on == [arm.dataset]]
     picked += [other for other in plain if other.trained_on == arm.trained_on]
@@ -186,7 +189,9 @@ def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
 
     Returns:
         For each: arm, policy, lora_of, the difference (value) and its 95% interval (low, high),
-        paired over items and seeds, of which there are `seeds` that both have.
+        paired over items and seeds, of which there are `seeds` that both have, and by how much more
+        of the layers FiRST skipped (skip_rate_above): thresholds that were measured on other
+        prompts than these may miss the rate.
     """
     routed, _, rate = name.partition("@")
     if routed != "router" or not rate or arm.train.reads != "states":
@@ -210,7 +215,12 @@ def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
                 shown = _policy(other, run, run.partition("@")[0])
                 shown = {key: shown[key] for key in ("policy", "lora_of")}
                 difference = {"value": gain.value, "low": gain.low, "high": gain.high}
-                found.append({"arm": other.name, **shown, **difference, "seeds": len(seeds)})
+                skipped, theirs_skipped = (
+                    _mean([one.runs(which)[seed]["skip_rate"]["mean"] for seed in seeds])
+                    for one, which in ((arm, name), (other, run))
+                )
+                more = {"skip_rate_above": skipped - theirs_skipped, "seeds": len(seeds)}
+                found.append({"arm": other.name, **shown, **difference, **more})
     return found
 
 
@@ -218,22 +228,26 @@ def adaptivity(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Say how much masks differ from prompt to prompt; means over runs.
 
     Returns:
-        distinct_masks, mask_entropy, length_correlation and layer_length_correlation; see `masks`.
-        The last two are None where no run has one.
+        distinct_masks, mask_entropy, length_correlation, and layer_length_correlation, that of the
+        layer where it is furthest from 0; see `masks`. The last two are None where no run has one.
     """
-    found, correlations, by_layer = [], [], []
+    found, correlations, by_layer = [], [], list[list[float | None]]()
     for run in runs:
         keep = from_bits([item["keep"] for item in run["items"]])
         found.append(describe_masks(keep))
         # Results of before 2026-11-25 do not say how long prompts are.
         lengths = [item.get("prompt_tokens", 1) for item in run["items"]]
         correlations.append(length_correlation((1 - keep.mean(1)).tolist(), lengths))
-        by_layer.append(layer_length_correlation(keep, lengths))
+        by_layer.append(layer_length_correlations(keep, lengths))
+    # Seeds first: the extreme of one seed is some layer's by chance.
+    layers = [_known_mean(seeds) for seeds in zip(*by_layer, strict=True)]
     return {
         "distinct_masks": _mean([one["distinct_masks"] for one in found]),
         "mask_entropy": _mean([one["mask_entropy"] for one in found]),
         "length_correlation": _known_mean(correlations),
-        "layer_length_correlation": _known_mean(by_layer),
+        "layer_length_correlation": max(
+            (value for value in layers if value is not None), key=abs, default=None
+        ),
     }
 
 
