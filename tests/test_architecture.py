@@ -60,6 +60,7 @@ FLOORS = {
     "interrupts": "work",
     "trainer": "work",
     "calibration": "work",
+    "starts": "work",
     "phases": "work",
     "train": "work",
     "eval_policies": "work",

@@ -39,9 +39,7 @@ class BertScore:
                 "a model such as BERT or RoBERTa."
             ) from error
 
-    def __call__(
-        self, predictions: Sequence[str], references: Sequence[Sequence[str]]
-    ) -> Scores:
+    def __call__(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
         """Return F1 (in percent, not rescaled); an empty prediction has 0.
 
         Args:

@@ -276,14 +276,14 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         ranks = self.policy == "router" and self.stage != "lora" and self.warm_start
         if self.clusters > 1 and not (ranks and self.skip_rate):
             raise ConfigError(
-                f"clusters={self.clusters} ranks layers for groups of prompts, but nothing is ranked "
-                "here; expected policy router, a stage that trains routers, a skip_rate and a "
-                "warm_start above 0."
+                f"clusters={self.clusters} ranks layers for groups of prompts, but nothing is "
+                "ranked here; expected policy router, a stage that trains routers, a skip_rate and "
+                "a warm_start above 0."
             )
         if self.distill and not (self.policy == "router" and self.stage in ("routers", "both")):
             raise ConfigError(
-                f"distill={self.distill:g} is for routers that train by themselves; expected policy "
-                "router and stage both or routers."
+                f"distill={self.distill:g} is for routers that train by themselves; expected "
+                "policy router and stage both or routers."
             )
         if self.prompt_loss and (self.stage == "routers" or self.prefill == "full"):
             raise ConfigError(

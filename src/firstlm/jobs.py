@@ -146,8 +146,8 @@ def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
     listed = _known(content["arms"], None, f"{file}: arms")
     if wrong := [name for name in (file.stem, *map(str, listed)) if "-" in name]:
         raise ConfigError(
-            f"{file}: {', '.join(map(repr, wrong))} has a '-', which parts file, arm and seed in the "
-            "names of results; use '_' in names of files and arms."
+            f"{file}: {', '.join(map(repr, wrong))} has a '-', which parts file, arm and seed in "
+            "the names of results; use '_' in names of files and arms."
         )
     arms = {arm: _arm(said, content, f"{file}: arm {arm}") for arm, said in listed.items()}
     jobs = []

@@ -49,12 +49,10 @@ def describe_masks(keep: np.ndarray) -> dict[str, Any]:
     }
 
 
-def layer_length_correlations(
-    keep: np.ndarray, lengths: Sequence[int]
-) -> list[float | None]:
+def layer_length_correlations(keep: np.ndarray, lengths: Sequence[int]) -> list[float | None]:
     """Return for each layer the correlation of its being skipped with prompts' length.
 
-    `keep` is [prompts, layers]. None for a layer with but one answer, or where lengths are constant.
+    `keep` is [prompts, layers]. None for a layer with one answer, or where lengths are constant.
     """
     return [length_correlation((1 - layer).tolist(), lengths) for layer in keep.T.astype(float)]
 

@@ -15,27 +15,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import TrainerState, TrainingArguments, set_seed
 
-from firstlm.calibration import find_offsets
-from firstlm.clusters import DEPTH, group, router_inputs, start_from_orders
 from firstlm.config import TrainConfig
 from firstlm.data import Collator, Encoded, draw, encode, prompt_batches
 from firstlm.errors import ConfigError, DataError
-from firstlm.importance import SPACING, removal_order, start_from_order
+from firstlm.importance import SPACING
 from firstlm.interrupts import Interrupts
 from firstlm.lora import lora_parameters, without_peft_warning
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RouterPolicy, RunAll
 from firstlm.rates import RateDriver
+from firstlm.starts import first_offsets, standardise, warm_start
 from firstlm.trainer import FirstTrainer, last_checkpoint, mixed_precision
 
 RUN_FILE = "run.yaml"  # in a work folder that `firstlm train` has claimed
-CLUSTER_PROMPTS = 64  # for each group of prompts, to find groups and to fit routers to them
-STATISTICS_PROMPTS = 64  # prompts on which router inputs are standardised
-OFFSET_PROMPTS = 32  # on which phase 2 finds its first offsets
 DECISION_PROMPTS = 64  # on which it is counted how many decisions LoRA flips
 CURVES = {"ce", "skip_rate", "eval_loss", "eval_skip_rate"}  # that a run's record keeps
 STEPS = {"routers": "router_steps", "lora": "lora_steps", "joint": "lora_steps"}
@@ -104,9 +99,9 @@ def _fit_routers(
     record: dict[str, Any] = {}
     driver = RateDriver(config)
     if config.warm_start and config.skip_rate and model.routers.untrained:
-        record |= _warm_start(model, train, config, config.skip_rate)
+        record |= warm_start(model, train, config, config.skip_rate)
         driver.start(SPACING * model.layer_count)
-    _standardise(model, draw(train, STATISTICS_PROMPTS, config.seed))
+    standardise(model, train, config)
     policy_at = _routed(model, driver)
     record.update(_fit(model, train, validation, config, phase, driver, policy_at, resume))
     model.routers.fold()
@@ -147,7 +142,7 @@ def train_lora(
         return fit(driver, model.baseline.at)
     driver.alpha = max((routers or {}).get("alpha") or config.alpha, 0.0)
     if config.skip_rate is not None:
-        driver.hold(_offsets(model, train, config))
+        driver.hold(first_offsets(model, train, config))
     policy = RouterPolicy(model.routers, driver.offset(config.skip_rate))
     before = _decisions(model, validation, policy, config)
     record = fit(driver, _routed(model, driver))
@@ -183,48 +178,6 @@ def _encoded(model: FirstModel, examples: Sequence[Any], config: TrainConfig) ->
     return [encode(example, model.tokenizer, config.max_length) for example in examples]
 
 
-def _warm_start(
-    model: FirstModel, train: list[Encoded], config: TrainConfig, skip_rate: float
-) -> dict[str, Any]:
-    """Rank layers, for each group of prompts by itself, and start routers from the ranking."""
-    highest = max([skip_rate, *(config.skip_rates or ())])
-
-    def ranked(rows: list[Encoded]) -> list[int]:
-        picked = draw(rows, config.warm_start, config.seed)
-        return removal_order(model, picked, highest + 0.05, config.batch_size, config.prefill)
-
-    model.eval()
-    with mixed_precision(model):
-        if config.clusters == 1:
-            order = ranked(train)
-            start_from_order(model, order, skip_rate)
-            return {"removal_order": order}
-        rows = draw(train, CLUSTER_PROMPTS * config.clusters, config.seed)
-        prompts = [row.prompt_ids for row in rows]
-        everything = torch.ones(model.layer_count, dtype=torch.bool)
-        layer = int(DEPTH * model.layer_count)
-        states = router_inputs(model, prompts, everything, config.prefill)[layer]
-        labels = group(states, config.clusters, config.seed)
-        groups = [
-            [row for row, label in zip(rows, labels.tolist(), strict=True) if label == i]
-            for i in range(int(labels.max()) + 1)
-        ]
-        orders = [ranked(rows) for rows in groups]
-        start_from_orders(model, prompts, labels, orders, skip_rate, config.prefill)
-    return {"removal_orders": orders, "cluster_prompts": [len(rows) for rows in groups]}
-
-
-@torch.no_grad()
-def _standardise(model: FirstModel, rows: list[Encoded]) -> None:
-    """Give every router an input of mean 0 and deviation 1 over prompts."""
-    everything = torch.ones(model.layer_count, dtype=torch.bool)
-    seen = router_inputs(model, [row.prompt_ids for row in rows], everything)
-    for router, states in zip(model.routers, seen, strict=True):
-        states = states.to(router.weight.device)
-        if len(states) > 1:
-            router.standardise(states.mean(0), states.std(0))
-
-
 def add_lora(model: FirstModel, config: TrainConfig) -> None:
     """Put fresh LoRA matrices on all linear layers but the vocabulary's."""
     from peft import LoraConfig, get_peft_model
@@ -238,16 +191,6 @@ def add_lora(model: FirstModel, config: TrainConfig) -> None:
     )
     with without_peft_warning():
         model.base = get_peft_model(model.base, lora)
-
-
-def _offsets(model: FirstModel, train: list[Encoded], config: TrainConfig) -> dict[float, float]:
-    """Measure the logit offsets that meet a run's rates before phase 2 begins."""
-    prompts = [row.prompt_ids for row in draw(train, OFFSET_PROMPTS, config.seed)]
-    rates = sorted({config.skip_rate or 0.0, *(config.skip_rates or ())})
-    with mixed_precision(model):
-        rows = find_offsets(model, prompts, rates, config.prefill, config.batch_size)
-    measured = [row.rate for row in rows]
-    return {r: float(np.interp(r, measured, [row.offset for row in rows])) for r in rates}
 
 
 @torch.no_grad()

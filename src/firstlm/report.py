@@ -163,8 +163,8 @@ def recomputed(rows: Sequence[Row]) -> str:
     if not shares:
         return ""
     return (
-        "Token by token, layers that a token skips are needed by later tokens, which look at its "
-        f"keys and values there: {', '.join(shares)}. So much of what is skipped is computed anyway."
+        "Token by token, later tokens look at keys and values of layers that a token skips: "
+        f"{', '.join(shares)}. So much of what is skipped is computed anyway."
     )
 
 
