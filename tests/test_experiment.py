@@ -8,6 +8,8 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -372,16 +374,20 @@ def test_a_sweep_has_a_picture(words, tmp_path, capsys):
 def test_processes_share_a_matrix(words, monkeypatch, capsys):
     """What another process holds is left to it, and what needs that waits."""
     monkeypatch.setattr(experiment, "WAIT_S", 0.05)
-    runs = Path(words[words.index("--runs") + 1])
-    known = {job.name: job for job in jobs_of(Path(words[2]) / "tiny.yaml", str(runs), "results")}
-    with experiment._claimed(known["tiny-first-0"], known, runs) as ours:
-        assert ours
-        assert cli.main([*words, "--minutes", "0.4"]) == 0
-        assert list(results(words)) == ["tiny-first-1"]
-        said = capsys.readouterr().out
-        assert "Waiting for other processes: tiny-first-0, tiny-majority-0" in said
-        assert "2 of 3 are left" in said
-    assert cli.main(words) == 0
+    command = [sys.executable, "-m", "firstlm", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        theirs = [other.stdout.readline()]
+        assert theirs == ["tiny-first-0: training\n"]
+        assert cli.main(words) == 0
+        theirs += other.stdout.readlines()
+    assert other.returncode == 0
+    ours = capsys.readouterr().out
+    assert ours.startswith("tiny-first-1: training\n")
+    said = [line.strip() for line in [*theirs, *ours.splitlines()]]
+    for what in ("training", "scoring"):
+        assert sorted(said.count(f"{job}: {what}") for job in JOBS) == [1, 1, 1]
+    assert any(line.startswith("Waiting for other processes: tiny-") for line in said)
     assert list(results(words)) == JOBS
 
 

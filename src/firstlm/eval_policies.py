@@ -5,16 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from firstlm.baselines import OrderedSkip
 from firstlm.config import BASELINES, DIAGNOSTICS, EVAL_POLICIES, RATED
 from firstlm.data import pad_left, prompt_batches, spread_by_length
+from firstlm.decisions import RoutingState
 from firstlm.errors import ConfigError
 from firstlm.model import FirstModel
-from firstlm.policies import Policy, RouterPolicy, RunAll
+from firstlm.policies import Policy, RouterPolicy, RunAll, SteppedPolicy
 from firstlm.thresholds import most_skipped_first
 from firstlm.token_level import TokenLevel
 
@@ -89,6 +90,45 @@ def settle(
         free = [layer for layer in order if layer in model.free_layers]
         return OrderedSkip(free, model.layer_count, float(skipped.mean()))
     return policy
+
+
+class Usage(NamedTuple):
+    """What a policy left out of each of some rows.
+
+    Attributes:
+        keep: [rows, layers], of the whole row, or of most of its tokens.
+        rates: skip rates.
+        weights: what each rate counts in a mean.
+        kv_recomputed: see `token_level.usage`; empty for policies that need nothing again.
+    """
+
+    keep: torch.Tensor
+    rates: list[float]
+    weights: list[int]
+    kv_recomputed: list[float]
+
+
+def usage(policy: Policy, state: RoutingState, mask: torch.Tensor, steps: Sequence[int]) -> Usage:
+    """Return what was left out of the rows of a batch.
+
+    Args:
+        policy: what decided.
+        state: its decisions.
+        mask: of the prompts [rows, tokens], False on padding.
+        steps: decode steps of each row's own answer.
+    """
+    if isinstance(policy, TokenLevel):
+        tokens = [prompt + step for prompt, step in zip(mask.sum(1).tolist(), steps, strict=True)]
+        keep, rates, recomputed = policy.take(mask, steps)
+        return Usage(keep, rates, tokens, recomputed)
+    # A mask that holds for the whole answer counts once a prompt, others by decode steps.
+    weights = list(steps) if state.stepped is not None else [1] * len(steps)
+    return Usage(state.keep_after(steps), state.skip_rates(steps), weights, [])
+
+
+def saves_time(policy: Policy) -> bool:
+    """Whether time per token means something: layers are left out, as many at every step."""
+    return not isinstance(policy, SteppedPolicy | TokenLevel)
 
 
 def own_policy(model: FirstModel) -> str:

@@ -20,17 +20,16 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from firstlm.bertscore import BertScore
 from firstlm.data import Encoded, check_room, encode, pad_left, spread_by_length
 from firstlm.errors import DataError
-from firstlm.eval_policies import choose, run_name, settle
+from firstlm.eval_policies import choose, run_name, saves_time, settle, usage
 from firstlm.examples import Example
 from firstlm.journal import Journal
 from firstlm.losses import item_losses
 from firstlm.masks import describe_masks, describe_rates, from_bits, to_bits
 from firstlm.metrics import Scores, perplexity
 from firstlm.model import FirstModel
-from firstlm.policies import Policy, SteppedPolicy
+from firstlm.policies import Policy
 from firstlm.probes import decode_times
 from firstlm.tasks import Task, find_task
-from firstlm.token_level import TokenLevel
 
 RHO_BINS = 20  # of the histogram of router outputs
 
@@ -162,7 +161,7 @@ def _tpot_ratio(
         nothing is timed, layers go as an answer grows, so that it depends on its length, or no
         layer is skipped for real.
     """
-    if not timed or isinstance(policy, SteppedPolicy | TokenLevel):
+    if not timed or not saves_time(policy):
         return None
     ratios = []
     for prompt in spread_by_length(prompts, timed):
@@ -249,17 +248,12 @@ def _answer(
     new, state = output.sequences[:, ids.shape[1] :], output.cache.state
     texts, rho = tokenizer.batch_decode(new.tolist(), skip_special_tokens=True), state.rho
     steps = _decode_steps(new, [task.ended(text) for text in texts], model)
-    # A mask that holds for the whole answer counts once a prompt, others by tokens.
-    weights = steps if state.stepped is not None else [1] * len(steps)
-    keep, rates, recomputed = state.keep_after(steps), state.skip_rates(steps), list[float]()
-    if isinstance(policy, TokenLevel):
-        keep, rates, recomputed = policy.take(mask, steps)
-        weights = [len(prompt) + step for prompt, step in zip(prompts, steps, strict=True)]
+    used = usage(policy, state, mask, steps)
     return {
         "answers": [task.clean(text) for text in texts],
-        "keep": to_bits(keep.tolist()),
-        "skip_rates": list(zip(rates, weights, strict=True)),
-        "kv_recomputed": recomputed,
+        "keep": to_bits(used.keep.tolist()),
+        "skip_rates": list(zip(used.rates, used.weights, strict=True)),
+        "kv_recomputed": used.kv_recomputed,
         "rho": [] if rho is None else [[round(x, 4) for x in row] for row in rho.tolist()],
         "layer_calls": output.layer_calls,
         "decode_steps": new.shape[1] - 1,
