@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is there anything to adapt to? What the best choice of layers for each prompt could gain.
+
+Masks that skip equally many layers, and differ from an artifact's majority mask in one layer, are
+scored on each prompt of one or more test sets. Compared by cross-validation over blocks of prompts:
+one mask for all; one mask a test set; the mask that ridge regression predicts to be best, from the
+mean of a prompt's states a third of the way up, that of the first layer, the last token's state, or
+the prompt's length alone; and the best mask of each prompt in hindsight, which knows the answer.
+
+    python experiments/headroom.py runs/qamr-first-0 --data qa/qamr
+    python experiments/headroom.py runs/mix-clustered-0 --data qa/qamr summarization/debian_synopsis
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from firstlm.clusters import DEPTH
+from firstlm.data import encode, pad_left
+from firstlm.examples import load_examples
+from firstlm.losses import item_losses
+from firstlm.model import FirstModel
+from firstlm.policies import FixedMask
+from firstlm.results import DATA_VARIABLE, provenance, sha256_of, write_json
+
+INSIDE, OUTSIDE = 4, 5  # layers of the mask, and beside it, that are exchanged one for one
+FOLDS, BATCH = 5, 16
+RIDGES = (0.1, 1.0, 10.0, 100.0)  # on standardised features, per feature
+DRAWS = 2000
+
+
+def features_of(model: FirstModel, prompts: list[list[int]], keep: torch.Tensor) -> dict:
+    """Return what a router might read of prompts under a mask [prompts, width], by its name."""
+    deep = int(DEPTH * model.layer_count)
+    parts: dict[str, list[torch.Tensor]] = {}
+    for first in range(0, len(prompts), BATCH):
+        batch = prompts[first : first + BATCH]
+        ids, mask = pad_left(batch, model.pad_id)
+        output, _ = model(
+            ids, mask, FixedMask(keep), output_hidden_states=True, logits_to_keep=torch.tensor([-1])
+        )
+        states, real = output.hidden_states, mask.unsqueeze(-1)
+        for name, found in {
+            "mean": (states[deep] * real).sum(1) / real.sum(1),
+            "mean_of_first_layer": (states[1] * real).sum(1) / real.sum(1),
+            "last_token": states[deep][:, -1],
+            "length": real.sum(1).log(),
+        }.items():
+            parts.setdefault(name, []).append(found.float())
+    return {name: torch.cat(found).numpy() for name, found in parts.items()}
+
+
+def masks_near(order: list[int], layers: int, rate: float) -> torch.Tensor:
+    """Return keep [masks, layers]: the one that an order begins with, and its neighbours."""
+    count = round(rate * layers)
+    base = order[:count]
+    swaps = product(order[count - INSIDE : count], order[count : count + OUTSIDE])
+    sets = [base, *([layer for layer in base if layer != out] + [new] for out, new in swaps)]
+    keep = torch.ones(len(sets), layers, dtype=torch.bool)
+    for row, skipped in zip(keep, sets, strict=True):
+        row[skipped] = False
+    return keep
+
+
+def predicted(known: np.ndarray, losses: np.ndarray, asked: np.ndarray, ridge: float) -> np.ndarray:
+    """Return the mask that ridge regression expects to lose least on each prompt.
+
+    Args:
+        known: features of the prompts to learn from [prompts, width].
+        losses: of them under each mask [prompts, masks].
+        asked: features of the prompts to choose for.
+        ridge: weight of the penalty.
+    """
+    mean, scale = known.mean(0), known.std(0) + 1e-6
+    rows, new = (known - mean) / scale, (asked - mean) / scale
+    # Against the prompt's mean over masks: how hard a prompt is says nothing about masks.
+    wish = losses - losses.mean(1, keepdims=True)
+    width = rows.shape[1]
+    alike = rows @ rows.T / width + ridge * np.eye(len(rows))
+    weight = np.linalg.solve(alike, wish - wish.mean(0))
+    return (wish.mean(0) + new @ rows.T / width @ weight).argmin(1)
+
+
+def choose_by(features: np.ndarray, losses: np.ndarray, train: np.ndarray, test: np.ndarray):
+    """Return a mask for each prompt of `test`; the ridge is picked on a part of `train`."""
+    part = len(train) * 3 // 4
+    inner, held = train[:part], train[part:]
+    scores = [
+        losses[held, predicted(features[inner], losses[inner], features[held], ridge)].mean()
+        for ridge in RIDGES
+    ]
+    ridge = RIDGES[int(np.argmin(scores))]
+    return predicted(features[train], losses[train], features[test], ridge)
+
+
+def compare(losses: np.ndarray, features: dict[str, np.ndarray], sets: np.ndarray) -> dict:
+    """Return the mean loss of each way to choose, and by how much it is below one mask for all.
+
+    Args:
+        losses: per answer token [prompts, masks].
+        features: what a choice may know [prompts, width], by its name.
+        sets: the test set of each prompt.
+    """
+    # Neighbouring rows may share a text, so they fall into one fold, of each set.
+    fold = np.concatenate(
+        [np.arange(n) * FOLDS // n for n in np.bincount(sets, minlength=sets.max() + 1)]
+    )
+    chosen = {name: np.empty(len(losses), int) for name in ("one_mask", "by_set", *features)}
+    for i in range(FOLDS):
+        train, test = np.flatnonzero(fold != i), np.flatnonzero(fold == i)
+        chosen["one_mask"][test] = losses[train].mean(0).argmin()
+        for one in np.unique(sets):
+            of_set = train[sets[train] == one]
+            chosen["by_set"][test[sets[test] == one]] = losses[of_set].mean(0).argmin()
+        for name, known in features.items():
+            chosen[name][test] = choose_by(known, losses, train, test)
+    chosen["hindsight"] = losses.argmin(1)
+    rows = np.arange(len(losses))
+    one = losses[rows, chosen["one_mask"]]
+    rng = np.random.default_rng(0)
+    draws = rng.integers(0, len(rows), (DRAWS, len(rows)))
+    found = {}
+    for name, picked in chosen.items():
+        mine = losses[rows, picked]
+        low, high = np.percentile((one - mine)[draws].mean(1), [2.5, 97.5])
+        found[name] = {
+            "loss": float(mine.mean()),
+            "gain": float((one - mine).mean()),
+            "gain_ci95": [float(low), float(high)],
+            "masks_used": len(set(picked.tolist())),
+        }
+    return found
+
+
+@torch.no_grad()
+def main() -> None:
+    """Score every mask on every prompt, and compare ways to choose one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("artifact")
+    parser.add_argument("--data", nargs="+", required=True, help=f"sets below ${DATA_VARIABLE}")
+    parser.add_argument("--order-of", help="artifact whose majority mask is meant, if another")
+    parser.add_argument("--skip-rate", type=float, default=0.25)
+    parser.add_argument("--limit", type=int, default=500, help="prompts of each set")
+    parser.add_argument("--batch-size", type=int, default=25)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--output")
+    options = parser.parse_args()
+    model = FirstModel.from_pretrained(options.artifact, dtype=options.dtype)
+    ranked = FirstModel.from_pretrained(options.order_of or options.artifact, dtype=options.dtype)
+    order = ranked.thresholds.majority(options.skip_rate, "skip")
+    keep = masks_near(order, model.layer_count, options.skip_rate)
+    files = [Path(os.environ[DATA_VARIABLE], name, "test.jsonl.gz") for name in options.data]
+    rows, sets = [], []
+    for number, file in enumerate(files):
+        found = load_examples(str(file), limit=options.limit)
+        rows += [encode(example, model.tokenizer, model.context_length) for example in found]
+        sets += [number] * len(found)
+    by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
+    losses = np.empty((len(rows), len(keep)))
+    for column, mask in enumerate(tqdm(keep, desc="masks")):
+        total, tokens, _ = item_losses(
+            model, [rows[i] for i in by_length], FixedMask(mask), options.batch_size
+        )
+        losses[by_length, column] = (total / tokens).numpy()
+    prompts = [row.prompt_ids for row in rows]
+    result = {
+        "artifact": Path(options.artifact).name,
+        "order_of": Path(options.order_of or options.artifact).name,
+        "sets": options.data,
+        "prompts": len(rows),
+        "masks": len(keep),
+        "skip_rate": float(1 - keep[0].float().mean()),
+        "choices": compare(losses, features_of(model, prompts, keep[0]), np.array(sets)),
+        "provenance": provenance(
+            data={n: sha256_of(file) for n, file in zip(options.data, files, strict=True)}
+        ),
+    }
+    for name, found in result["choices"].items():
+        print(
+            f"{name:20} loss {found['loss']:.4f}, below one mask by {found['gain']:+.4f} "
+            f"({found['gain_ci95'][0]:+.4f} to {found['gain_ci95'][1]:+.4f}), "
+            f"{found['masks_used']} masks"
+        )
+    if options.output:
+        write_json(options.output, result)
+
+
+if __name__ == "__main__":
+    main()
