@@ -19,7 +19,7 @@ from firstlm.scoreboard import LABELS
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results -->", "<!-- /results -->"
-SHOWN = ("qamr", "debian", "multi30k")  # experiment files whose policies README compares
+SHOWN = ("qamr", "debian", "multi30k", "qwen")  # experiment files whose policies README compares
 RATES = (0.15, 0.25, 0.40)
 Row = Mapping[str, Any]
 
