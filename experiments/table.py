@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of README.md and docs/results.md from results/*.json, none typed by hand.
+"""Write the tables of README.md and docs from results/*.json, none typed by hand.
 
 python experiments/table.py            # print those of README.md
-python experiments/table.py --write    # put the tables into both
+python experiments/table.py --write    # put the tables into their files
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from firstlm.report import recomputed
 from firstlm.scoreboard import LABELS
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
 START, END = "<!-- results -->", "<!-- /results -->"
 SHOWN = ("qamr", "debian", "multi30k", "qwen")  # experiment files whose policies README compares
 RATES = (0.15, 0.25, 0.40)
@@ -112,9 +113,69 @@ def timing_table(report: dict) -> list[str]:
     return lines
 
 
+MAJORITIES = {
+    "its own majority mask": ("majority", "first"),
+    "that mask with LoRA of its own": ("majority", "majority"),
+    "one mask a test set": ("majority_here", "first"),
+}
+CHOICES = {
+    "by_set": "the best mask of each set",
+    "mean": "predicted from the mean of its states",
+    "mean_of_first_layer": "from that of the first layer",
+    "last_token": "from the last token's state",
+    "length": "from its length",
+    "hindsight": "the best of each prompt, in hindsight",
+}
+
+
+def adaptivity_table() -> list[str]:
+    """Return a table of how far FiRST's masks are above masks that do not differ by prompt."""
+    lines = [
+        f"| model, test set | asked | masks | entropy, bits | {' | '.join(MAJORITIES)} | seeds |",
+        "|---|---|---|---|" + "---|" * (len(MAJORITIES) + 1),
+    ]
+    for section, rows in sections().items():
+        for row in rows:
+            mine = [gain for gain in row["gains"] if gain["arm"] == row["arm"]]
+            if not any(gain["policy"] == "majority" for gain in mine):
+                continue
+            gains = {(gain["policy"], gain["lora_of"]): gain for gain in [*row["gains"], *mine]}
+            cells = [_gain(gains.get(key)) for key in MAJORITIES.values()]
+            lines.append(
+                f"| {row['arm']}, {section.dataset} | {row['skip_rate_asked']:.0%} "
+                f"| {row['distinct_masks']:.1f} | {row['mask_entropy']:.2f} | {' | '.join(cells)} "
+                f"| {row['seeds']} |"
+            )
+    return [*lines, "", "Above, in points of the primary metric, paired, with 95% intervals."]
+
+
+def _gain(gain: Row | None) -> str:
+    return "" if gain is None else "{value:+.1f} ({low:+.1f} to {high:+.1f})".format(**gain)
+
+
+def headroom_table() -> list[str]:
+    """Return a table of what choosing a mask by prompt could gain."""
+    reports = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("headroom_*.json"))]
+    lines = [
+        f"| model, masks of, sets | one mask for all | {' | '.join(CHOICES.values())} |",
+        "|---|---|" + "---|" * len(CHOICES),
+    ]
+    for report in reports:
+        found = report["choices"]
+        cells = [
+            "{gain:+.3f} ({0:+.3f} to {1:+.3f})".format(*found[name]["gain_ci95"], **found[name])
+            for name in CHOICES
+        ]
+        lines.append(
+            f"| {report['artifact']}, {report['order_of']}, {' + '.join(report['sets'])} "
+            f"| {found['one_mask']['loss']:.3f} | {' | '.join(cells)} |"
+        )
+    return lines
+
+
 def sections() -> dict[Section, list[Row]]:
     """Return the summary's rows by section."""
-    return groups(json.loads((ROOT / "results" / "summary.json").read_text()))
+    return groups(json.loads((RESULTS / "summary.json").read_text()))
 
 
 def text() -> str:
@@ -124,7 +185,7 @@ def text() -> str:
         if section.file in SHOWN:
             parts += [*compact_table(section, rows), ""]
             parts += [f"Made by `firstlm experiment run experiments/{section.file}.yaml`.", ""]
-    timing = ROOT / "results" / "timing_smollm2.json"
+    timing = RESULTS / "timing_smollm2.json"
     parts += [*timing_table(json.loads(timing.read_text())), ""]
     parts += ["Made by `python experiments/timing.py`.", ""]
     return "\n".join(parts).rstrip() + "\n"
@@ -132,15 +193,28 @@ def text() -> str:
 
 def pages() -> dict[Path, str]:
     """Return what the files with tables hold."""
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(START)
+    readme, adaptivity = ROOT / "README.md", ROOT / "docs" / "adaptivity.md"
     parts = ["# Results", "", "Written by `python experiments/table.py --write` from results/.", ""]
     for section, rows in sections().items():
         parts += [*full_table(section, rows), ""]
     return {
-        readme: f"{before}{START}\n{text()}{END}{rest.split(END)[1]}",
+        readme: _filled(readme, [text().rstrip()]),
+        adaptivity: _filled(
+            adaptivity,
+            ["\n".join(adaptivity_table())],
+            ["\n".join(headroom_table())],
+        ),
         ROOT / "docs" / "results.md": "\n".join(parts).rstrip() + "\n",
     }
+
+
+def _filled(file: Path, *tables: list[str]) -> str:
+    """Return a file's text with other tables between its markers, in their order."""
+    before, *rest = file.read_text().split(START)
+    parts = [before]
+    for table, part in zip(tables, rest, strict=True):
+        parts += [START, "\n", *table, "\n", END, part.split(END)[1]]
+    return "".join(parts)
 
 
 def main() -> None:
