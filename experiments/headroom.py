@@ -2,13 +2,16 @@
 """Is there anything to adapt to? What the best choice of layers for each prompt could gain.
 
 Masks that skip equally many layers, and differ from an artifact's majority mask in one layer, are
-scored on each prompt of one or more test sets. Compared by cross-validation over blocks of prompts:
+scored on each prompt of one or more test sets. Compared by cross-validation, prompts about one text
+together:
 one mask for all; one mask a test set; the mask that ridge regression predicts to be best, from the
 mean of a prompt's states a third of the way up, that of the first layer, the last token's state, or
 the prompt's length alone; and the best mask of each prompt in hindsight, which knows the answer.
 
-    python experiments/headroom.py runs/qamr-first-0 --data qa/qamr
-    python experiments/headroom.py runs/mix-clustered-0 --data qa/qamr summarization/debian_synopsis
+    python experiments/headroom.py runs/qamr-first-0 --data qa/qamr \\
+        --output results/headroom_qamr_first.json
+    python experiments/headroom.py runs/mix-clustered-0 \\
+        --data qa/qamr summarization/debian_synopsis --output results/headroom_mix.json
 """
 
 from __future__ import annotations
@@ -22,46 +25,58 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from firstlm.clusters import DEPTH
-from firstlm.data import encode, pad_left
-from firstlm.examples import load_examples
+from firstlm import artifact_files
+from firstlm.clusters import DEPTH, router_inputs
+from firstlm.data import encode, pad_left, scored_examples
 from firstlm.losses import item_losses
+from firstlm.metrics import grouped
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask
 from firstlm.results import DATA_VARIABLE, provenance, sha256_of, write_json
 
 INSIDE, OUTSIDE = 4, 5  # layers of the mask, and beside it, that are exchanged one for one
 FOLDS, BATCH = 5, 16
-RIDGES = (0.1, 1.0, 10.0, 100.0)  # on standardised features, per feature
+RIDGES = (0.1, 1.0, 10.0, 100.0, 1e9)  # on standardised features, per feature
 DRAWS = 2000
 
 
 def features_of(model: FirstModel, prompts: list[list[int]], keep: torch.Tensor) -> dict:
     """Return what a router might read of prompts under a mask [prompts, width], by its name."""
     deep = int(DEPTH * model.layer_count)
-    parts: dict[str, list[torch.Tensor]] = {}
+    seen = router_inputs(model, prompts, keep)
+    last = []
     for first in range(0, len(prompts), BATCH):
-        batch = prompts[first : first + BATCH]
-        ids, mask = pad_left(batch, model.pad_id)
+        ids, mask = (
+            part.to(model.device) for part in pad_left(prompts[first : first + BATCH], model.pad_id)
+        )
         output, _ = model(
             ids, mask, FixedMask(keep), output_hidden_states=True, logits_to_keep=torch.tensor([-1])
         )
-        states, real = output.hidden_states, mask.unsqueeze(-1)
-        for name, found in {
-            "mean": (states[deep] * real).sum(1) / real.sum(1),
-            "mean_of_first_layer": (states[1] * real).sum(1) / real.sum(1),
-            "last_token": states[deep][:, -1],
-            "length": real.sum(1).log(),
-        }.items():
-            parts.setdefault(name, []).append(found.float())
-    return {name: torch.cat(found).numpy() for name, found in parts.items()}
+        last.append(output.hidden_states[deep][:, -1].float().cpu())
+    return {
+        "mean": seen[deep].numpy(),
+        "mean_of_first_layer": seen[1].numpy(),
+        "last_token": torch.cat(last).numpy(),
+        "length": np.log([[len(prompt)] for prompt in prompts]),
+    }
+
+
+def order_of(folder: str, rate: float) -> list[int]:
+    """Return an artifact's layers, those first that most prompts skip; ties by its ranking."""
+    record = artifact_files.read_config(artifact_files.find(folder))["training"]["routers"]
+    rankings = record.get("removal_orders") or [record["removal_order"]]
+    places = np.mean([np.argsort(ranking) for ranking in rankings], axis=0)
+    rows = [row for row in artifact_files.read_thresholds(folder).table["skip"] if row.skipped]
+    skipped = min(rows, key=lambda row: abs(row.rate - rate)).skipped
+    return sorted(range(len(skipped)), key=lambda layer: (-skipped[layer], places[layer]))
 
 
 def masks_near(order: list[int], layers: int, rate: float) -> torch.Tensor:
     """Return keep [masks, layers]: the one that an order begins with, and its neighbours."""
     count = round(rate * layers)
     base = order[:count]
-    swaps = product(order[count - INSIDE : count], order[count : count + OUTSIDE])
+    last, next_ones = order[max(count - INSIDE, 0) : count], order[count : count + OUTSIDE]
+    swaps = product(last, next_ones)
     sets = [base, *([layer for layer in base if layer != out] + [new] for out, new in swaps)]
     keep = torch.ones(len(sets), layers, dtype=torch.bool)
     for row, skipped in zip(keep, sets, strict=True):
@@ -88,30 +103,35 @@ def predicted(known: np.ndarray, losses: np.ndarray, asked: np.ndarray, ridge: f
     return (wish.mean(0) + new @ rows.T / width @ weight).argmin(1)
 
 
-def choose_by(features: np.ndarray, losses: np.ndarray, train: np.ndarray, test: np.ndarray):
-    """Return a mask for each prompt of `test`; the ridge is picked on a part of `train`."""
-    part = len(train) * 3 // 4
-    inner, held = train[:part], train[part:]
+def choose_by(features: np.ndarray, losses: np.ndarray, fold: np.ndarray, at: int) -> np.ndarray:
+    """Return a mask for each prompt of a fold, learnt on the others.
+
+    The ridge is picked on one of them; the strongest is one mask for all.
+    """
+    held, test = fold == (at + 1) % FOLDS, fold == at
+    inner = ~held & ~test
     scores = [
         losses[held, predicted(features[inner], losses[inner], features[held], ridge)].mean()
         for ridge in RIDGES
     ]
     ridge = RIDGES[int(np.argmin(scores))]
-    return predicted(features[train], losses[train], features[test], ridge)
+    return predicted(features[~test], losses[~test], features[test], ridge)
 
 
-def compare(losses: np.ndarray, features: dict[str, np.ndarray], sets: np.ndarray) -> dict:
+def compare(
+    losses: np.ndarray, features: dict[str, np.ndarray], sets: np.ndarray, groups: np.ndarray
+) -> dict:
     """Return the mean loss of each way to choose, and by how much it is below one mask for all.
 
     Args:
         losses: per answer token [prompts, masks].
         features: what a choice may know [prompts, width], by its name.
         sets: the test set of each prompt.
+        groups: of prompts about one text; they are in one fold, and drawn together.
     """
-    # Neighbouring rows may share a text, so they fall into one fold, of each set.
-    fold = np.concatenate(
-        [np.arange(n) * FOLDS // n for n in np.bincount(sets, minlength=sets.max() + 1)]
-    )
+    rng = np.random.default_rng(0)
+    number = groups.max() + 1
+    fold = (rng.permutation(number) % FOLDS)[groups]
     chosen = {name: np.empty(len(losses), int) for name in ("one_mask", "by_set", *features)}
     for i in range(FOLDS):
         train, test = np.flatnonzero(fold != i), np.flatnonzero(fold == i)
@@ -120,16 +140,18 @@ def compare(losses: np.ndarray, features: dict[str, np.ndarray], sets: np.ndarra
             of_set = train[sets[train] == one]
             chosen["by_set"][test[sets[test] == one]] = losses[of_set].mean(0).argmin()
         for name, known in features.items():
-            chosen[name][test] = choose_by(known, losses, train, test)
+            chosen[name][test] = choose_by(known, losses, fold, i)
     chosen["hindsight"] = losses.argmin(1)
     rows = np.arange(len(losses))
     one = losses[rows, chosen["one_mask"]]
-    rng = np.random.default_rng(0)
-    draws = rng.integers(0, len(rows), (DRAWS, len(rows)))
+    draws = [
+        np.bincount(rng.integers(0, number, number), minlength=number)[groups] for _ in range(DRAWS)
+    ]
     found = {}
     for name, picked in chosen.items():
         mine = losses[rows, picked]
-        low, high = np.percentile((one - mine)[draws].mean(1), [2.5, 97.5])
+        gains = [np.average(one - mine, weights=times) for times in draws]
+        low, high = np.percentile(gains, [2.5, 97.5])
         found[name] = {
             "loss": float(mine.mean()),
             "gain": float((one - mine).mean()),
@@ -155,13 +177,13 @@ def main() -> None:
     parser.add_argument("--output")
     options = parser.parse_args()
     model = FirstModel.from_pretrained(options.artifact, dtype=options.dtype)
-    ranked = FirstModel.from_pretrained(options.order_of or options.artifact, dtype=options.dtype)
-    order = ranked.thresholds.majority(options.skip_rate, "skip")
+    order = order_of(options.order_of or options.artifact, options.skip_rate)
     keep = masks_near(order, model.layer_count, options.skip_rate)
     files = [Path(os.environ[DATA_VARIABLE], name, "test.jsonl.gz") for name in options.data]
-    rows, sets = [], []
+    rows, sets, names = [], [], []
     for number, file in enumerate(files):
-        found = load_examples(str(file), limit=options.limit)
+        found = scored_examples(str(file), limit=options.limit)
+        names += [f"{number} {example.group}" for example in found]
         rows += [encode(example, model.tokenizer, model.context_length) for example in found]
         sets += [number] * len(found)
     by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
@@ -172,14 +194,16 @@ def main() -> None:
         )
         losses[by_length, column] = (total / tokens).numpy()
     prompts = [row.prompt_ids for row in rows]
+    groups = grouped(names)
     result = {
         "artifact": Path(options.artifact).name,
         "order_of": Path(options.order_of or options.artifact).name,
         "sets": options.data,
         "prompts": len(rows),
+        "groups": int(groups.max()) + 1,
         "masks": len(keep),
         "skip_rate": float(1 - keep[0].float().mean()),
-        "choices": compare(losses, features_of(model, prompts, keep[0]), np.array(sets)),
+        "choices": compare(losses, features_of(model, prompts, keep[0]), np.array(sets), groups),
         "provenance": provenance(
             data={n: sha256_of(file) for n, file in zip(options.data, files, strict=True)}
         ),

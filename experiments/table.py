@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from firstlm.figures import Section, groups, labelled, title
-from firstlm.report import recomputed
+from firstlm.report import gain_text, recomputed
 from firstlm.scoreboard import LABELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,8 +131,8 @@ CHOICES = {
 def adaptivity_table() -> list[str]:
     """Return a table of how far FiRST's masks are above masks that do not differ by prompt."""
     lines = [
-        f"| model, test set | asked | masks | entropy, bits | {' | '.join(MAJORITIES)} | seeds |",
-        "|---|---|---|---|" + "---|" * (len(MAJORITIES) + 1),
+        f"| model, test set | asked | masks | entropy, bits | {' | '.join(MAJORITIES)} |",
+        "|---|---|---|---|" + "---|" * (len(MAJORITIES)),
     ]
     for section, rows in sections().items():
         for row in rows:
@@ -140,17 +140,13 @@ def adaptivity_table() -> list[str]:
             if not any(gain["policy"] == "majority" for gain in mine):
                 continue
             gains = {(gain["policy"], gain["lora_of"]): gain for gain in [*row["gains"], *mine]}
-            cells = [_gain(gains.get(key)) for key in MAJORITIES.values()]
+            found = [gains.get(key) for key in MAJORITIES.values()]
+            cells = ["" if gain is None else gain_text(gain) for gain in found]
             lines.append(
                 f"| {row['arm']}, {section.dataset} | {row['skip_rate_asked']:.0%} "
-                f"| {row['distinct_masks']:.1f} | {row['mask_entropy']:.2f} | {' | '.join(cells)} "
-                f"| {row['seeds']} |"
+                f"| {row['distinct_masks']:.1f} | {row['mask_entropy']:.2f} | {' | '.join(cells)} |"
             )
     return [*lines, "", "Above, in points of the primary metric, paired, with 95% intervals."]
-
-
-def _gain(gain: Row | None) -> str:
-    return "" if gain is None else "{value:+.1f} ({low:+.1f} to {high:+.1f})".format(**gain)
 
 
 def headroom_table() -> list[str]:
@@ -164,11 +160,15 @@ def headroom_table() -> list[str]:
         found = report["choices"]
         cells = [
             "{gain:+.3f} ({0:+.3f} to {1:+.3f})".format(*found[name]["gain_ci95"], **found[name])
+            if name != "by_set" or len(report["sets"]) > 1
+            else ""
             for name in CHOICES
         ]
         lines.append(
-            f"| {report['artifact']}, {report['order_of']}, {' + '.join(report['sets'])} "
-            f"| {found['one_mask']['loss']:.3f} | {' | '.join(cells)} |"
+            f"| {report['artifact']}, {report['order_of']}, {' + '.join(report['sets'])}: "
+            f"{report['skip_rate']:.0%} skipped, {report['masks']} masks, {report['prompts']} "
+            f"prompts on {report['groups']} texts | {found['one_mask']['loss']:.3f} "
+            f"| {' | '.join(cells)} |"
         )
     return lines
 

@@ -22,6 +22,7 @@ from firstlm.data import (
     encode_all,
     encode_prompt,
     pad_left,
+    scored_examples,
     split_validation,
 )
 from firstlm.errors import ConfigError, DataError
@@ -374,3 +375,18 @@ def test_rows_to_answer_need_no_answer(tmp_path: Path, byte_tokenizer: Any) -> N
     assert "why" in found[2].prompt
     with pytest.raises(DataError, match=":1: no known columns"):
         load_examples(source, tokenizer=byte_tokenizer)
+
+
+def test_what_is_scored_is_drawn_from_all_of_a_file_and_always_the_same(tmp_path):
+    file = tmp_path / "test.jsonl"
+    rows = [
+        {"id": f"{i:03}", "prompt": f"p{i}", "completion": "c", "context": f"text {i // 50}"}
+        for i in range(200)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = scored_examples(str(file), limit=40)
+    assert [e.id for e in found] == [e.id for e in scored_examples(str(file), limit=40)]
+    ids = [e.id for e in found]
+    assert ids == sorted(set(ids))
+    assert {e.group for e in found} == {f"text {i}" for i in range(4)}
+    assert len(scored_examples(str(file))) == len(scored_examples(str(file), limit=500)) == 200

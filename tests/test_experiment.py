@@ -22,6 +22,7 @@ from firstlm import FirstModel, cli, evaluate, experiment
 from firstlm.errors import ConfigError
 from firstlm.figures import curves, labelled, swept
 from firstlm.jobs import jobs_of
+from firstlm.masks import length_correlation
 from firstlm.report import recomputed
 from firstlm.summary import adaptivity, read
 
@@ -141,6 +142,13 @@ def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys)
         assert below == report["runs"]["router@0.34"]["layer_skip_share"]
         assert [step for step, _ in report["training"]["lora"]["curve"]["eval_loss"]] == [0, 2]
     see_the_report(folder, found, capsys)
+    kept = (folder / f"{JOBS[0]}.json").read_text()
+    (folder / f"{JOBS[0]}.json").write_text(
+        kept.replace(reports[0]["runs"]["base"]["items"][0]["id"], "q9")
+    )
+    assert cli.main([words[0], "summary", *words[2:]]) == 2
+    assert "was scored on other items" in capsys.readouterr().err
+    (folder / f"{JOBS[0]}.json").write_text(kept)
     Path(json.loads((folder / f"{JOBS[0]}.json").read_text())["inputs"]["data"]).write_text(
         '{"prompt": "a", "completion": "b"}\n'
     )
@@ -189,6 +197,14 @@ def test_arms_with_one_policy_are_told_apart():
     rows = [row("qamr-first"), row("qamr-full"), row("qamr-unified", "unified")]
     names = [name for name, _ in labelled(rows)]
     assert names == ["FiRST (qamr-first)", "FiRST (qamr-full)", "unified"]
+
+
+def test_rates_that_differ_by_rounding_alone_are_constant():
+    lengths = [10, 20, 30]
+    rates = [1 - 22 / 30, 8 / 30, 1 - 22 / 30]
+    assert rates[0] != rates[1]
+    assert length_correlation(rates, lengths) is None
+    assert length_correlation([0.1, 0.2, 0.3], lengths) > 0.9
 
 
 def test_what_token_level_routing_computes_again_is_said():
@@ -324,6 +340,7 @@ def test_a_layers_correlation_with_length_is_over_seeds():
     assert adaptivity([up])["layer_length_correlation"] == pytest.approx(1)
     assert adaptivity([down])["layer_length_correlation"] == pytest.approx(-1)
     assert adaptivity([up, down])["layer_length_correlation"] == pytest.approx(0)
+    assert adaptivity([up, run([short, short])])["layer_length_correlation"] == pytest.approx(0.5)
     assert adaptivity([run([short, short])])["layer_length_correlation"] is None
 
 
@@ -424,7 +441,7 @@ def test_what_was_made_with_other_options_is_not_taken_for_done(words, capsys):
 def test_an_artifact_made_anew_is_noticed_by_what_took_it(words, capsys, tmp_path):
     assert cli.main([*words, "--only", "tiny-majority"]) == 0
     file = Path(words[2]) / "tiny.yaml"
-    for warm_start, last in ((4, "scored"), (0, "trained with another tiny-first-0 than is there")):
+    for warm_start, last in ((4, "scored"), (0, "with another tiny-first-0 than is there")):
         if last != "scored":
             for folder in (tmp_path / "runs").glob("tiny-first-0*"):
                 shutil.rmtree(folder)

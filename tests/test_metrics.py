@@ -14,6 +14,7 @@ from firstlm.errors import ConfigError, DataError
 from firstlm.metrics import (
     exact_match,
     f1,
+    grouped,
     means,
     normalize,
     over_seeds,
@@ -200,3 +201,24 @@ def test_bertscore_knows_meaning_takes_the_nearest_reference_and_survives_silenc
 def test_an_encoder_that_is_none_is_named(tmp_path):
     with pytest.raises(ConfigError, match="is no encoder for BERTScore"):
         BertScore(str(tmp_path))
+
+
+def test_items_of_a_group_are_drawn_together() -> None:
+    """Ten texts asked about ten times each are ten texts, whatever is asked about them."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(10), 10)
+    right = np.repeat(rng.random(10) < 0.5, 10)
+    scores, base = means(right), means(np.ones(100))
+    alone, together = scores.estimate(), scores.estimate(groups=groups)
+    assert together.value == alone.value
+    assert together.high - together.low > 2 * (alone.high - alone.low)
+    for found in (
+        retention(scores, base, groups=groups),
+        over_seeds([scores], [base], groups=groups),
+        over_seeds([scores] * 2, [base] * 2, groups=groups),
+    ):
+        assert found.high - found.low == pytest.approx(
+            (together.high - together.low) / 100, rel=0.1
+        )
+    assert scores.estimate(groups=np.arange(100)) == alone
+    assert grouped(["b", "a", "b"]).tolist() == [1, 0, 1]

@@ -143,7 +143,7 @@ class EvalConfig(AnswerOptions):
     skip_rates: list[float] | None = option(
         [0.15, 0.25], help="rates at which policies are scored (none: at thresholds of 0.5)"
     )
-    limit: int | None = count_option(None, "use the first N examples only")
+    limit: int | None = count_option(None, "use N examples only, drawn at random, always the same")
     batch_size: int = count_option(16, "prompts per batch")
     max_new_tokens: int = count_option(32, "longest answer, in tokens")
     timed: int = option(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from firstlm.errors import ConfigError, DataError
-from firstlm.examples import Example
+from firstlm.examples import Example, load_examples
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -125,6 +125,17 @@ def draw(rows: list[T], count: int | None, seed: int = 0) -> list[T]:
     return random.Random(seed).sample(rows, count)
 
 
+def scored_examples(
+    source: str, template: str | None = None, tokenizer: Any = None, limit: int | None = None
+) -> list[Example]:
+    """Read what is scored: all examples, or `limit` of them, drawn at random, in their order.
+
+    Always the same ones, whatever seed a run has. Arguments as for `load_examples`.
+    """
+    found = load_examples(source, template=template, tokenizer=tokenizer)
+    return [found[i] for i in sorted(draw(list(range(len(found))), limit))]
+
+
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Return (input_ids, attention_mask), both [rows, longest], padded on the left."""
     longest = max(len(row) for row in rows)
@@ -182,12 +193,12 @@ def split_validation(
 ) -> tuple[list[Example], list[Example]]:
     """Hold out about `share` of the examples; returns (train, validation) in their order.
 
-    Examples of one group (default: the row's `context`, else the prompt) stay together, and a
+    Examples of one group (default: `Example.group`) stay together, and a
     group's place depends only on its text, the seed and the other groups, not on the order.
     """
     if not 0 < share < 1:
         raise ConfigError(f"the share to hold out is {share!r}; expected between 0 and 1.")
-    group = group or (lambda example: str(example.row.get("context") or example.prompt))
+    group = group or (lambda example: example.group)
     keys = [hashlib.sha256(f"{seed}:{group(e)}".encode()).hexdigest() for e in examples]
     sizes = Counter(keys)
     if len(sizes) < 2:

@@ -16,13 +16,14 @@ from firstlm import artifact_files
 from firstlm.bertscore import BertScore
 from firstlm.command_config import EvalConfig
 from firstlm.config import RATED, TASKS
+from firstlm.data import scored_examples
 from firstlm.errors import ConfigError
 from firstlm.eval_policies import choose, own_policy, run_name
 from firstlm.evaluate import encode_rows, evaluate
-from firstlm.examples import Example, load_examples
+from firstlm.examples import Example
 from firstlm.journal import Journal
 from firstlm.lora import is_lora
-from firstlm.metrics import Scores, retention
+from firstlm.metrics import Scores, grouped, retention
 from firstlm.model import FirstModel
 from firstlm.options import to_dict
 from firstlm.pretrained import resolve_encoder
@@ -56,9 +57,7 @@ def run(options: EvalConfig) -> int:
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )
-    examples = load_examples(
-        options.data, template=options.template, tokenizer=model.tokenizer, limit=options.limit
-    )
+    examples = scored_examples(options.data, options.template, model.tokenizer, options.limit)
     named = options.template if options.template in TASKS else None
     task = find_task(examples, options.task or named)
     asked = _asked(options, own_policy(model))
@@ -117,6 +116,7 @@ def _start(
         "weights": str(model.base.dtype),
         "data": portable(options.data),
         "data_sha256": _data_hash(options.data, examples),
+        "items_sha256": _items_hash(examples),
     }
     report = {
         "task": task.name,
@@ -184,8 +184,9 @@ def _retention(
     for name in runs.keys() - scored.keys():
         predictions = [item["prediction"] for item in runs[name]["items"]]
         scored[name] = task.score(predictions, references)[task.primary]
+    groups = grouped([example.group for example in examples])
     found = {
-        name: retention(scored[name], scored["run_all"], seed=seed)
+        name: retention(scored[name], scored["run_all"], groups=groups, seed=seed)
         for name in runs
         if name != "run_all"
     }
@@ -205,7 +206,9 @@ def _model_hash(model: FirstModel) -> str:
 
 
 def _data_hash(source: str, examples: Sequence[Example]) -> str:
-    if Path(source).is_file():
-        return sha256_of(source)
+    return sha256_of(source) if Path(source).is_file() else _items_hash(examples)
+
+
+def _items_hash(examples: Sequence[Example]) -> str:
     rows = [[example.id, example.prompt, example.references] for example in examples]
     return hashlib.sha256(to_json(rows).encode()).hexdigest()

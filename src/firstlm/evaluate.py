@@ -25,7 +25,7 @@ from firstlm.examples import Example
 from firstlm.journal import Journal
 from firstlm.losses import item_losses
 from firstlm.masks import describe_masks, describe_rates, from_bits, to_bits
-from firstlm.metrics import Scores, perplexity
+from firstlm.metrics import Scores, grouped, perplexity
 from firstlm.model import FirstModel
 from firstlm.policies import Policy
 from firstlm.probes import decode_times
@@ -97,12 +97,17 @@ def evaluate(
     if bert_score is not None:
         scores = {"bertscore": bert_score(answers, references)} | scores
     scores = task.score(answers, references) | scores
+    groups = grouped([example.group for example in examples])
     result = {
         "policy": policy if isinstance(policy, str) else type(policy).__name__,
         "asked_skip_rate": skip_rate,
         "prefill": prefill,
         "count": len(examples),
-        **{metric: asdict(value.estimate(seed=seed)) for metric, value in scores.items()},
+        "groups": int(groups.max()) + 1,
+        **{
+            metric: asdict(value.estimate(groups=groups, seed=seed))
+            for metric, value in scores.items()
+        },
         "skip_rate": describe_rates(*rates.T),
         **describe_masks(from_bits(keep)),
         **totals,

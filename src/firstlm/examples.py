@@ -45,6 +45,14 @@ class Example:
     chat: bool = False  # the chat template already wrote every special token of the prompt
     where: str = ""  # file:line, for messages
 
+    @property
+    def group(self) -> str:
+        """What it shares with examples that are about the same: its row's `context`, or its prompt.
+
+        A test set of 500 questions about 13 texts is no 500 independent ones.
+        """
+        return str(self.row.get("context") or self.prompt)
+
 
 def load_examples(
     source: str | Path,

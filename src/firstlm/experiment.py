@@ -50,7 +50,7 @@ def run(options: ExperimentConfig) -> int:
             else:
                 done = "scored" if job.scored else "to do"
             if stale := job.stale:
-                done += f"; trained with another {', '.join(stale)} than is there now"
+                done += f"; with another {', '.join(stale)} than is there now"
             print(f"{job.name:40} {done}")
         return 0
     for job in jobs:

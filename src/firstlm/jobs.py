@@ -90,7 +90,7 @@ class Job:
 
     @property
     def stale(self) -> list[str]:
-        """Names of other jobs' artifacts that it took, and that were made anew since."""
+        """Names of artifacts that it took or scored, and that were made anew since."""
         if not self.trained:
             return []
         training = artifact_files.read_config(Path(self.train.output))["training"]
@@ -101,6 +101,9 @@ class Job:
             there = key in taken and (folder / ARTIFACT_FILE).is_file()
             if there and artifact_files.content_hash(str(folder)) != taken[key]:
                 found.append(folder.name)
+        scored = (self.report or {}).get("training", {}).get("provenance")
+        if scored is not None and scored != training.get("provenance"):
+            found.append(Path(self.train.output).name)
         return found
 
     def make(self, others: Mapping[str, Job]) -> None:

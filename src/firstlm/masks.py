@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+CONSTANT = 1e-9  # difference of skip rates that rounding alone makes
+
 
 def to_bits(keep: Sequence[Sequence[bool]]) -> list[str]:
     """Write masks [prompts, layers] as text, one a prompt; 1 = the layer ran."""
@@ -63,6 +65,6 @@ def length_correlation(rates: Sequence[float], lengths: Sequence[int]) -> float 
     None where either is constant.
     """
     logs = np.log(lengths)
-    if np.std(rates) == 0 or np.std(logs) == 0:
+    if np.ptp(rates) < CONSTANT or np.ptp(logs) == 0:
         return None
     return float(np.corrcoef(rates, logs)[0, 1])

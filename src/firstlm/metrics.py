@@ -19,6 +19,7 @@ import numpy as np
 
 from firstlm.errors import ConfigError, DataError
 
+Groups = np.ndarray  # [items] of int: the number of the group that an item belongs to
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -81,17 +82,30 @@ class Scores:
     combine: Callable[[np.ndarray], float]
     items: tuple[float, ...]
 
-    def estimate(self, *, samples: int = 1000, seed: int = 0) -> Estimate:
-        """Return the corpus score, with the interval of the scores of resampled items."""
+    def estimate(
+        self, *, groups: Groups | None = None, samples: int = 1000, seed: int = 0
+    ) -> Estimate:
+        """Return the corpus score, with the interval of the scores of resampled items.
+
+        `groups` [items] names what items share; those of a group are drawn together.
+        """
         count = len(self.items)
-        drawn = [self.combine(total) for (total,) in _resampled([self], samples, seed)]
+        drawn = [self.combine(total) for (total,) in _resampled([self], groups, samples, seed)]
         low, high = np.percentile(drawn, [2.5, 97.5])
         return Estimate(self.combine(self.statistics.sum(0)), float(low), float(high), count)
 
 
-def retention(ours: Scores, base: Scores, *, samples: int = 1000, seed: int = 0) -> Estimate:
+def retention(
+    ours: Scores,
+    base: Scores,
+    *,
+    groups: Groups | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
     """Return our corpus score over the base's, both over the same items, resampled together.
 
+    `groups` as for `Scores.estimate`.
     A base that scores 0 leaves nothing to retain: the value is nan.
     """
     if len(ours.items) != len(base.items):
@@ -102,7 +116,7 @@ def retention(ours: Scores, base: Scores, *, samples: int = 1000, seed: int = 0)
     if not below:
         return Estimate(float("nan"), float("nan"), float("nan"), len(ours.items))
     drawn = []
-    for mine, theirs in _resampled([ours, base], samples, seed):
+    for mine, theirs in _resampled([ours, base], groups, samples, seed):
         whole = base.combine(theirs)
         if whole:  # a draw of items that the base all fails says nothing
             drawn.append(ours.combine(mine) / whole)
@@ -115,19 +129,22 @@ def over_seeds(
     ours: Sequence[Scores],
     base: Sequence[Scores] | None = None,
     *,
+    groups: Groups | None = None,
     difference: bool = False,
     samples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
     """Return the mean score over seeds, or its share of the base's, with a hierarchical interval.
 
-    Every draw takes seeds with replacement, then items, the same items for all: both what training
-    and what the test set leaves to chance is in the interval. A single seed leaves out the first.
+    Every draw takes seeds with replacement, then groups of items, the same for all: both what
+    training and what the test set leaves to chance is in the interval. A single seed leaves out the
+    first.
 
     Args:
         ours: one a seed, all over the same items.
         base: the base's, one a seed; None for the score itself. Paired with ours where there are as
             many, drawn for themselves otherwise.
+        groups: what items share [items], as for `Scores.estimate`.
         difference: return what it is above the base's instead of the share.
         samples: number of draws.
         seed: of the draws.
@@ -152,7 +169,7 @@ def over_seeds(
     items, seeds = (np.random.default_rng([seed, i]) for i in range(2))
     drawn = []
     for _ in range(samples):
-        times = np.bincount(items.integers(0, count, count), minlength=count)
+        times = _drawn(items, count, groups)
         rows = seeds.integers(0, len(ours), len(ours))
         more = len(both[1])
         others = rows if more == len(ours) else seeds.integers(0, more or 1, more)
@@ -270,10 +287,24 @@ def _exp_ratio(total: np.ndarray) -> float:
     return float(np.exp(total[0] / total[1]))
 
 
-def _resampled(scores: Sequence[Scores], samples: int, seed: int) -> Iterator[list[np.ndarray]]:
+def _resampled(
+    scores: Sequence[Scores], groups: Groups | None, samples: int, seed: int
+) -> Iterator[list[np.ndarray]]:
     """Yield each metric's summed statistics over the same items, drawn with replacement."""
     generator = np.random.default_rng(seed)
-    count = len(scores[0].items)
     for _ in range(samples):
-        times = np.bincount(generator.integers(0, count, count), minlength=count)
+        times = _drawn(generator, len(scores[0].items), groups)
         yield [times @ one.statistics for one in scores]
+
+
+def _drawn(generator: np.random.Generator, count: int, groups: Groups | None) -> np.ndarray:
+    """Draw groups with replacement, and return how often each of `count` items is drawn so."""
+    if groups is None:
+        return np.bincount(generator.integers(0, count, count), minlength=count)
+    number = int(groups.max()) + 1
+    return np.bincount(generator.integers(0, number, number), minlength=number)[groups]
+
+
+def grouped(names: Sequence[str]) -> Groups:
+    """Return a number from 0 on for each item, the same where names are."""
+    return np.unique(np.asarray(names, dtype=object), return_inverse=True)[1]

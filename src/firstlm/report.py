@@ -82,6 +82,8 @@ def _read(folder: Path) -> tuple[list[Row], dict[str, Any]]:
         names = {"arm", "dataset", "policy", "metric", "primary", "score", "skip_rate", "gains"}
         if not rows or not all(names <= set(row) for row in rows):
             raise ValueError("rows without scores")
+        if not all("skip_rate_above" in gain for row in rows for gain in row["gains"]):
+            raise ValueError("of an older version; write it anew")
     except (ValueError, TypeError) as error:
         raise DataError(f"{file} is no summary of experiments ({error}).") from error
     # Other results, such as timings, lie in the same folder; a task is what answers have.
@@ -190,6 +192,14 @@ def _adaptivity(rows: Sequence[Row]) -> str:
     return _table(head, lines, "How much FiRST's masks differ by prompt")
 
 
+def gain_text(gain: Row) -> str:
+    """Write one of a row's gains, and what else differs between the two that are compared."""
+    text = "{value:+.1f} ({low:+.1f} to {high:+.1f}), {seeds} seeds".format(**gain)
+    if abs(gain["skip_rate_above"]) >= NOTABLE:
+        text += f", {100 * gain['skip_rate_above']:+.1f} points skipped"
+    return text
+
+
 def _gains(rows: Sequence[Row]) -> str:
     """Return a table of how far FiRST is above each policy, a column for each rate."""
     routed = [row for row in rows if row["primary"] and row["gains"]]
@@ -200,10 +210,7 @@ def _gains(rows: Sequence[Row]) -> str:
         found: dict[str, dict[float, str]] = {}
         gains = [{**gain, "at": row["skip_rate_asked"]} for row in mine for gain in row["gains"]]
         for shown, gain in labelled(gains):
-            text = "{value:+.1f} ({low:+.1f} to {high:+.1f}), {seeds} seeds".format(**gain)
-            if abs(gain["skip_rate_above"]) >= NOTABLE:
-                text += f", {100 * gain['skip_rate_above']:+.1f} points skipped"
-            found.setdefault(shown, {})[gain["at"]] = text
+            found.setdefault(shown, {})[gain["at"]] = gain_text(gain)
         rates = [row["skip_rate_asked"] for row in mine]
         lines = [[name, *(by_rate.get(r, "-") for r in rates)] for name, by_rate in found.items()]
         metric = metric_name(mine[0]["metric"])

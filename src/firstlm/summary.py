@@ -15,15 +15,15 @@ import numpy as np
 
 from firstlm.command_config import EvalConfig
 from firstlm.config import BASELINES, DIAGNOSTICS, RATED, TrainConfig
+from firstlm.data import scored_examples
 from firstlm.errors import DataError
-from firstlm.examples import load_examples
 from firstlm.masks import (
     describe_masks,
     from_bits,
     layer_length_correlations,
     length_correlation,
 )
-from firstlm.metrics import Scores, means, over_seeds, perplexity
+from firstlm.metrics import Scores, grouped, means, over_seeds, perplexity
 from firstlm.tasks import Task, find_task
 
 # Below this the reference itself has hardly learnt the task: a share of it would mean nothing.
@@ -52,12 +52,21 @@ class Arm:
         if len(counts) != 1:
             raise DataError(f"The results of {train.output} are over {sorted(counts)} items.")
         (self.count,) = counts
-        examples = load_examples(score.data, template=score.template, limit=score.limit)
+        examples = scored_examples(score.data, score.template, limit=score.limit)
         if len(examples) != self.count:
             raise DataError(
                 f"The results of {train.output} are over {self.count} items, but {score.data} has "
                 f"{len(examples)}."
             )
+        known = [example.id for example in examples]
+        for report in reports.values():
+            for name, run in report["runs"].items():
+                if [item["id"] for item in run["items"]] != known:
+                    raise DataError(
+                        f"{name} of {train.output} was scored on other items of {score.data} than "
+                        f"limit={score.limit} draws now; remove {score.output} and score it again."
+                    )
+        self.groups = grouped([example.group for example in examples])
         self.dataset = Path(score.data).parent.name
         self.trained_on = [Path(file).parent.name for file in train.data or ()]
         self.task: Task = find_task(examples, score.task)
@@ -121,12 +130,12 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
             runs = list(arm.runs(name).values())
             gains = _gains(arm, name, arms)
             for metric, scores in arm.scores(name).items():
-                score = over_seeds(scores)
+                score = over_seeds(scores, groups=arm.groups)
                 base = reference.get(metric)
                 kept = None
                 if base:  # a perplexity is the better the lower it is
-                    lower = metric == "perplexity"
-                    kept = over_seeds(base, scores) if lower else over_seeds(scores, base)
+                    pair = (base, scores) if metric == "perplexity" else (scores, base)
+                    kept = over_seeds(*pair, groups=arm.groups)
                 found.append(
                     {
                         "task": arm.task.name,
@@ -155,6 +164,7 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "retention_ci95": [kept.low, kept.high] if kept else None,
                         "seeds": len(scores),
                         "n_test": score.count,
+                        "n_groups": int(arm.groups.max()) + 1,
                         "tpot_ratio": _tpot_ratio(runs),
                     }
                 )
@@ -211,7 +221,7 @@ def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
                     ]
                     for one, which in ((arm, name), (other, run))
                 )
-                gain = over_seeds(ours, theirs, difference=True)
+                gain = over_seeds(ours, theirs, groups=arm.groups, difference=True)
                 shown = _policy(other, run, run.partition("@")[0])
                 shown = {key: shown[key] for key in ("policy", "lora_of")}
                 difference = {"value": gain.value, "low": gain.low, "high": gain.high}
@@ -240,11 +250,11 @@ def adaptivity(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         correlations.append(length_correlation((1 - keep.mean(1)).tolist(), lengths))
         by_layer.append(layer_length_correlations(keep, lengths))
     # Seeds first: the extreme of one seed is some layer's by chance.
-    layers = [_known_mean(seeds) for seeds in zip(*by_layer, strict=True)]
+    layers = [_mean_over_seeds(seeds) for seeds in zip(*by_layer, strict=True)]
     return {
         "distinct_masks": _mean([one["distinct_masks"] for one in found]),
         "mask_entropy": _mean([one["mask_entropy"] for one in found]),
-        "length_correlation": _known_mean(correlations),
+        "length_correlation": _mean_over_seeds(correlations),
         "layer_length_correlation": max(
             (value for value in layers if value is not None), key=abs, default=None
         ),
@@ -272,6 +282,13 @@ def _policy(arm: Arm, name: str, policy: str) -> dict[str, Any]:
 def _tpot_ratio(runs: Sequence[Mapping[str, Any]]) -> float | None:
     """Return the mean over runs of their time per token over that with all layers."""
     return _known_mean([run["tpot_ratio"]["value"] for run in runs if run.get("tpot_ratio")])
+
+
+def _mean_over_seeds(correlations: Sequence[float | None]) -> float | None:
+    """Return a mean correlation, 0 for seeds in which nothing varies; None where none does."""
+    if all(value is None for value in correlations):
+        return None
+    return _mean([value or 0.0 for value in correlations])
 
 
 def _known_mean(values: Sequence[float | None]) -> float | None:
