@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from firstlm import FirstModel, FixedMask, RouterConfig, artifact, artifact_files
 from firstlm.errors import ArtifactError, ConfigError
+from firstlm.lora import lora_parameters
 from firstlm.thresholds import Threshold
 
 NEW = 4
@@ -272,6 +273,20 @@ def test_a_load_that_fails_leaves_the_base_model_alone(saved: Path) -> None:
         load(saved, base)
     assert list(base.state_dict()) == names
     assert "forward" not in base.model.layers[0].__dict__
+
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32])
+def test_lora_has_the_bases_number_format_where_that_loses_nothing(saved: Path, kept, tmp_path):
+    """Casting it for every linear layer takes longer than the layers do."""
+    model = load(saved, make_model("llama", torch.float32))
+    model.adapter_dtype = kept
+    model.save_pretrained(str(tmp_path / "kept"))
+    for base in (torch.bfloat16, torch.float32):
+        found = load(tmp_path / "kept", make_model("llama", base))
+        exact = torch.float32 if torch.float32 in (kept, base) else base
+        assert {p.dtype for p in lora_parameters(found).values()} == {exact}
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert found.generate(ids, max_new_tokens=3).sequences.shape[1] > 4
 
 
 def test_merged_lora_is_not_lost_by_saving(tmp_path: Path) -> None:

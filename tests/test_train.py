@@ -16,10 +16,12 @@ from firstlm.calibration import calibrate
 from firstlm.config import RouterConfig, TrainConfig
 from firstlm.data import Collator, Encoded, draw, pad_left
 from firstlm.errors import ConfigError, DataError, FirstError
+from firstlm.lora import lora_parameters
 from firstlm.losses import answer_cross_entropy, answer_logits, mean_loss, non_skip_penalty
 from firstlm.model import FirstModel
-from firstlm.phases import _offsets, add_lora, train_joint, train_lora, train_routers, work_folder
+from firstlm.phases import add_lora, train_joint, train_lora, train_routers, work_folder
 from firstlm.policies import RouterPolicy, RunAll
+from firstlm.starts import first_offsets
 from firstlm.train import run
 from firstlm.trainer import FirstTrainer
 
@@ -373,6 +375,16 @@ def test_impossible_options_are_refused(changes: dict, match: str) -> None:
         TrainConfig(**changes)
 
 
+def test_lora_trains_in_float32(tmp_path: Path) -> None:
+    """Steps are smaller than bfloat16 resolves."""
+    model, options = make_model(), config(tmp_path, skip_rate=0.0, stage="lora", lora_steps=1)
+    add_lora(model, options)
+    for parameter in lora_parameters(model).values():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    train_lora(model, make_examples(16, 0), make_examples(4, 1), options)
+    assert {p.dtype for p in lora_parameters(model).values()} == {torch.float32}
+
+
 def test_standardised_routers_give_the_same_logits() -> None:
     router = make_model().routers[0]
     generator = torch.Generator().manual_seed(0)
@@ -484,7 +496,7 @@ def test_the_share_of_decisions_that_lora_flips_is_told(tmp_path: Path) -> None:
         settings = config(tmp_path, lora_steps=2, lora_lr=rate, batch_size=16)
         prompts = [row.prompt_ids for row in draw(examples[:16], None)]
         ids, mask = pad_left(prompts, model.pad_id)
-        offset = _offsets(model, examples, settings)[0.25]
+        offset = first_offsets(model, examples, settings)[0.25]
         before = model.decide(ids, mask, RouterPolicy(model.routers, offset)).keep
         record = train_lora(model, examples, examples[:16], settings)
         after = model.decide(ids, mask, RouterPolicy(model.routers, offset)).keep

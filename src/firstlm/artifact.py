@@ -191,8 +191,11 @@ def _load_adapter(base: Any, adapter: Path) -> nn.Module:
     from peft import PeftModel
 
     try:
+        exact = _saved_dtype(adapter) != base.dtype  # LoRA would be rounded
         with without_peft_warning():
-            return PeftModel.from_pretrained(base, str(adapter))
+            # In the base's number format nothing is cast back and forth for every linear layer,
+            # which takes longer than the layers do; peft would take LoRA to float32.
+            return PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=exact)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{adapter} cannot be loaded as a peft adapter: {error}") from error
 

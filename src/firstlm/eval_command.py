@@ -200,7 +200,8 @@ def _model_hash(model: FirstModel) -> str:
     digest = hashlib.sha256(to_json(decides).encode())
     for name, tensor in model.named_parameters():
         if name.startswith("routers.") or is_lora(name):
-            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            # In float32, so that the number format in which it is loaded makes no difference.
+            values = tensor.detach().float().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(name.encode() + values.numpy().tobytes())
     return digest.hexdigest()
 

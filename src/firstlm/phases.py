@@ -79,10 +79,8 @@ def train_joint(
     """
     config = config or TrainConfig()
     train, validation = _begin(model, train, validation, config, resume)
-    if not model.has_adapter:
-        add_lora(model, config)
     model.requires_grad_(False)
-    for parameter in (*lora_parameters(model).values(), *model.routers.parameters()):
+    for parameter in (*_lora(model, config), *model.routers.parameters()):
         parameter.requires_grad_(True)
     return _fit_routers(model, train, validation, config, "joint", resume)
 
@@ -129,10 +127,8 @@ def train_lora(
     """
     config = config or TrainConfig()
     train, validation = _begin(model, train, validation, config, resume)
-    if not model.has_adapter:
-        add_lora(model, config)
     model.requires_grad_(False)
-    for parameter in lora_parameters(model).values():
+    for parameter in _lora(model, config):
         parameter.requires_grad_(True)
     fit = partial(_fit, model, train, validation, config, "lora", resume=resume)
     if config.skip_rate == 0:
@@ -176,6 +172,16 @@ def _encoded(model: FirstModel, examples: Sequence[Any], config: TrainConfig) ->
     if isinstance(examples[0], Encoded):
         return list(examples)
     return [encode(example, model.tokenizer, config.max_length) for example in examples]
+
+
+def _lora(model: FirstModel, config: TrainConfig) -> list[torch.nn.Parameter]:
+    """Return the LoRA matrices to train, in float32: steps are smaller than bfloat16 resolves."""
+    if not model.has_adapter:
+        add_lora(model, config)
+    found = list(lora_parameters(model).values())
+    for parameter in found:
+        parameter.data = parameter.data.float()
+    return found
 
 
 def add_lora(model: FirstModel, config: TrainConfig) -> None:

@@ -260,7 +260,7 @@ def _data_hash(config: TrainConfig) -> dict[str, str]:
 
 @torch.no_grad()
 def _round_adapter(model: FirstModel) -> None:
-    """Round LoRA to bfloat16, and let it be saved so."""
+    """Round LoRA to bfloat16, and let it be saved so; in memory it is as when it is loaded."""
     model.adapter_dtype = torch.bfloat16
     for parameter in lora_parameters(model).values():
-        parameter.copy_(parameter.to(torch.bfloat16))
+        parameter.data = parameter.data.to(torch.bfloat16).to(model.base.dtype)
