@@ -194,7 +194,8 @@ def _adaptivity(rows: Sequence[Row]) -> str:
 
 def gain_text(gain: Row) -> str:
     """Write one of a row's gains, and what else differs between the two that are compared."""
-    text = "{value:+.1f} ({low:+.1f} to {high:+.1f}), {seeds} seeds".format(**gain)
+    seeds = "1 seed" if gain["seeds"] == 1 else f"{gain['seeds']} seeds"
+    text = f"{gain['value']:+.1f} ({gain['low']:+.1f} to {gain['high']:+.1f}), {seeds}"
     if abs(gain["skip_rate_above"]) >= NOTABLE:
         text += f", {100 * gain['skip_rate_above']:+.1f} points skipped"
     return text
