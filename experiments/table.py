@@ -141,6 +141,40 @@ def adaptivity_table() -> list[str]:
     return [*lines, "", "Above, in points of the primary metric, paired, with 95% intervals."]
 
 
+CHOICES = {
+    "by_set": "the best mask of each set",
+    "mean": "predicted from the mean of its states",
+    "mean_of_first_layer": "from that of the first layer",
+    "last_token": "from the last token's state",
+    "length": "from its length",
+    "hindsight": "the best of each prompt, in hindsight",
+}
+
+
+def headroom_table() -> list[str]:
+    """Return a table of what choosing a mask by prompt could gain."""
+    reports = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("headroom_*.json"))]
+    lines = [
+        f"| model, masks of, sets | one mask for all | {' | '.join(CHOICES.values())} |",
+        "|---|---|" + "---|" * len(CHOICES),
+    ]
+    for report in reports:
+        found = report["choices"]
+        cells = [
+            "{gain:+.3f} ({0:+.3f} to {1:+.3f})".format(*found[name]["gain_ci95"], **found[name])
+            if name != "by_set" or len(report["sets"]) > 1
+            else ""
+            for name in CHOICES
+        ]
+        lines.append(
+            f"| {report['artifact']}, {report['order_of']}, {' + '.join(report['sets'])}: "
+            f"{report['skip_rate']:.0%} skipped, {report['masks']} masks, {report['prompts']} "
+            f"prompts on {report['groups']} texts | {found['one_mask']['loss']:.3f} "
+            f"| {' | '.join(cells)} |"
+        )
+    return lines
+
+
 def sections() -> dict[Section, list[Row]]:
     """Return the summary's rows by section."""
     return groups(json.loads((RESULTS / "summary.json").read_text()))
@@ -167,7 +201,9 @@ def pages() -> dict[Path, str]:
         parts += [*full_table(section, rows), ""]
     return {
         readme: _filled(readme, [text().rstrip()]),
-        adaptivity: _filled(adaptivity, ["\n".join(adaptivity_table())]),
+        adaptivity: _filled(
+            adaptivity, ["\n".join(adaptivity_table())], ["\n".join(headroom_table())]
+        ),
         ROOT / "docs" / "results.md": "\n".join(parts).rstrip() + "\n",
     }
 
