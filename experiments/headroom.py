@@ -3,10 +3,10 @@
 
 Masks that skip equally many layers, and differ from an artifact's majority mask in one layer, are
 scored on each prompt of one or more test sets. Compared by cross-validation, prompts about one text
-together:
-one mask for all; one mask a test set; the mask that ridge regression predicts to be best, from the
-mean of a prompt's states a third of the way up, that of the first layer, the last token's state, or
-the prompt's length alone; and the best mask of each prompt in hindsight, which knows the answer.
+together: one mask for all; one mask a test set; the mask that ridge regression predicts to be best,
+from the mean of a prompt's states a third of the way up, that of the first layer, the last token's
+state, or the prompt's length alone; and the best mask of each prompt in hindsight, which knows the
+answer.
 
     python experiments/headroom.py runs/qamr-first-0 --data qa/qamr \\
         --output results/headroom_qamr_first.json
@@ -66,8 +66,7 @@ def order_of(folder: str, rate: float) -> list[int]:
     record = artifact_files.read_config(artifact_files.find(folder))["training"]["routers"]
     rankings = record.get("removal_orders") or [record["removal_order"]]
     places = np.mean([np.argsort(ranking) for ranking in rankings], axis=0)
-    rows = [row for row in artifact_files.read_thresholds(folder).table["skip"] if row.skipped]
-    skipped = min(rows, key=lambda row: abs(row.rate - rate)).skipped
+    skipped = artifact_files.read_thresholds(folder).skipped(rate, "skip")
     return sorted(range(len(skipped)), key=lambda layer: (-skipped[layer], places[layer]))
 
 
@@ -186,13 +185,11 @@ def main() -> None:
         names += [f"{number} {example.group}" for example in found]
         rows += [encode(example, model.tokenizer, model.context_length) for example in found]
         sets += [number] * len(found)
-    by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
-    losses = np.empty((len(rows), len(keep)))
-    for column, mask in enumerate(tqdm(keep, desc="masks")):
-        total, tokens, _ = item_losses(
-            model, [rows[i] for i in by_length], FixedMask(mask), options.batch_size
-        )
-        losses[by_length, column] = (total / tokens).numpy()
+    columns = []
+    for mask in tqdm(keep, desc="masks"):
+        total, tokens, _ = item_losses(model, rows, FixedMask(mask), options.batch_size)
+        columns.append((total / tokens).numpy())
+    losses = np.stack(columns, axis=1)
     prompts = [row.prompt_ids for row in rows]
     groups = grouped(names)
     result = {

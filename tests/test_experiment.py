@@ -20,11 +20,9 @@ from training import write_run
 
 from firstlm import FirstModel, cli, evaluate, experiment
 from firstlm.errors import ConfigError
-from firstlm.figures import curves, labelled, swept
+from firstlm.figures import curves, swept
 from firstlm.jobs import jobs_of
-from firstlm.masks import length_correlation
-from firstlm.report import recomputed
-from firstlm.summary import adaptivity, read
+from firstlm.summary import read
 
 FILE = """
 data: {data}
@@ -190,39 +188,6 @@ def test_a_file_that_holds_no_results_is_named(words, capsys, text):
         assert "tiny-first-0.json holds no results of `firstlm eval`" in capsys.readouterr().err
 
 
-def test_arms_with_one_policy_are_told_apart():
-    def row(arm, policy="first"):
-        return {"arm": arm, "policy": policy, "lora_of": policy}
-
-    rows = [row("qamr-first"), row("qamr-full"), row("qamr-unified", "unified")]
-    names = [name for name, _ in labelled(rows)]
-    assert names == ["FiRST (qamr-first)", "FiRST (qamr-full)", "unified"]
-
-
-def test_rates_that_differ_by_rounding_alone_are_constant():
-    lengths = [10, 20, 30]
-    rates = [1 - 22 / 30, 8 / 30, 1 - 22 / 30]
-    assert rates[0] != rates[1]
-    assert length_correlation(rates, lengths) is None
-    assert length_correlation([0.1, 0.2, 0.3], lengths) > 0.9
-
-
-def test_what_token_level_routing_computes_again_is_said():
-    row = {"primary": True, "skip_rate": 0.25, "kv_recomputed": None}
-    assert recomputed([row]) == ""
-    said = recomputed([row, {**row, "kv_recomputed": 0.875}, {**row, "primary": False}])
-    assert "88% at 25% skipped" in said
-
-
-def test_a_report_needs_a_summary(tmp_path, capsys):
-    assert cli.main(["report", str(tmp_path)]) == 2
-    assert "firstlm experiment summary" in capsys.readouterr().err
-    (tmp_path / "summary.json").write_text('[{"score": 1}]')
-    assert cli.main(["report", str(tmp_path)]) == 2
-    assert "no summary of experiments" in capsys.readouterr().err
-    assert not (tmp_path / "report").exists()
-
-
 def test_jobs_can_be_picked(words):
     assert cli.main([*words, "--only", "tiny-first-1"]) == 0
     assert list(results(words)) == ["tiny-first-1"]
@@ -322,26 +287,6 @@ def test_shares_are_of_the_same_items_only(words):
     rows = json.loads((folder / "summary.json").read_text())
     kept = {(r["arm"], r["n_test"]): r["retention"] for r in rows if r["metric"] == "perplexity"}
     assert kept == {("tiny-first", 4): None, ("tiny-lora", 3): pytest.approx(1)}
-
-
-def test_a_layers_correlation_with_length_is_over_seeds():
-    """What one seed's layer does by chance, another's does not."""
-    short, long = [1, 1, 1], [1, 0, 1]
-
-    def run(masks):
-        return {
-            "items": [
-                {"keep": "".join(map(str, mask)), "prompt_tokens": tokens}
-                for mask, tokens in zip(masks, (10, 20), strict=True)
-            ]
-        }
-
-    up, down = run([short, long]), run([long, short])
-    assert adaptivity([up])["layer_length_correlation"] == pytest.approx(1)
-    assert adaptivity([down])["layer_length_correlation"] == pytest.approx(-1)
-    assert adaptivity([up, down])["layer_length_correlation"] == pytest.approx(0)
-    assert adaptivity([up, run([short, short])])["layer_length_correlation"] == pytest.approx(0.5)
-    assert adaptivity([run([short, short])])["layer_length_correlation"] is None
 
 
 def test_a_file_like_another_differs_where_it_says_so(words):

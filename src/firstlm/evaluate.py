@@ -145,11 +145,8 @@ def _perplexity(
     model: FirstModel, rows: Sequence[Encoded], policy: Policy, batch_size: int, prefill: str
 ) -> Scores:
     """Return the perplexity of the wanted answers."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
-    by_length = [rows[i] for i in order]
-    losses, tokens, _ = item_losses(model, by_length, policy, batch_size, prefill)
-    back = torch.tensor(order).argsort()
-    return perplexity(losses[back].tolist(), tokens[back].tolist())
+    losses, tokens, _ = item_losses(model, rows, policy, batch_size, prefill)
+    return perplexity(losses.tolist(), tokens.tolist())
 
 
 def _tpot_ratio(

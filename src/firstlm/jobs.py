@@ -71,13 +71,17 @@ class Job:
         return report is not None and set(eval_command.run_names(self.score)) <= set(report["runs"])
 
     @property
+    def _training(self) -> dict[str, Any]:
+        """What its artifact says of how it was trained; nothing where there is none."""
+        if not self.trained:
+            return {}
+        return artifact_files.read_config(Path(self.train.output))["training"]
+
+    @property
     def changed(self) -> list[str]:
         """Options with which its artifact or results were made, and that the file has otherwise."""
-        trained = (
-            artifact_files.read_config(Path(self.train.output))["training"] if self.trained else {}
-        )
         report = self.report or {}
-        runs = [made.get("run", {}) for made in (trained, report.get("training", {}))]
+        runs = [made.get("run", {}) for made in (self._training, report.get("training", {}))]
         for made in runs:  # other arms' artifacts may lie elsewhere now
             for key in ARM_PATHS:
                 asked = getattr(self.train, key)
@@ -93,7 +97,7 @@ class Job:
         """Names of artifacts that it took or scored, and that were made anew since."""
         if not self.trained:
             return []
-        training = artifact_files.read_config(Path(self.train.output))["training"]
+        training = self._training
         taken = training.get("provenance", {}).get("data", {})
         found = []
         for key in ARM_PATHS:

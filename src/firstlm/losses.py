@@ -216,13 +216,15 @@ def item_losses(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return each item's summed loss under hard skips, in nats, its answer tokens, and keep.
 
-    The first two are [items], keep is [items, layers].
+    The first two are [items], keep is [items, layers], in the items' order; batches hold prompts of
+    similar length.
     """
     first.eval()
     collate = Collator(first.pad_id, first.device)
+    order = sorted(range(len(items)), key=lambda i: -len(items[i].prompt_ids))
     losses, counts, keep = [], [], []
     for start in range(0, len(items), batch_size):
-        inputs = collate(items[start : start + batch_size])
+        inputs = collate([items[i] for i in order[start : start + batch_size]])
         state = first.new_state(
             inputs["prompt_mask"], policy, prefill=prefill, input_ids=inputs["input_ids"]
         )
@@ -230,4 +232,5 @@ def item_losses(
         losses.append(sums.double().cpu())
         counts.append(tokens.cpu())
         keep.append(state.keep)
-    return torch.cat(losses), torch.cat(counts), torch.cat(keep)
+    back = torch.tensor(order).argsort()
+    return torch.cat(losses)[back], torch.cat(counts)[back], torch.cat(keep)[back]

@@ -46,14 +46,17 @@ class Thresholds:
 
     def majority(self, rate: float, prefill: str) -> list[int]:
         """Return all layers, those first that most prompts skipped at the rate nearest to this."""
+        return most_skipped_first(self.skipped(rate, prefill))
+
+    def skipped(self, rate: float, prefill: str) -> tuple[float, ...]:
+        """Return the share of prompts that skip each layer at the measured rate nearest to this."""
         rows = [row for row in self.table.get(prefill, []) if row.skipped]
         if not rows:
             raise ConfigError(
                 f"Which layers most prompts skip was not measured for prefill={prefill!r}. Run "
                 "`firstlm calibrate` (or firstlm.calibrate) on validation prompts."
             )
-        skipped = min(rows, key=lambda row: abs(row.rate - rate)).skipped
-        return most_skipped_first(skipped)
+        return min(rows, key=lambda row: abs(row.rate - rate)).skipped
 
     def offset(self, rate: float, prefill: str) -> float:
         """Return the logit offset for a wanted skip rate, interpolated between measured ones."""

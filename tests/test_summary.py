@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rows of a summary say, and how a report words them."""
+
+from __future__ import annotations
+
+import pytest
+
+from firstlm import cli
+from firstlm.figures import labelled
+from firstlm.masks import length_correlation
+from firstlm.report import recomputed
+from firstlm.summary import adaptivity
+
+
+def test_arms_with_one_policy_are_told_apart():
+    def row(arm, policy="first"):
+        return {"arm": arm, "policy": policy, "lora_of": policy}
+
+    rows = [row("qamr-first"), row("qamr-full"), row("qamr-unified", "unified")]
+    names = [name for name, _ in labelled(rows)]
+    assert names == ["FiRST (qamr-first)", "FiRST (qamr-full)", "unified"]
+
+
+def test_a_layers_correlation_with_length_is_over_seeds():
+    """What one seed's layer does by chance, another's does not."""
+    short, long = [1, 1, 1], [1, 0, 1]
+
+    def run(masks):
+        return {
+            "items": [
+                {"keep": "".join(map(str, mask)), "prompt_tokens": tokens}
+                for mask, tokens in zip(masks, (10, 20), strict=True)
+            ]
+        }
+
+    up, down = run([short, long]), run([long, short])
+    assert adaptivity([up])["layer_length_correlation"] == pytest.approx(1)
+    assert adaptivity([down])["layer_length_correlation"] == pytest.approx(-1)
+    assert adaptivity([up, down])["layer_length_correlation"] == pytest.approx(0)
+    assert adaptivity([up, run([short, short])])["layer_length_correlation"] == pytest.approx(0.5)
+    assert adaptivity([run([short, short])])["layer_length_correlation"] is None
+
+
+def test_rates_that_differ_by_rounding_alone_are_constant():
+    lengths = [10, 20, 30]
+    rates = [1 - 22 / 30, 8 / 30, 1 - 22 / 30]
+    assert rates[0] != rates[1]
+    assert length_correlation(rates, lengths) is None
+    assert length_correlation([0.1, 0.2, 0.3], lengths) > 0.9
+
+
+def test_what_token_level_routing_computes_again_is_said():
+    row = {"primary": True, "skip_rate": 0.25, "kv_recomputed": None}
+    assert recomputed([row]) == ""
+    said = recomputed([row, {**row, "kv_recomputed": 0.875}, {**row, "primary": False}])
+    assert "88% at 25% skipped" in said
+
+
+def test_a_report_needs_a_summary(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "firstlm experiment summary" in capsys.readouterr().err
+    (tmp_path / "summary.json").write_text('[{"score": 1}]')
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "no summary of experiments" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
