@@ -86,31 +86,44 @@ def full_table(section: Section, rows: Sequence[Row]) -> list[str]:
     return [*lines, "", text] if (text := recomputed(rows)) else lines
 
 
-def timing_table(report: dict) -> list[str]:
-    """Return the timing table's lines."""
+def bench_table(report: dict, batch: int) -> list[str]:
+    """Return a table with a line an engine and format: what skipped layers save at a batch size."""
+    rows = [row for row in report["rows"] if row["batch"] == batch]
+    by_kind: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        by_kind.setdefault((row["engine"], row["dtype"]), []).append(row)
+    skipped = sorted({row["skip_rate"] for row in rows} - {0.0})
+    hf = next(row for row in rows if row["engine"] == "hf" and not row["skip_rate"])
+    names = " | ".join(f"{rate:.1%} skipped | realised" for rate in skipped)
     lines = [
-        "Decoding with evenly spaced layers skipped, batch 1, one CPU, arms interleaved "
-        f"({report['rounds']} rounds, medians):",
-        "",
-        "| format | layers skipped | time per token | saved / skipped share of layer time |",
-        "|---|---|---|---|",
+        f"| engine, weights | all layers | {names} |",
+        "|---|---|" + "---|---|" * len(skipped),
     ]
-    for dtype in ("float32", "bfloat16"):
-        for arm in ("7_skipped", "8_skipped"):
-            row = report.get(dtype, {}).get("decode", {}).get(arm)
-            if row:
-                low, high = row["realised_over_ideal_ci95"]
-                lines.append(
-                    f"| {dtype} | {row['skip_rate']:.1%} | {row['time_ratio']:.3f}x "
-                    f"| {row['realised_over_ideal']:.1%} ({low:.1%} to {high:.1%}) |"
-                )
-    shares = [
-        f"{report[d]['routers']['share_of_prefill']['median']:.2%} ({d})"
-        for d in ("float32", "bfloat16")
-        if d in report
-    ]
-    lines += ["", f"Routers' share of a 512-token prefill: {', '.join(shares)}."]
+    for (engine, dtype), found in by_kind.items():
+        cells = [f"{hf['tpot_ms'] / found[0]['tpot_ms']:.2f}x as fast"]
+        for row in found[1:]:
+            low, high = row["realised_over_ideal_ci95"]
+            cells += [
+                f"{row['tpot_ratio']:.3f}x the time",
+                f"{row['realised_over_ideal']:.2f} ({low:.2f} to {high:.2f})",
+            ]
+        lines.append(f"| `{engine}`, {dtype} | {' | '.join(cells)} |")
     return lines
+
+
+def bench_text(report: dict) -> list[str]:
+    """Return what README says about speed."""
+    return [
+        f"Decoding SmolLM2-135M on {report['threads']} CPU cores, batch 1, in turns "
+        f'({report["rounds"]} rounds, medians): speed against `engine="hf"` with all layers in '
+        "bfloat16, time with layers skipped against the same engine with none, and what was saved "
+        "as a share of what the bytes of skipped layers cost:",
+        "",
+        *bench_table(report, 1),
+        "",
+        f"Routers' share of a {report['prompt_tokens']}-token prefill: "
+        f"{report['router_overhead']:.2%}.",
+    ]
 
 
 MAJORITIES = {
@@ -187,10 +200,15 @@ def text() -> str:
         if section.file in SHOWN:
             parts += [*compact_table(section, rows), ""]
             parts += [f"Made by `firstlm experiment run experiments/{section.file}.yaml`.", ""]
-    timing = RESULTS / "timing_smollm2.json"
-    parts += [*timing_table(json.loads(timing.read_text())), ""]
-    parts += ["Made by `python experiments/timing.py`.", ""]
+    bench = json.loads((RESULTS / "bench_smollm2.json").read_text())
+    parts += [*bench_text(bench), ""]
+    parts += [f"Made by `{command(bench)}`.", ""]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def command(report: dict) -> str:
+    """Return the command that made a report."""
+    return " ".join(report["provenance"]["argv"])
 
 
 def pages() -> dict[Path, str]:
@@ -199,8 +217,11 @@ def pages() -> dict[Path, str]:
     parts = ["# Results", "", "Written by `python experiments/table.py --write` from results/.", ""]
     for section, rows in sections().items():
         parts += [*full_table(section, rows), ""]
+    speed = ROOT / "docs" / "speed.md"
+    bench = json.loads((RESULTS / "bench_smollm2.json").read_text())
     return {
         readme: _filled(readme, [text().rstrip()]),
+        speed: _filled(speed, bench_table(bench, 4), bench_table(bench, 16)),
         adaptivity: _filled(
             adaptivity, ["\n".join(adaptivity_table())], ["\n".join(headroom_table())]
         ),

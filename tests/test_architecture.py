@@ -31,6 +31,11 @@ FLOORS = {
     "inputs": "mechanism",
     "lora": "mechanism",
     "cache": "mechanism",
+    "graphs": "mechanism",
+    "slabs": "mechanism",
+    "capture": "mechanism",
+    "packing": "mechanism",
+    "engine": "mechanism",
     "routing": "mechanism",
     "pretrained": "artifact",
     "model_card": "artifact",
@@ -66,6 +71,7 @@ FLOORS = {
     "eval_policies": "work",
     "evaluate": "work",
     "eval_command": "work",
+    "bench": "work",
     "diagnose": "work",
     "inspect_artifact": "edges",
     "generate_command": "edges",
@@ -81,7 +87,7 @@ FLOORS = {
 }
 ORDER = list(FLOORS)
 FILES = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
-INDEPENDENT = {"train", "evaluate", "diagnose"}  # uses of the loop; none knows another
+INDEPENDENT = {"train", "evaluate", "bench", "diagnose"}  # uses of the loop; none knows another
 HEAVY = {"bert_score", "datasets", "fastapi", "matplotlib", "rich", "tensorboard", "vllm"}
 
 

@@ -132,6 +132,22 @@ def test_cached_decoding_equals_recomputation(model: FirstModel, kind: str) -> N
         assert far(logits, output.logits[:, -NEW:]) < 1e-4, name
 
 
+def test_the_fast_engine_gives_the_same_tokens(model: FirstModel) -> None:
+    ids, mask = prompts(model)
+    policy = FixedMask(mixed(len(ids), model.layer_count))
+    options = {"policy": policy, "max_new_tokens": 24, "do_sample": False}
+    wanted = model.generate(ids, mask, **options)
+    found = model.generate(ids, mask, engine="fast", **options)
+    assert found.cache.batch is not None  # it was not transformers after all
+    assert torch.equal(found.sequences, wanted.sequences)
+    row, length = ids[-1:], int(mask[-1].sum())
+    options["policy"] = FixedMask([i % 4 != 1 for i in range(model.layer_count)])
+    wanted = model.generate(row[:, -length:], **options)
+    found = model.generate(row[:, -length:], engine="fast", **options)
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert found.layer_calls == wanted.layer_calls
+
+
 def test_rows_of_a_mixed_batch_equal_rows_alone(model: FirstModel) -> None:
     ids, mask = prompts(model)
     keep = mixed(len(ids), model.layer_count)

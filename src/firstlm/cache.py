@@ -9,6 +9,7 @@ per layer themselves, and hold for each layer only the rows (sequences) that run
 from __future__ import annotations
 
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from firstlm.layers import CACHE_ARGUMENTS
 
 if TYPE_CHECKING:
     from firstlm.decisions import RoutingState
+    from firstlm.engine import DecodeEngine, FastBatch
 
 
 class SkipCache(Cache):
@@ -30,6 +32,9 @@ class SkipCache(Cache):
     layers: list[Any]  # which attributes a slot has depends on its class
     state: RoutingState
     tokens_seen: list[int]
+    engine: DecodeEngine | None = None  # decodes in transformers' place where it is set
+    longest: int = 0  # tokens that the engine makes room for
+    batch: FastBatch | None = None  # what the engine decodes; holds all keys and values then
 
     def bind(self, state: RoutingState) -> None:
         """Attach the decisions of the batch that this cache serves."""
@@ -48,6 +53,33 @@ class SkipCache(Cache):
             slot.cumulative_length += tokens
         if hasattr(slot, "cumulative_length_int"):
             slot.cumulative_length_int += tokens
+
+    def step(self, token_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
+        """Decode one token [rows] per row with the engine; the first call gives the cache to it.
+
+        Args:
+            token_ids: [rows].
+            attention_mask: [rows, tokens before it].
+
+        Returns:
+            Logits [rows, vocab], or None where transformers shall decode: no engine is set, the
+            prompt has not run yet, or the engine cannot run this model.
+        """
+        if self.engine is None or not self.state.complete or not self.get_seq_length():
+            return None
+        if self.state.first_token_at is None:
+            self.state.first_token_at = time.perf_counter()
+        if self.batch is None:
+            room = max(self.longest - attention_mask.shape[1], 1)
+            self.batch = self.engine.start(self, attention_mask, room)
+            for slot in self.layers:
+                slot.keys = slot.values = None
+                slot.is_initialized = False
+        logits = self.batch.step(token_ids)
+        self.state.in_prefill = False
+        self.state.layer_calls["decode"] += self.batch.layer_calls
+        self.tokens_seen = [tokens + 1 for tokens in self.tokens_seen]
+        return logits
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return how many tokens the layer has passed, stored or not."""
@@ -101,6 +133,8 @@ class SkipCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Follow beam search: row j continues what row beam_idx[j] was."""
+        if self.engine is not None:
+            raise ConfigError("Beam search reorders rows; use it with engine='hf'.")
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -135,6 +169,8 @@ class SkipCache(Cache):
     @property
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values."""
+        if self.batch is not None:
+            return self.batch.kv_bytes
         total = 0
         for slot in self.layers:
             for name in ("keys", "values", "indexer_keys"):
@@ -182,6 +218,11 @@ def take_cache(generate_kwargs: dict[str, Any]) -> SkipCache | None:
     if cache is not None and not isinstance(cache, SkipCache):
         raise ConfigError(
             "A cache to continue must be the .cache of an earlier output of generate."
+        )
+    if cache is not None and cache.batch is not None:
+        raise ConfigError(
+            "This cache was decoded with engine='fast' and cannot be continued; generate with "
+            "engine='hf' what you want to go on from."
         )
     return cache
 

@@ -59,6 +59,11 @@ COMMANDS = {
         "firstlm.command_config.EvalConfig",
         "score base and routed model on a task",
     ),
+    "bench": Command(
+        "firstlm.bench",
+        "firstlm.command_config.BenchConfig",
+        "measure what skipped layers save, in time and memory",
+    ),
     "experiment": Command(
         "firstlm.experiment",
         "firstlm.command_config.ExperimentConfig",

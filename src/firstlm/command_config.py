@@ -6,10 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from firstlm.config import (
+    ENGINES,
     EVAL_POLICIES,
     PREFILL_MODES,
+    RANDOM_SHAPES,
     RATES,
     TASKS,
+    WEIGHT_FORMATS,
     Options,
     count_option,
     device_option,
@@ -68,6 +71,12 @@ class GenerateConfig(AnswerOptions):
         1.0, above=0, at_most=1, help="sample from the likeliest tokens that make up this share"
     )
     num_beams: int = count_option(1, "beams of beam search")
+    engine: str = option(
+        "hf", choices=ENGINES, help="what decodes: transformers, or layers compiled one by one"
+    )
+    weights: str = option(
+        "same", choices=WEIGHT_FORMATS, help="number format in which the fast engine keeps weights"
+    )
     seed: int = seed_option("sampling")
 
     def __post_init__(self) -> None:
@@ -75,6 +84,37 @@ class GenerateConfig(AnswerOptions):
         super().__post_init__()
         if self.prompt and self.file:
             raise ConfigError("both --prompt and --file are given; expected one of them.")
+        if self.engine == "fast" and self.num_beams > 1:
+            raise ConfigError("--num-beams needs --engine hf: the fast engine keeps rows in order.")
+        if self.engine == "hf" and self.weights != "same":
+            raise ConfigError(f"--weights {self.weights} needs --engine fast.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(Options):
+    """Measure what skipped layers save, in time and memory; the last line printed is JSON."""
+
+    model: str = option("smollm2", path=True, help="base model: smollm2, a folder or a hub id")
+    random_init: str | None = option(
+        None, choices=RANDOM_SHAPES, help="a known shape with random weights, in the model's place"
+    )
+    dtype: str = dtype_option()
+    device: str = device_option()
+    engines: list[str] = option(["fast", "hf"], choices=ENGINES, help="what decodes")
+    weights: list[str] = option(
+        ["same"],
+        choices=WEIGHT_FORMATS,
+        help="number formats of the fast engine's weights",
+    )
+    skip_rates: list[float] = option(
+        [0.0, 0.15, 0.25, 0.5], at_least=0, below=1, help="shares of layers to skip, 0 beside them"
+    )
+    batch_sizes: list[int] = option([1], at_least=1, help="rows that are decoded together")
+    prompt_tokens: int = count_option(128, "tokens of every prompt")
+    rounds: int = count_option(50, "decode steps of every cell")
+    prefill_rounds: int = count_option(5, "prompts of every cell")
+    seed: int = seed_option("prompts and of the order in which cells take turns")
+    output: str | None = option(None, path=True, help="also write the report to this JSON file")
 
 
 @dataclass(frozen=True, kw_only=True)

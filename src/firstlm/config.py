@@ -18,6 +18,9 @@ from firstlm.options import check, option
 UNITS = ("block", "attention", "mlp")
 READS = ("states", "length")
 PREFILL_MODES = ("skip", "full")
+RANDOM_SHAPES = ("llama-3-8b", "llama-3.2-3b")  # that `firstlm bench` can make
+ENGINES = ("hf", "fast")  # what decodes: transformers, or layers compiled one by one
+WEIGHT_FORMATS = ("same", "int8", "int4")  # of linear layers in the fast engine
 GATES = ("straight_through", "soft")
 STAGES = ("both", "routers", "lora", "joint")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -73,6 +73,8 @@ def prefill(
     prefill: str = "skip",
     cache: str = "dynamic",
     max_new_tokens: int = 128,
+    engine: str = "hf",
+    weights: str = "same",
 ) -> Decoding:
     """Run prompts [batch, tokens] and decide which layers each of them runs from here on.
 
@@ -84,13 +86,16 @@ def prefill(
         skip_rate: share of layers to skip, met on average; needs a calibrated model.
         prefill: "skip" (skipped layers do not see the prompt) or "full".
         cache: "dynamic" or "static".
-        max_new_tokens: decode steps that a static cache has room for.
+        max_new_tokens: decode steps that a static cache, or the fast engine, has room for.
+        engine: what decodes: "hf" or "fast", as in `FirstModel.generate`.
+        weights: number format of "fast".
     """
     prompts = take_prompts(input_ids, attention_mask, model.base.generation_config, model.device)
     input_ids, attention_mask = pad_on_the_left(*prompts)
     state = model.new_state(attention_mask, policy, skip_rate, prefill, input_ids=input_ids)
     longest = input_ids.shape[1] + max_new_tokens
     kv = make_cache(model.base.config, state, cache, longest)
+    kv.engine, kv.longest = model.engine_for(engine, weights, len(input_ids), state), longest
     base = model.plain_base
     takes = inspect.signature(base.forward).parameters
     if isinstance(kv, StaticSkipCache):
@@ -124,6 +129,12 @@ def decode_step(model: FirstModel, decoding: Decoding, token_ids: torch.Tensor) 
     `token_ids` is [batch]; `decoding` moves on in place.
     """
     mask, cache = decoding.attention_mask, decoding.cache
+    token_ids = token_ids.to(mask.device)
+    logits = cache.step(token_ids, mask)
+    if logits is not None:
+        decoding.attention_mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        decoding.logits = logits
+        return logits
     if isinstance(cache, StaticSkipCache) and mask.shape[1] >= cache.room:
         raise ConfigError(
             f"The static cache is full with {cache.room} tokens; raise prefill's max_new_tokens."
@@ -133,7 +144,7 @@ def decode_step(model: FirstModel, decoding: Decoding, token_ids: torch.Tensor) 
     if decoding.position_ids is not None:
         decoding.position_ids = extra["position_ids"] = decoding.position_ids + 1
     output = model.base(
-        input_ids=token_ids.to(mask.device).unsqueeze(1),
+        input_ids=token_ids.unsqueeze(1),
         attention_mask=decoding.attention_mask,
         **{model.routing.stack.cache_argument: cache},
         use_cache=True,
@@ -159,6 +170,8 @@ def stream(
     seed: int | None = None,
     eos_token_ids: int | Sequence[int] | None = None,
     cache: str = "dynamic",
+    engine: str = "hf",
+    weights: str = "same",
 ) -> Iterator[Token]:
     """Yield tokens as they come, until every row is done or `max_new_tokens` are there.
 
@@ -175,6 +188,8 @@ def stream(
         seed: of sampling; None goes on from torch's own generator.
         eos_token_ids: ids that end a row; default the model's own; () never ends one.
         cache: "dynamic" or "static".
+        engine: what decodes: "hf" or "fast", as in `FirstModel.generate`.
+        weights: number format of "fast".
     """
     start = time.perf_counter()
     _check_sampling(max_new_tokens, temperature, top_p)
@@ -184,7 +199,16 @@ def stream(
     if seed is not None:
         generator = torch.Generator(model.device).manual_seed(seed)
     decoding = _run_prompt(
-        model, input_ids, attention_mask, policy, skip_rate, prefill, cache, max_new_tokens
+        model,
+        input_ids,
+        attention_mask,
+        policy,
+        skip_rate,
+        prefill,
+        cache,
+        max_new_tokens,
+        engine,
+        weights,
     )
     done = torch.zeros(len(input_ids), dtype=torch.bool)
     ids: torch.Tensor | None = None

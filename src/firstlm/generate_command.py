@@ -82,7 +82,11 @@ def run(options: GenerateConfig) -> int:
         show_comparison(model, prompts, options)
         return 0
     model.merge_and_unload()
-    answer(model, prompts[0].ids[:8], max_new_tokens=2)  # the first call of a process is slow
+    engine = {"engine": options.engine, "weights": options.weights}
+    if options.engine == "fast":
+        print("Compiling the layers: half a minute, less the next time.", file=sys.stderr)
+    # The first call of a process is slow.
+    answer(model, prompts[0].ids[:8], max_new_tokens=2, eos_token_ids=(), **engine)
     for number, prompt in enumerate(prompts, start=1):
         if len(prompts) > 1:
             print(f"[{number}/{len(prompts)}] {shorten(prompt.text)}")
@@ -204,6 +208,7 @@ def _beams(model: FirstModel, prompt: Prompt, options: GenerateConfig) -> Run:
 
 def _stream_options(options: GenerateConfig) -> dict[str, Any]:
     names = ("skip_rate", "prefill", "max_new_tokens", "temperature", "top_p", "seed")
+    names += ("engine", "weights")
     return {name: getattr(options, name) for name in names}
 
 
@@ -233,7 +238,7 @@ def show_comparison(model: FirstModel, prompts: Sequence[Prompt], options: Gener
     console = Console(file=sys.stdout, highlight=False)
     arms = Arms(model)
     shown = _stream_options(options)
-    timed = {name: shown[name] for name in ("prefill", "temperature", "top_p", "seed")}
+    timed = {name: shown[name] for name in shown if name not in ("skip_rate", "max_new_tokens")}
     tokens = min(TIMED_TOKENS, options.max_new_tokens)
     all_runs: tuple[list[Run], list[Run]] = ([], [])
     for number, prompt in enumerate(prompts, start=1):

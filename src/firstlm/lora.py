@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,11 @@ def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if is_lora(name)}
 
 
+def lora_layers(model: nn.Module) -> list[Any]:
+    """Return the modules that have LoRA on a linear layer, or on another one."""
+    return [module for module in model.modules() if hasattr(module, "lora_A")]
+
+
 @contextmanager
 def swapped(pairs: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> Iterator[None]:
     """Put other values in the place of weights; afterwards every bit is what it was."""
@@ -33,6 +39,20 @@ def swapped(pairs: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> Iterator[None
     finally:
         for (weight, _), values in zip(pairs, before, strict=True):
             weight.data = values
+
+
+@contextmanager
+def lora_left_out(model: nn.Module) -> Iterator[None]:
+    """Let a model compute as if it had no LoRA; parameters keep their `requires_grad`."""
+    # peft's own disable_adapter() turns LoRA on at the end, whatever it was before.
+    on = [module for module in lora_layers(model) if not module.disable_adapters]
+    for module in on:
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module in on:
+            module._disable_adapters = False
 
 
 @contextmanager

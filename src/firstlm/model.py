@@ -22,8 +22,9 @@ from torch import nn
 from firstlm import artifact
 from firstlm.baselines import Baseline
 from firstlm.cache import SkipCache, StaticSkipCache, make_cache, take_cache
-from firstlm.config import PREFILL_MODES, UNMEASURED, RouterConfig, check_skip_rate
+from firstlm.config import ENGINES, PREFILL_MODES, UNMEASURED, RouterConfig, check_skip_rate
 from firstlm.decisions import RoutingState
+from firstlm.engine import DecodeEngine, Engines
 from firstlm.errors import ConfigError
 from firstlm.inputs import (
     longest_row,
@@ -95,6 +96,7 @@ class FirstModel(nn.Module):
         self.training_record: dict[str, Any] = {}
         self.results: dict[str, Any] = {}
         self.merged = False  # the base's weights hold a LoRA that an artifact would lack
+        self.engines = Engines(stack, config.unit)
         self.routing.attach()
 
     @classmethod
@@ -391,6 +393,33 @@ class FirstModel(nn.Module):
             )
         return state
 
+    def engine_for(
+        self, engine: str, weights: str, rows: int, state: RoutingState
+    ) -> DecodeEngine | None:
+        """Return what decodes a batch in transformers' place, or None.
+
+        Compiling takes some 20 seconds for the first answer to one prompt, and again for the first
+        to several. Weights in another format are copies, made anew when the model's have changed.
+
+        Args:
+            engine: "hf" or "fast".
+            weights: number format of linear layers: "same", "int8" or "int4".
+            rows: in the batch.
+            state: its decisions.
+
+        Raises:
+            ConfigError: there is no such engine, or it has no such option.
+        """
+        if engine not in ENGINES:
+            raise ConfigError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}.")
+        if engine == "hf":
+            if weights != "same":
+                raise ConfigError(f"weights={weights!r} needs engine='fast'.")
+            return None
+        if state.stepped is not None:
+            raise ConfigError("A policy that lets layers go with each step needs engine='hf'.")
+        return self.engines.get(self.plain_base, weights, rows)
+
     @torch.no_grad()
     def generate(
         self,
@@ -399,6 +428,8 @@ class FirstModel(nn.Module):
         policy: Policy | None = None,
         skip_rate: float | None = None,
         prefill: str = "skip",
+        engine: str = "hf",
+        weights: str = "same",
         **generate_kwargs: Any,
     ) -> GenerateOutput:
         """Generate with transformers' `generate`, each prompt with its own layers.
@@ -410,6 +441,9 @@ class FirstModel(nn.Module):
             policy: what decides which layers run; default the routers.
             skip_rate: share of layers to skip, met on average; needs a calibrated model.
             prefill: "skip" (skipped layers do not see the prompt) or "full".
+            engine: what decodes: "hf", or "fast", which compiles the model's layers first (see
+                `engine_for`) and gives the same tokens, up to rounding.
+            weights: number format in which "fast" keeps linear layers: "same", "int8" or "int4".
             generate_kwargs: everything transformers' `generate` takes; `cache_implementation` may
                 be "dynamic" or "static"; `cache` (or `past_key_values`, as transformers called it
                 before 5.24) continues an earlier output's `.cache`.
@@ -436,6 +470,11 @@ class FirstModel(nn.Module):
             raise ConfigError("A continued cache keeps its mask; leave policy and skip_rate unset.")
         state = cache.state
         state.begin(input_ids.shape[1])
+        cache.engine = self.engine_for(engine, weights, input_ids.shape[0], state)
+        if cache.engine is not None:
+            cache.longest = longest
+            self.routing.decode_fast(self.plain_base)
+            start = time.perf_counter()  # compiling is not part of any answer
         # Some configs say use_cache=False (MPT, models that were trained), and transformers would
         # then feed whole sequences into the cache again and again. The cache is there already,
         # whatever the model's defaults ask for.

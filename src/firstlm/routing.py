@@ -14,11 +14,12 @@ from collections import UserDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from firstlm.cache import SkipCache
 from firstlm.decisions import RoutingState
@@ -48,6 +49,26 @@ class Routing:
             for layer, module in enumerate(self.stack.units):
                 self._override(module, partial(self._unit_forward, layer))
 
+    def decode_fast(self, model: nn.Module) -> None:
+        """Let a cache's engine answer for the whole model, where the cache has one."""
+        if all(module is not model for module, _ in self._undo):
+            self._override(model, self._decode)
+
+    def _decode(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run one step of transformers' `generate` by the engine, or else as it always was."""
+        argument = self.stack.cache_argument
+        cache, ids = kwargs.get(argument), kwargs.get("input_ids")
+        if isinstance(cache, SkipCache) and cache.engine is not None and ids is not None:
+            mask = kwargs.get("attention_mask")
+            if mask is None:  # transformers leaves out masks without padding
+                mask = ids.new_ones(len(ids), cache.get_seq_length() + 1)
+            logits = cache.step(ids[:, -1], mask[:, :-1]) if ids.shape[1] == 1 else None
+            if logits is not None:
+                output: Any = CausalLMOutputWithPast(logits=logits[:, None])
+                output[argument] = cache
+                return output
+        return original(*args, **kwargs)
+
     @property
     def attached(self) -> bool:
         """Whether the layers' forward is overridden."""
@@ -62,7 +83,8 @@ class Routing:
                 "first, or load the base model again."
             )
         self._undo.append((module, before))
-        module.forward = partial(forward, module.forward)
+        original = module.forward
+        module.forward = update_wrapper(partial(forward, original), original)  # keeps its signature
 
     def detach(self) -> None:
         """Put back whatever forward each layer had."""

@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding without detours: each step visits the layers that some row keeps, compiled one by one.
+
+A kind of layer is compiled once, whatever mask comes, and takes the weights of the layer it runs as
+inputs. Each layer stores keys and values for just the rows that keep it, without padding, in memory
+that is allocated when decoding starts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from firstlm.cache import SkipCache
+from firstlm.capture import DecodeGraphs, capture
+from firstlm.config import WEIGHT_FORMATS
+from firstlm.errors import ConfigError, UnsupportedModelError
+from firstlm.graphs import Traced
+from firstlm.layers import LayerStack
+from firstlm.lora import lora_layers, lora_left_out
+from firstlm.packing import pack_linears
+
+BLOCK = 32  # memory for keys and values comes in blocks of so many tokens
+KEPT = 2  # states of one model's weights whose engines stay: with LoRA and without
+# How like the model's own logits those of a trial step must be (cosine).
+ALIKE = {"int8": 0.97, "int4": 0.7, torch.float64: 0.99999, torch.float32: 0.99999}
+
+
+@dataclass
+class Stored:
+    """What a layer holds of a batch's prompts.
+
+    Attributes:
+        keys: [rows that keep the layer, heads, tokens, size], padding on the left.
+        values: as keys.
+        rows: which rows of the batch these are.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    rows: list[int]
+
+
+@dataclass
+class _Part:
+    """A compiled graph, and the inputs before its arguments."""
+
+    run: Callable[..., Sequence[torch.Tensor]]
+    arguments: list[str]
+    weights: list[torch.Tensor]
+
+
+@dataclass
+class _Step:
+    """All of a decode step for one row, or for several."""
+
+    graphs: DecodeGraphs
+    head: _Part
+    layers: list[_Part]
+    tail: _Part
+
+
+class DecodeEngine:
+    """Compiled decode steps of one model; LoRA is merged into copies of its weights.
+
+    Args:
+        base: a transformers model, out of peft's wrapper.
+        stack: its layers; units must be whole blocks.
+        weights: number format of linear layers: one of `config.WEIGHT_FORMATS`.
+        compiled: False runs the graphs operation by operation, which is slow and needs no compiler.
+
+    Raises:
+        ConfigError: no such format.
+    """
+
+    def __init__(
+        self, base: Any, stack: LayerStack, weights: str = "same", compiled: bool = True
+    ) -> None:
+        if weights not in WEIGHT_FORMATS:
+            known = ", ".join(WEIGHT_FORMATS)
+            raise ConfigError(f"weights is {weights!r}; expected one of {known}.")
+        self.base, self.stack, self.weights, self.compiled = base, stack, weights, compiled
+        self._steps: dict[bool, _Step] = {}
+
+    def step(self, rows: int) -> _Step:
+        """Return the step for one row, or for several; the first call traces and compiles it.
+
+        Raises:
+            UnsupportedModelError: it cannot be, or does not compute what the model does.
+        """
+        alone = rows == 1
+        if alone not in self._steps:
+            self._steps[alone] = self._build(1 if alone else 2)
+            self._try(1 if alone else 2)
+        return self._steps[alone]
+
+    def layer_bytes(self) -> list[int]:
+        """Return the bytes of each layer's weights."""
+        layers = next(iter(self._steps.values())).layers
+        return [sum(tensor.nbytes for tensor in part.weights) for part in layers]
+
+    def rest_bytes(self) -> int:
+        """Return the bytes of the weights after the last layer: those of the vocabulary."""
+        return sum(t.nbytes for t in next(iter(self._steps.values())).tail.weights)
+
+    def _build(self, rows: int) -> _Step:
+        with lora_left_out(self.base):
+            graphs = capture(self.base, self.stack, rows)
+        # Both steps share what they are given: packed weights.
+        other = next(iter(self._steps.values()), None)
+        if other and other.graphs.layers != graphs.layers:
+            raise UnsupportedModelError("It treats one row in another way than several.")
+        head = self._part(graphs.head, [self.base], [other.head.weights] if other else None)
+        tail = self._part(graphs.tail, [self.base], [other.tail.weights] if other else None)
+        layers: list[Any] = [None] * len(graphs.layers)
+        for kind, traced in enumerate(graphs.kinds):
+            members = [i for i, layer in enumerate(graphs.layers) if layer.kind == kind]
+            modules = [self.stack.modules[i] for i in members]
+            known = [other.layers[i].weights for i in members] if other else None
+            for i, part in zip(members, self._part(traced, modules, known), strict=True):
+                layers[i] = part
+        return _Step(graphs, head[0], layers, tail[0])
+
+    def _part(
+        self, traced: Traced, roots: list[nn.Module], known: list[list[torch.Tensor]] | None
+    ) -> list[_Part]:
+        """Compile a graph once, for modules that differ by their weights alone."""
+        packed = pack_linears(traced, roots[0], self.weights)
+        weights = known or [packed.inputs_from(root) for root in roots]
+        run = _compile(traced, weights[0]) if self.compiled else traced.graph.forward
+        return [_Part(run, traced.arguments, found) for found in weights]
+
+    @torch.no_grad()
+    def _try(self, rows: int) -> None:
+        """Hold a step against the model's own forward."""
+        device = self.base.get_input_embeddings().weight.device
+        vocab = self.base.config.get_text_config(decoder=True).vocab_size
+        ids = torch.arange(1, 10 * rows + 1, device=device).view(rows, 10) * 7919 % vocab
+        cache: Any = DynamicCache(config=self.base.config.get_text_config(decoder=True))
+        self.base(input_ids=ids[:, :-1], use_cache=True, **{self.stack.cache_argument: cache})
+        stored = [Stored(s.keys, s.values, list(range(rows))) for s in cache.layers]
+        found = FastBatch(self, stored, torch.ones_like(ids[:, :-1]), 1).step(ids[:, -1])
+        wanted = self.base(input_ids=ids, use_cache=False).logits[:, -1]
+        alike = torch.cosine_similarity(found.double(), wanted.double()).min().item()
+        bound = ALIKE.get(self.weights) or ALIKE.get(found.dtype, 0.99)
+        if not alike >= bound:
+            raise UnsupportedModelError(
+                f"Its fast step gives other logits (cosine {alike:.4f}; expected {bound} or more)."
+            )
+
+    def start(self, cache: SkipCache, attention_mask: torch.Tensor, room: int) -> FastBatch:
+        """Take over from prompts that have run, all decisions made.
+
+        Args:
+            cache: of the prompts; what it holds is copied.
+            attention_mask: [rows, tokens] of the prompts, padded on the left.
+            room: tokens that may be added.
+
+        Raises:
+            UnsupportedModelError: as `step`.
+        """
+        stored: list[Stored | None] = []
+        every = range(len(attention_mask))
+        for layer, slot in enumerate(cache.layers):
+            rows = cache.state.stored_rows(layer)
+            picked = list(every) if rows is None else rows.tolist()
+            if picked and getattr(slot, "keys", None) is None:
+                raise UnsupportedModelError(f"Its layer {layer} stores no keys.")
+            stored.append(Stored(slot.keys, slot.values, picked) if picked else None)
+        return FastBatch(self, stored, attention_mask, room)
+
+
+class Engines:
+    """The engines of one model; weights that have changed since make new ones.
+
+    Args:
+        stack: the model's layers.
+        unit: what is switched; the engine knows whole blocks only.
+    """
+
+    def __init__(self, stack: LayerStack, unit: str) -> None:
+        self.stack, self.unit = stack, unit
+        self._made: dict[Any, dict[str, DecodeEngine | None]] = {}
+
+    def get(self, base: Any, weights: str, rows: int) -> DecodeEngine | None:
+        """Return an engine that is ready for a batch.
+
+        Args:
+            base: the model, out of peft's wrapper.
+            weights: one of `config.WEIGHT_FORMATS`.
+            rows: in the batch.
+
+        Returns:
+            The engine, or None, with one warning, where the model cannot be run by it.
+        """
+        stamp = _stamp(base)
+        self._made.setdefault(stamp, {})
+        for old in list(self._made)[:-KEPT]:
+            del self._made[old]
+        if weights not in self._made[stamp]:
+            self._made[stamp][weights] = DecodeEngine(base, self.stack, weights)
+        engine = self._made[stamp][weights]
+        if engine is None:
+            return None
+        try:
+            if self.unit != "block":
+                raise UnsupportedModelError(f"It switches {self.unit} units.")
+            for size in {1, rows}:
+                engine.step(size)
+        except UnsupportedModelError as error:
+            self._made[stamp][weights] = None
+            warnings.warn(
+                f"{type(base).__name__} decodes with engine='hf' instead of 'fast': {error}",
+                stacklevel=3,
+            )
+        return self._made[stamp][weights]
+
+
+def _stamp(base: nn.Module) -> Any:
+    """Return what differs when weights were changed, or LoRA turned off."""
+    lora = [(m.disable_adapters, tuple(m.active_adapters)) for m in lora_layers(base)]
+    return id(base), tuple(lora), tuple((p.data_ptr(), p._version) for p in base.parameters())
+
+
+def _compile(traced: Traced, weights: Sequence[torch.Tensor]) -> Any:
+    """Compile a graph for sizes as they are in it."""
+    from torch._inductor import config, standalone_compile
+
+    holes = [n for n in traced.graph.graph.nodes if n.op == "placeholder"]
+    examples = [*weights, *[n.meta["val"] for n in holes[len(weights) :]]]
+    cpp = bool(weights) and weights[0].device.type == "cpu"
+    try:
+        with torch.no_grad(), config.patch(cpp_wrapper=cpp):
+            return standalone_compile(traced.graph, examples, dynamic_shapes="from_graph")
+    except Exception as error:  # no compiler, or one that fails
+        raise UnsupportedModelError(f"It could not be compiled: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class FastBatch:
+    """Rows that are being decoded together; each has its own layers and its own length.
+
+    Attributes:
+        count: rows.
+        lengths: [rows] tokens so far.
+        room: tokens that a row may have.
+    """
+
+    def __init__(
+        self,
+        engine: DecodeEngine,
+        stored: Sequence[Stored | None],
+        attention_mask: torch.Tensor,
+        room: int,
+    ) -> None:
+        self.engine = engine
+        self.count = len(attention_mask)
+        self.lengths = attention_mask.sum(1)
+        self.longest = int(self.lengths.max())
+        self.room = -(-(self.longest + room) // BLOCK) * BLOCK
+        self._span = torch.arange(self.room, device=attention_mask.device)
+        self._slabs = [None if s is None else self._allocate(s) for s in stored]
+        self._plan()
+
+    def _allocate(self, stored: Stored) -> Stored:
+        """Copy what a layer stored, without padding, into memory with room for more."""
+        lengths = self.lengths.tolist()
+        slabs = []
+        for old in (stored.keys, stored.values):
+            new = old.new_zeros(len(stored.rows), old.shape[1], self.room, old.shape[3])
+            for place, row in enumerate(stored.rows):
+                end = lengths[row]
+                tokens = min(end, old.shape[2])  # sliding layers hold the last ones only
+                new[place, :, end - tokens : end] = old[place, :, old.shape[2] - tokens :]
+            slabs.append(new)
+        return Stored(slabs[0], slabs[1], stored.rows)
+
+    def _plan(self) -> None:
+        """Note in which order layers run, and how rows are gathered for each of them."""
+        every = list(range(self.count))
+        known: dict[tuple[int, ...], int] = {}
+        self._order: list[tuple[int, Stored, int]] = []  # layer, slab, group (-1: all rows)
+        for layer, slab in enumerate(self._slabs):
+            if slab is not None:
+                all_ = slab.rows == every
+                group = -1 if all_ else known.setdefault(tuple(slab.rows), len(known))
+                self._order.append((layer, slab, group))
+        self._groups = [torch.tensor(rows, device=self._span.device) for rows in known]
+        for size in {self.count, *map(len, self._groups)}:
+            self.engine.step(size)
+
+    @property
+    def layer_calls(self) -> int:
+        """Layers that run in a step; one that several rows run counts once."""
+        return len(self._order)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(
+            t.untyped_storage().nbytes() for s in self._slabs if s for t in (s.keys, s.values)
+        )
+
+    @torch.no_grad()
+    def step(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Append one token [rows] to every row; returns the logits [rows, vocab] of the next.
+
+        Raises:
+            ConfigError: there is no more room.
+        """
+        if self.longest >= self.room:
+            raise ConfigError(
+                f"The batch is full with {self.room} tokens; start it with more room."
+            )
+        engine = self.engine
+        step = engine.step(self.count)
+        span = self._span[: self.longest + 1]
+        ids = token_ids.contiguous().view(-1, 1)
+        given = {"token_ids": ids, "positions": self.lengths.view(-1, 1)}
+        head = step.head
+        outputs = head.run(*head.weights, *[given[name] for name in head.arguments])
+        hidden = outputs[0]
+        gathered = [self._gather(rows, outputs, step) for rows in self._groups]
+        for layer, slab, group in self._order:
+            extra = step.graphs.layers[layer].extra
+            if group < 0:
+                part = step.layers[layer]
+                (hidden,) = part.run(
+                    *part.weights,
+                    hidden,
+                    slab.keys,
+                    slab.values,
+                    self.lengths,
+                    span,
+                    *[outputs[i] for i in extra],
+                )
+                continue
+            rows = self._groups[group]
+            lengths, some = gathered[group]
+            part = engine.step(len(rows)).layers[layer]
+            (new,) = part.run(
+                *part.weights,
+                hidden[rows],
+                slab.keys,
+                slab.values,
+                lengths,
+                span,
+                *[some[i] for i in extra],
+            )
+            hidden = hidden.index_copy(0, rows, new)
+        (logits,) = step.tail.run(*step.tail.weights, hidden)
+        self.lengths = self.lengths + 1
+        self.longest += 1
+        return logits
+
+    def _gather(
+        self, rows: torch.Tensor, outputs: Sequence[torch.Tensor], step: _Step
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Pick some rows of what every layer is given."""
+        by_row = step.graphs.by_row
+        return self.lengths[rows], [
+            t[rows] if split else t for t, split in zip(outputs, by_row, strict=True)
+        ]

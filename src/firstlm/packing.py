@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers of a traced graph in the form that runs fastest: joined, and with packed weights.
+
+Linear layers that read the same input become one. For one row the CPU's matrix product is slower
+than a sum of products that the compiler makes itself; packed integers use PyTorch's own kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from firstlm.errors import UnsupportedModelError
+from firstlm.graphs import Traced
+
+aten = torch.ops.aten
+INT4_GROUP = 32  # weights that share a scale and a zero point
+INT4_ROWS = 16  # the kernel wants a multiple of so many outputs
+
+
+@dataclass
+class Joined:
+    """Linear layers that became one.
+
+    Attributes:
+        placeholders: inputs of the graph that take the packed weights.
+        names: the weights, joined along their outputs.
+    """
+
+    placeholders: list[str]
+    names: list[str]
+
+
+@dataclass
+class Packed:
+    """A graph whose linear layers are packed; `inputs_from` makes what its first inputs take."""
+
+    traced: Traced
+    joined: list[Joined]
+    weights: str
+
+    def inputs_from(self, root: nn.Module) -> list[torch.Tensor]:
+        """Return the graph's inputs before its arguments, from a model's or layer's weights."""
+        found = dict(self.traced.fixed)
+        for joint in self.joined:
+            weight = torch.cat([effective_weight(root, name) for name in joint.names])
+            found |= zip(joint.placeholders, pack(weight, self.weights), strict=True)
+        found |= {key: effective_weight(root, name) for key, name in self.traced.weights.items()}
+        names = [n.name for n in self.traced.graph.graph.nodes if n.op == "placeholder"]
+        return [found[name] for name in names if name in found]
+
+
+def effective_weight(root: nn.Module, name: str) -> torch.Tensor:
+    """Return a parameter or buffer with the LoRA that is active on it added."""
+    owner, inside, leaf = name.rpartition(".base_layer.")
+    path, _, last = name.rpartition(".")
+    value = getattr(root.get_submodule(path), last).detach()
+    if not inside or leaf != "weight":
+        return value
+    lora: Any = root.get_submodule(owner)
+    if lora.disable_adapters or lora.merged:
+        return value
+    total = value.float()
+    for adapter in lora.active_adapters:
+        total = total + lora.get_delta_weight(adapter).detach().float()
+    return total.to(value.dtype)
+
+
+def pack(weight: torch.Tensor, weights: str) -> tuple[torch.Tensor, ...]:
+    """Bring a weight [outputs, inputs] into a format.
+
+    "int8" has a scale per output; "int4" a scale and a zero point for every 32 inputs.
+    """
+    if weights == "same":
+        return (weight,)
+    if weights == "int8":
+        scale = weight.float().abs().amax(1).clamp_min(1e-8) / 127
+        whole = (weight.float() / scale[:, None]).round().to(torch.int8)
+        return whole, scale.to(weight.dtype)
+    outputs, inputs = weight.shape
+    weight = nn.functional.pad(weight, (0, 0, 0, -outputs % INT4_ROWS))
+    parts = weight.float().view(len(weight), inputs // INT4_GROUP, INT4_GROUP)
+    low, high = parts.amin(-1, keepdim=True), parts.amax(-1, keepdim=True)
+    scale = ((high - low) / 15).clamp_min(1e-8)
+    whole = ((parts - low) / scale).round().clamp(0, 15).to(torch.int32).view(weight.shape)
+    middle = low + 8 * scale  # what the kernel takes for zero
+    pairs = torch.cat([scale, middle], -1).transpose(0, 1).contiguous().to(weight.dtype)
+    return aten._convert_weight_to_int4pack_for_cpu(whole, 1), pairs
+
+
+def pack_linears(traced: Traced, root: nn.Module, weights: str = "same") -> Packed:
+    """Join and pack the linear layers of a traced graph, in place.
+
+    Args:
+        traced: from `capture`.
+        root: the model or layer whose weights it takes, for their shapes.
+        weights: one of `config.WEIGHT_FORMATS`.
+    """
+    graph = traced.graph.graph
+    groups: dict[Any, list[Any]] = {}
+    for node in graph.nodes:
+        if node.target is aten.linear.default and node.args[1].name in traced.weights:
+            groups.setdefault(node.args[0], []).append(node)
+    first = next(iter(graph.nodes))
+    joined = []
+    for x, linears in groups.items():
+        if sum(not isinstance(n, int) for n in x.meta["val"].shape[:-1]) > 1:
+            continue  # over rows and tokens: keys and values that are stored compressed
+        names = [traced.weights[node.args[1].name] for node in linears]
+        inputs = x.meta["val"].shape[-1]
+        if weights == "int4" and inputs % INT4_GROUP:
+            raise UnsupportedModelError(
+                f"{names[0]} has {inputs} inputs; int4 takes multiples of {INT4_GROUP}."
+            )
+        tensors = pack(torch.cat([effective_weight(root, n) for n in names]), weights)
+        fake: Any = x.meta["val"].fake_mode
+        holes = []
+        with graph.inserting_before(first):
+            for tensor in tensors:
+                hole = graph.placeholder(f"packed_{len(joined)}_{len(holes)}")
+                hole.meta["val"] = fake.from_tensor(tensor)
+                holes.append(hole)
+        joined.append(Joined([hole.name for hole in holes], names))
+        _join(graph, x, linears, holes, weights)
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.name in traced.weights and not node.users:
+            graph.erase_node(node)
+            del traced.weights[node.name]
+    graph.lint()
+    traced.graph.recompile()
+    return Packed(traced, joined, weights)
+
+
+def _join(
+    graph: fx.Graph, x: fx.Node, linears: list[Any], holes: list[fx.Node], weights: str
+) -> None:
+    """Put one product of `x` in the place of several."""
+    sizes = [node.meta["val"].shape[-1] for node in linears]
+    total = sum(sizes) + (-sum(sizes) % INT4_ROWS if weights == "int4" else 0)
+    with graph.inserting_before(linears[0]):
+        call: Callable[..., fx.Node] = graph.call_function
+        shape = x.meta["val"].shape
+        rows = [n if isinstance(n, int) else -1 for n in shape[:-1]]
+        flat = call(aten.reshape.default, (x, [-1, shape[-1]]))
+        y = _product_node(call, flat, holes, weights, one_row=set(rows) == {1}, like=x)
+        y = call(aten.view.default, (y, [*rows, total]))
+    start = 0
+    for node, size in zip(linears, sizes, strict=True):
+        with graph.inserting_before(node):
+            part = y
+            if size != total:
+                part = graph.call_function(aten.slice.Tensor, (y, -1, start, start + size))
+            if len(node.args) > 2 and node.args[2] is not None:
+                part = graph.call_function(aten.add.Tensor, (part, node.args[2]))
+        start += size
+        part.meta = dict(node.meta)
+        node.replace_all_uses_with(part)
+        graph.erase_node(node)
+
+
+def _product_node(
+    call: Callable[..., fx.Node],
+    x: fx.Node,
+    holes: list[fx.Node],
+    weights: str,
+    one_row: bool,
+    like: fx.Node,
+) -> fx.Node:
+    """Return the node of x [rows, inputs] times packed weights, [rows, outputs]."""
+    if weights == "int8":
+        return call(aten._weight_int8pack_mm.default, (x, *holes))
+    if weights == "int4":
+        return call(aten._weight_int4pack_mm_for_cpu.default, (x, holes[0], INT4_GROUP, holes[1]))
+    dtype = like.meta["val"].dtype
+    if not one_row or dtype == torch.float32 or like.meta["val"].device.type != "cpu":
+        return call(aten.linear.default, (x, holes[0]))
+    wide = [call(aten.to.dtype, (node, torch.float32)) for node in (x, holes[0])]
+    product = call(aten.mul.Tensor, tuple(wide))
+    total = call(aten.sum.dim_IntList, (product, [-1]))
+    return call(aten.unsqueeze.default, (call(aten.to.dtype, (total, dtype)), 0))

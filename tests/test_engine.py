@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fast engine gives what the model gives: over families, masks, batches, LoRA, formats."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import families
+import pytest
+import torch
+from conftest import tiny_llama
+from families import FAMILIES, batch, mixed
+from peft import LoraConfig, get_peft_model
+
+from firstlm import FirstModel, FixedMask
+from firstlm.baselines import Baseline
+from firstlm.config import RouterConfig
+from firstlm.engine import DecodeEngine, FastBatch
+from firstlm.errors import ConfigError, UnsupportedModelError
+from firstlm.generate import decode_step, prefill, stream
+from firstlm.packing import pack
+
+NEW = 6
+# Attention that is not one of transformers' exchangeable functions, or masks of their own (alibi,
+# chunks), layers that need more than hidden states and positions, experts chosen by Python code.
+REFUSED = {
+    *("bloom", "mpt", "falcon", "falcon_new", "falcon_alibi", "gpt_neo", "gpt_neox_japanese"),
+    *("diffllama", "doge", "xglm", "llama4", "gemma4", "gemma4_shared", "dbrx", "phimoe"),
+    *("deepseek_v32", "gpt_bigcode"),
+}
+
+
+# One of each kind of layer; the others take minutes together.
+QUICK = {
+    *("llama", "gemma3", "gpt2", "gpt_neox", "qwen3_sliding", "mixtral", "gpt_oss", "deepseek_v2"),
+    *("opt", "phi3", "cohere2", "bloom", "llama4", "phimoe", "gemma4_shared"),
+}
+
+
+@pytest.fixture(
+    params=[f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
+def routed(request: pytest.FixtureRequest) -> Iterator[FirstModel]:
+    first = FirstModel.from_base(families.family(request.param))
+    first.family = request.param
+    yield first
+    first.detach()
+
+
+@pytest.fixture(scope="module")
+def llama() -> FirstModel:
+    """A tiny Llama whose engine stays compiled for all tests here."""
+    return FirstModel.from_base(tiny_llama())
+
+
+def by_operation(first: FirstModel, weights: str = "same") -> DecodeEngine:
+    """Return an engine that needs no compiler."""
+    return DecodeEngine(first.plain_base, first.routing.stack, weights, compiled=False)
+
+
+def logits_of(
+    first: FirstModel, engine: DecodeEngine, ids: Any, mask: Any, keep: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits [steps, rows, vocab] of the engine and of the model itself, same tokens."""
+    theirs = prefill(first, ids, mask, policy=FixedMask(keep))
+    ours = engine.start(theirs.cache, mask, NEW)
+    found, wanted = [], []
+    for _ in range(NEW):
+        token = theirs.logits.argmax(-1)
+        found.append(ours.step(token))
+        wanted.append(decode_step(first, theirs, token))
+    return torch.stack(found), torch.stack(wanted)
+
+
+def answers(first: FirstModel, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> list[Any]:
+    return [t.ids.tolist() for t in stream(first, ids, mask, max_new_tokens=NEW, **options)]
+
+
+def test_every_family_decodes_as_it_always_did_or_is_refused(routed: FirstModel) -> None:
+    ids, mask = batch()
+    keep = mixed(len(ids), routed.layer_count)
+    keep[:, 2] = torch.tensor([True, True, False, False])
+    keep[:, sorted(routed.routing.stack.locked)] = True
+    engine = by_operation(routed)
+    if routed.family in REFUSED:
+        with pytest.raises(UnsupportedModelError):
+            engine.step(2)
+        return
+    found, wanted = logits_of(routed, engine, ids, mask, keep)
+    assert (found - wanted).abs().max() / wanted.abs().max() < 1e-5  # attention is in float32
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_compiled_steps_give_the_same_tokens(llama: FirstModel, rows: int) -> None:
+    ids, mask = batch((9, 5, 1, 7)[:rows])
+    for keep in (torch.ones(rows, 4).bool(), mixed(rows), torch.eye(4).bool()[:rows]):
+        options = {"policy": FixedMask(keep)}
+        wanted = answers(llama, ids, mask, **options)
+        assert answers(llama, ids, mask, engine="fast", **options) == wanted
+        hf = llama.generate(ids, mask, max_new_tokens=NEW, **options)
+        fast = llama.generate(ids, mask, max_new_tokens=NEW, engine="fast", **options)
+        assert torch.equal(fast.sequences, hf.sequences)
+        assert fast.layer_calls == hf.layer_calls
+        assert torch.equal(fast.keep, hf.keep)
+
+
+def test_sampling_and_several_answers_go_through_transformers(llama: FirstModel) -> None:
+    ids, mask = batch((9, 5))
+    options = {"policy": FixedMask(mixed(2)), "do_sample": True, "top_k": 20, "max_new_tokens": NEW}
+    found = []
+    for engine in ("hf", "fast"):
+        torch.manual_seed(5)
+        output = llama.generate(ids, mask, engine=engine, num_return_sequences=2, **options)
+        found.append(output.sequences)
+    assert torch.equal(*found)
+
+
+def test_routers_decide_and_a_new_mask_compiles_nothing(llama: FirstModel) -> None:
+    ids, mask = batch((9, 5, 1, 7))
+    llama.generate(ids, mask, max_new_tokens=2, engine="fast")
+    engine = llama.engines.get(llama.plain_base, "same", 4)
+    assert engine is not None
+    before = dict(engine._steps)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for router in llama.routers:
+            router.weight.data.normal_(0, 3)
+        wanted = llama.generate(ids, mask, max_new_tokens=NEW)
+        found = llama.generate(ids, mask, max_new_tokens=NEW, engine="fast")
+        assert torch.equal(found.sequences, wanted.sequences)
+    assert engine._steps == before
+    assert llama.engines.get(llama.plain_base, "same", 4) is engine
+
+
+def with_lora() -> FirstModel:
+    """A tiny Llama with LoRA that changes what it says."""
+    base = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in base.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return FirstModel.from_base(base)
+
+
+def test_lora_is_merged_into_what_is_decoded_with() -> None:
+    first = with_lora()
+    ids, mask = batch((9, 5))
+    wants_gradient = [n for n, p in first.named_parameters() if p.requires_grad]
+    found, wanted = logits_of(first, by_operation(first), ids, mask, mixed(2))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    with first.disable_adapter():
+        found, plain = logits_of(first, by_operation(first), ids, mask, mixed(2))
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain, wanted, atol=0.01)
+    assert wants_gradient == [n for n, p in first.named_parameters() if p.requires_grad]
+
+
+def test_an_engine_is_made_anew_when_weights_change_or_lora_is_turned_off() -> None:
+    first = with_lora()
+    engines, base = first.engines, first.plain_base
+    made = engines.get(base, "same", 1)
+    assert engines.get(base, "same", 1) is made
+    with first.disable_adapter():
+        assert engines.get(base, "same", 1) is not made
+    assert engines.get(base, "same", 1) is made
+    with torch.no_grad():
+        base.model.layers[1].mlp.up_proj.weight.mul_(3.0)
+    assert engines.get(base, "same", 1) is not made
+    ids, mask = batch((9,))
+    assert answers(first, ids, mask, engine="fast") == answers(first, ids, mask)
+
+
+@pytest.mark.parametrize(("weights", "bound"), [("int8", 0.01), ("int4", 0.12)])
+def test_packed_weights_are_near_and_products_follow_them(weights: str, bound: float) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(40, 64), torch.randn(3, 64)
+    if weights == "int8":
+        whole, scale = pack(weight, weights)
+        near = whole.float() * scale[:, None]
+        product = torch.ops.aten._weight_int8pack_mm(x, whole, scale)
+    else:
+        whole, pairs = pack(weight, weights)
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, whole, 32, pairs)
+        eye = torch.eye(64)
+        near = torch.ops.aten._weight_int4pack_mm_for_cpu(eye, whole, 32, pairs).T
+    near, product = near[:40], product[:, :40]
+    assert 0 < (near - weight).norm() / weight.norm() < bound
+    torch.testing.assert_close(product, x @ near.T, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_packed_models_decode_near_the_model(weights: str, rows: int) -> None:
+    first = FirstModel.from_base(tiny_llama(hidden=64))
+    ids, mask = batch((9, 5, 7)[:rows])
+    found, wanted = logits_of(first, by_operation(first, weights), ids, mask, mixed(rows))
+    alike = torch.cosine_similarity(found, wanted, dim=-1).min()
+    assert (0.999 if weights == "int8" else 0.9) < alike < 1 - 1e-7
+
+
+def test_memory_falls_by_the_share_of_layers_skipped(llama: FirstModel) -> None:
+    ids, mask = batch((9, 5))
+    bytes_by_kept = {}
+    for kept in range(1, 5):
+        keep = torch.arange(4) < kept
+        output = llama.generate(
+            ids, mask, policy=FixedMask(keep), max_new_tokens=NEW, engine="fast"
+        )
+        bytes_by_kept[kept] = output.kv_bytes
+        held = [s for s in output.cache.layers if getattr(s, "keys", None) is not None]
+        assert not held  # the prompt's own copies are gone
+    assert all(found == kept * bytes_by_kept[1] for kept, found in bytes_by_kept.items())
+    # Two rows, two heads, keys and values, 32 tokens, 8 numbers of 4 bytes.
+    assert bytes_by_kept[1] == 2 * 2 * 2 * 32 * 8 * 4
+
+
+def test_models_that_cannot_be_captured_decode_as_before_with_one_warning() -> None:
+    first = FirstModel.from_base(families.make_model("bloom"))
+    ids, mask = batch((9, 5))
+    wanted = answers(first, ids, mask)
+    with pytest.warns(UserWarning, match="Bloom.* decodes with engine='hf'.* position_ids"):
+        assert answers(first, ids, mask, engine="fast") == wanted
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert answers(first, ids, mask, engine="fast") == wanted
+
+
+def test_a_failing_compiler_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor
+
+    def broken(*_args: Any, **_kwargs: Any) -> Any:
+        raise RuntimeError("gcc: not found")
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", broken)
+    first = FirstModel.from_base(tiny_llama())
+    ids, mask = batch((9, 5))
+    with pytest.warns(UserWarning, match="gcc: not found"):
+        found = first.generate(ids, mask, max_new_tokens=NEW, engine="fast")
+    assert torch.equal(found.sequences, first.generate(ids, mask, max_new_tokens=NEW).sequences)
+
+
+def test_units_inside_layers_decode_as_before() -> None:
+    first = FirstModel.from_base(tiny_llama(), RouterConfig(unit="mlp"))
+    ids, mask = batch((9, 5))
+    with pytest.warns(UserWarning, match="mlp units"):
+        assert answers(first, ids, mask, engine="fast") == answers(first, ids, mask)
+
+
+def test_detach_takes_the_engine_off_the_model() -> None:
+    base = tiny_llama()
+    first = FirstModel.from_base(base)
+    for _ in range(2):
+        first.generate(*batch((9, 5)), max_new_tokens=3, engine="fast")
+    overridden = base.forward
+    first.generate(*batch((9, 5)), max_new_tokens=3, engine="fast")
+    assert base.forward is overridden
+    assert first.detach() is base
+    assert "forward" not in vars(base)
+
+
+def test_what_the_engine_cannot_do_is_refused(llama: FirstModel) -> None:
+    ids, mask = batch((9, 5))
+    with pytest.raises(ConfigError, match="hf, fast"):
+        llama.generate(ids, mask, engine="slow")
+    with pytest.raises(ConfigError, match="needs engine='fast'"):
+        llama.generate(ids, mask, weights="int8")
+    with pytest.raises(ConfigError, match="int4"):
+        llama.generate(ids, mask, engine="fast", weights="int3")
+    with pytest.raises(ConfigError, match="Beam search"):
+        llama.generate(ids, mask, engine="fast", num_beams=2, max_new_tokens=3)
+    policy = Baseline("skip_decode", 4, (0, 1, 2, 3), 0.25, answers=(0, 1, 2)).at(0.25)
+    with pytest.raises(ConfigError, match="engine='hf'"):
+        llama.generate(ids, mask, engine="fast", policy=policy)
+    output = llama.generate(ids, mask, engine="fast", max_new_tokens=3)
+    with pytest.raises(ConfigError, match="cannot be continued"):
+        llama.generate(output.sequences, cache=output.cache, max_new_tokens=3)
+
+
+def test_a_full_batch_says_so(llama: FirstModel) -> None:
+    ids, mask = batch((9, 5))
+    theirs = prefill(llama, ids, mask)
+    ours: FastBatch = by_operation(llama).start(theirs.cache, mask, 1)
+    for _ in range(ours.room - 9):
+        ours.step(torch.ones(2, dtype=torch.long))
+    with pytest.raises(ConfigError, match="full with 32 tokens"):
+        ours.step(torch.ones(2, dtype=torch.long))
