@@ -221,7 +221,7 @@ def pages() -> dict[Path, str]:
     bench = json.loads((RESULTS / "bench_smollm2.json").read_text())
     return {
         readme: _filled(readme, [text().rstrip()]),
-        speed: _filled(speed, bench_table(bench, 4), bench_table(bench, 16)),
+        speed: _filled(speed, *(["\n".join(bench_table(bench, n))] for n in (4, 16))),
         adaptivity: _filled(
             adaptivity, ["\n".join(adaptivity_table())], ["\n".join(headroom_table())]
         ),
