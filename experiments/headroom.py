@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 
 from firstlm import artifact_files
 from firstlm.clusters import DEPTH, router_inputs
-from firstlm.data import encode, pad_left, scored_examples
+from firstlm.data import encode, scored_examples
+from firstlm.inputs import pad_left
 from firstlm.losses import item_losses
 from firstlm.metrics import grouped
 from firstlm.model import FirstModel

@@ -197,7 +197,7 @@ def text() -> str:
     """Return what stands between README's markers."""
     parts: list[str] = []
     for section, rows in sections().items():
-        if section.file in SHOWN:
+        if section.file in SHOWN and any(row["skip_rate_asked"] for row in rows):
             parts += [*compact_table(section, rows), ""]
             parts += [f"Made by `firstlm experiment run experiments/{section.file}.yaml`.", ""]
     bench = json.loads((RESULTS / "bench_smollm2.json").read_text())

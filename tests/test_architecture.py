@@ -44,6 +44,7 @@ FLOORS = {
     "artifact": "artifact",
     "model": "artifact",
     "generate": "loop",
+    "batching": "loop",
     "arms": "loop",
     "rows": "work",
     "examples": "work",

@@ -21,10 +21,10 @@ from firstlm.baselines import (
 )
 from firstlm.calibration import calibrate
 from firstlm.config import BASELINES
-from firstlm.data import pad_left
 from firstlm.diagnose import diagnose
 from firstlm.errors import ArtifactError, ConfigError
 from firstlm.importance import influence_order
+from firstlm.inputs import pad_left
 from firstlm.losses import mean_loss
 from firstlm.train import run
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_byte_tokenizer, tiny_llama
+from families import make_model
 
 from firstlm import FirstModel
 from firstlm.bench import Cell, bandwidth, count_bytes, evenly, row_of
@@ -63,6 +64,10 @@ def test_bad_options_are_refused(
 ) -> None:
     folder, _ = report
     assert call(folder, "--skip-rates", "1.0") == 2
+    make_model("bloom").save_pretrained(folder / "bloom")
+    make_byte_tokenizer().save_pretrained(folder / "bloom")
+    with pytest.warns(UserWarning, match="position_ids"):
+        assert main(["bench", "--model", str(folder / "bloom")]) == 2
     assert call(folder, "--engines", "slow") == 2
     assert call(folder, "--output", str(folder)) == 2
     assert "Traceback" not in capsys.readouterr().err

@@ -14,8 +14,8 @@ from training import config, make_examples, make_model, write_run
 
 from firstlm import FirstModel, cli
 from firstlm.calibration import calibrate
-from firstlm.data import pad_left
 from firstlm.errors import ConfigError
+from firstlm.inputs import pad_left
 from firstlm.policies import RouterPolicy
 from firstlm.train import run
 

@@ -102,6 +102,16 @@ def test_a_wanted_rate_and_several_prompts(artifact, firstlm):
     assert "[2/2] two\n" in out
 
 
+def test_the_fast_engine_answers_the_same(artifact, firstlm):
+    words = (artifact, "--prompt", PROMPT, "--skip-rate", "0.25", "--max-new-tokens", "8")
+    _, wanted, _ = firstlm(*words, "--dtype", "float32")
+    code, found, said = firstlm(*words, "--dtype", "float32", "--engine", "fast")
+    assert code == 0
+    assert found.splitlines()[0] == wanted.splitlines()[0]
+    assert "Compiling" in said
+    assert "engine='hf'" not in said
+
+
 def test_beams_are_those_of_transformers(artifact, model, firstlm):
     words = (artifact, "--prompt", PROMPT, "--max-new-tokens", 6, "--num-beams", 3)
     code, out, _ = firstlm(*words)
@@ -272,6 +282,8 @@ def test_chat_rows_are_asked_with_the_template(artifact, model, firstlm, tmp_pat
         (["--prompt", "a" * 600], "exceed the model's context of 512"),
         (["--prompt", "x", "--template", "qa"], "--template is for"),
         (["--prompt", "x", "--compare", "--num-beams", "2"], "leave --num-beams out"),
+        (["--prompt", "x", "--weights", "int8"], "needs --engine fast"),
+        (["--prompt", "x", "--engine", "fast", "--num-beams", "2"], "needs --engine hf"),
         (["--file", "nowhere.txt"], "nowhere.txt: there is no such file"),
         (["--file", "."], ".: this is a folder; name a file"),
         (["--prompt", "x", "--limit", "3"], "--limit is for the prompts of a file"),

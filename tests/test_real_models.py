@@ -19,7 +19,7 @@ from families import decode, masks, mixed
 from torch import nn
 
 from firstlm import FirstModel, FixedMask
-from firstlm.data import pad_left
+from firstlm.inputs import pad_left
 from firstlm.pretrained import load_base
 
 NEW = 6

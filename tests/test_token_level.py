@@ -11,11 +11,11 @@ from conftest import tiny_llama
 
 from firstlm import FirstModel
 from firstlm.config import RouterConfig
-from firstlm.data import pad_left
 from firstlm.errors import ConfigError
 from firstlm.eval_policies import choose
 from firstlm.evaluate import evaluate
 from firstlm.examples import Example
+from firstlm.inputs import pad_left
 from firstlm.policies import FixedMask
 from firstlm.token_level import TokenLevel, usage
 

@@ -14,8 +14,9 @@ from training import config, make_examples, make_model, write_run
 
 from firstlm.calibration import calibrate
 from firstlm.config import RouterConfig, TrainConfig
-from firstlm.data import Collator, Encoded, draw, pad_left
+from firstlm.data import Collator, Encoded, draw
 from firstlm.errors import ConfigError, DataError, FirstError
+from firstlm.inputs import pad_left
 from firstlm.lora import lora_parameters
 from firstlm.losses import answer_cross_entropy, answer_logits, mean_loss, non_skip_penalty
 from firstlm.model import FirstModel

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from firstlm.command_config import BenchConfig
 from firstlm.config import RouterConfig
 from firstlm.decisions import RoutingState
+from firstlm.engine import DecodeEngine
 from firstlm.errors import ConfigError
 from firstlm.generate import Decoding, decode_step, prefill
 from firstlm.model import FirstModel
@@ -56,6 +57,10 @@ class Cell:
     kv_bytes: int = 0
     step_bytes: float = 0.0
     skipped_bytes: float = 0.0
+
+    def decoder(self, model: FirstModel) -> DecodeEngine | None:
+        """Return the engine that decodes in transformers' place."""
+        return model.engine_for(self.engine, self.weights, self.batch)
 
     def start(self, model: FirstModel, ids: torch.Tensor, room: int) -> Decoding:
         """Run the prompts [batch, tokens]."""
@@ -175,6 +180,8 @@ def measure(model: FirstModel, cells: Sequence[Cell], options: BenchConfig) -> N
             ids = prompts(model, batch, options.prompt_tokens, generator)
             mine = [cell for cell in cells if cell.batch == batch]
             for cell in mine:  # compiles, and warms up
+                if cell.engine == "fast" and cell.decoder(model) is None:
+                    raise ConfigError("The fast engine cannot run this model; use --engines hf.")
                 decode_step(model, cell.start(model, ids, 2), ids[:, 0])
             for _ in range(options.prefill_rounds):
                 for cell in rng.sample(mine, len(mine)):
@@ -218,7 +225,7 @@ def count_bytes(cell: Cell, model: FirstModel, tokens: float) -> None:
     """Note how many bytes a step reads with all layers: weights, and keys and values so far."""
     base = model.plain_base
     config = base.config.get_text_config(decoder=True)
-    engine = model.engines.get(base, cell.weights, cell.batch) if cell.engine == "fast" else None
+    engine = cell.decoder(model)
     if engine is not None:
         layers = engine.layer_bytes()
         rest = engine.rest_bytes()

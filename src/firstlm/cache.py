@@ -65,21 +65,29 @@ class SkipCache(Cache):
             Logits [rows, vocab], or None where transformers shall decode: no engine is set, the
             prompt has not run yet, or the engine cannot run this model.
         """
-        if self.engine is None or not self.state.complete or not self.get_seq_length():
+        if self.engine is None or not self.state.complete:
+            return None
+        if self.get_seq_length() < self.state.prompt_length:
             return None
         if self.state.first_token_at is None:
             self.state.first_token_at = time.perf_counter()
         if self.batch is None:
-            room = max(self.longest - attention_mask.shape[1], 1)
-            self.batch = self.engine.start(self, attention_mask, room)
-            for slot in self.layers:
-                slot.keys = slot.values = None
-                slot.is_initialized = False
+            self.batch = self.hand_over(attention_mask)
         logits = self.batch.step(token_ids)
         self.state.in_prefill = False
         self.state.layer_calls["decode"] += self.batch.layer_calls
         self.tokens_seen = [tokens + 1 for tokens in self.tokens_seen]
         return logits
+
+    def hand_over(self, attention_mask: torch.Tensor) -> FastBatch:
+        """Give all keys and values to the engine; `attention_mask` is [rows, tokens so far]."""
+        assert self.engine is not None, "there is no engine to give them to"
+        room = max(self.longest - attention_mask.shape[1], 1)
+        batch = self.engine.start(self, attention_mask, room)
+        for slot in self.layers:
+            slot.keys = slot.values = None
+            slot.is_initialized = False
+        return batch
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return how many tokens the layer has passed, stored or not."""
@@ -94,6 +102,7 @@ class SkipCache(Cache):
 
     def _select(self, index: torch.Tensor) -> None:
         """Make row j of the batch what row index[j] was, in every layer and in the decisions."""
+        self._refuse_fast("Rows cannot be reordered, picked or repeated")
         for layer, slot in enumerate(self.layers):
             rows = self.state.stored_rows(layer)
             picked = index
@@ -104,6 +113,10 @@ class SkipCache(Cache):
                 picked = picked[picked >= 0]
             self._select_slot(slot, picked)
         self.state.select_rows(index)
+
+    def _refuse_fast(self, what: str) -> None:
+        if self.batch is not None:
+            raise ConfigError(f"{what} while the fast engine decodes; use engine='hf' for that.")
 
     @staticmethod
     def _select_slot(slot: Any, index: torch.Tensor) -> None:
@@ -133,8 +146,6 @@ class SkipCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Follow beam search: row j continues what row beam_idx[j] was."""
-        if self.engine is not None:
-            raise ConfigError("Beam search reorders rows; use it with engine='hf'.")
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -147,6 +158,7 @@ class SkipCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens (0 or negative, as in transformers)."""
+        self._refuse_fast("Tokens cannot be forgotten")
         for layer, slot in enumerate(self.layers):
             if slot.is_initialized:
                 slot.crop(tokens_to_remove)
@@ -157,6 +169,7 @@ class SkipCache(Cache):
 
     def reset(self) -> None:
         """Empty the cache and forget the decisions."""
+        self.batch = None
         super().reset()
         self.tokens_seen = [0] * len(self.layers)
         self.state.reset()

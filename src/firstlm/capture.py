@@ -13,20 +13,30 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 from transformers import DynamicCache
 
-from firstlm.errors import UnsupportedModelError
+from firstlm.errors import UnsupportedModelError, first_line
 from firstlm.graphs import Traced, part, trace
 from firstlm.layers import CACHE_ARGUMENTS, LayerStack
 from firstlm.slabs import SLAB, Slab, our_attention
 
 CACHE_NAMES = (*CACHE_ARGUMENTS, "layer_past", "past_key_value")  # of a layer's argument
 ROWS, ROOM, SPAN = 5, 33, 17  # sizes to trace with; all three may be others later
+
+
+class KvShape(NamedTuple):
+    """What a layer stores for a token: heads, and the sizes of a key and a value."""
+
+    heads: int
+    keys: int
+    values: int
+    window: int | None  # tokens that the layer attends to; None: all
+    dtype: torch.dtype
 
 
 @dataclass
@@ -54,7 +64,6 @@ class DecodeGraphs:
         layers: per layer, its kind and its extras.
         tail: (hidden,) -> (logits [rows, vocab],).
         by_row: per output of the head, whether its first dimension is the rows.
-        kv_shapes: per layer (heads, size of keys, size of values).
     """
 
     head: Traced
@@ -62,7 +71,6 @@ class DecodeGraphs:
     layers: list[LayerStep]
     tail: Traced
     by_row: list[bool]
-    kv_shapes: list[tuple[int, int, int]]
 
 
 @torch.library.custom_op("firstlm::layer", mutates_args=())
@@ -95,7 +103,7 @@ def capture(base: Any, stack: LayerStack, rows: int) -> DecodeGraphs:
         raise
     except Exception as error:  # whatever torch.export meets in a model's code
         raise UnsupportedModelError(
-            f"{type(base).__name__} could not be traced: {str(error).splitlines()[0]}"
+            f"It could not be traced: {type(error).__name__}: {first_line(error)}"
         ) from error
 
 
@@ -105,9 +113,7 @@ def _capture(base: Any, stack: LayerStack, rows: int) -> DecodeGraphs:
         return _trace(base, stack, rows, shapes)
 
 
-def _trace(
-    base: Any, stack: LayerStack, rows: int, shapes: list[tuple[int, int, int]]
-) -> DecodeGraphs:
+def _trace(base: Any, stack: LayerStack, rows: int, shapes: list[KvShape]) -> DecodeGraphs:
     frame, calls = _trace_frame(base, stack, rows)
     nodes = [n for n in frame.graph.graph.nodes if n.target is torch.ops.firstlm.layer.default]
     if len(nodes) != len(stack):
@@ -136,7 +142,7 @@ def _trace(
     if len(tail.arguments) > 1 or "attention_mask" in head.arguments:
         raise UnsupportedModelError("Its output depends on more than its last layer.")
     by_row = [_is_rows(n) for n in (nodes[0].args[0], *extras)]
-    return DecodeGraphs(head, [k[0] for k in kinds], steps, tail, by_row, shapes)
+    return DecodeGraphs(head, [k[0] for k in kinds], steps, tail, by_row)
 
 
 def _is_rows(node: fx.Node) -> bool:
@@ -216,9 +222,9 @@ def _trace_frame(base: Any, stack: LayerStack, rows: int) -> tuple[Traced, list[
 class _LayerFrame(nn.Module):
     """One layer for one token per row, on keys and values of its own."""
 
-    def __init__(self, layer: nn.Module, call: _Call) -> None:
+    def __init__(self, layer: nn.Module, call: _Call, window: int | None) -> None:
         super().__init__()
-        self.layer, self.call = layer, call
+        self.layer, self.call, self.window = layer, call, window
         self.signature = inspect.signature(type(layer).forward)
         found = [name for name in CACHE_NAMES if name in self.signature.parameters]
         if not found:
@@ -228,7 +234,7 @@ class _LayerFrame(nn.Module):
     def forward(
         self, hidden: Any, keys: Any, values: Any, positions: Any, span: Any, *extra: Any
     ) -> Any:
-        slab = Slab(keys, values, positions, span)
+        slab = Slab(keys, values, positions, span, self.window)
         args, kwargs = self.call.fill(hidden, extra)
         bound = self.signature.bind(self.layer, *args, **kwargs)
         bound.arguments[self.argument] = slab
@@ -248,14 +254,17 @@ def _trace_layer(
     node: fx.Node,
     stack: LayerStack,
     rows: int,
-    shape: tuple[int, int, int],
+    shape: KvShape,
 ) -> tuple[Traced, list[int]]:
     """Trace one layer; returns the graph, and which of its extra arguments it uses."""
-    frame = _LayerFrame(layer, call)
-    like = next(layer.parameters())
+    frame = _LayerFrame(layer, call, shape.window)
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        raise UnsupportedModelError("Its layers have hooks, which would not be called.")
+    like: Any = node.args[0]
+    like = like.meta["val"]
     hidden = torch.zeros(rows, 1, stack.hidden_size, dtype=like.dtype, device=like.device)
-    keys = hidden.new_zeros(rows, shape[0], ROOM, shape[1])
-    values = hidden.new_zeros(rows, shape[0], ROOM, shape[2])
+    keys = hidden.new_zeros(rows, shape.heads, ROOM, shape.keys, dtype=shape.dtype)
+    values = hidden.new_zeros(rows, shape.heads, ROOM, shape.values, dtype=shape.dtype)
     positions = torch.full((rows,), SPAN - 1, device=like.device)
     span = torch.arange(SPAN, device=like.device)
     nodes: Any = node.args[1]
@@ -266,13 +275,13 @@ def _trace_layer(
     more = tuple(by_row if _is_rows(n) else None for n in nodes)
     dims = (by_row, slab, slab, by_row, {0: auto}, more)
     traced = trace(frame, (hidden, keys, values, positions, span, *extra), dims)
-    fixed = [a for a in traced.arguments if a.startswith("extra_")]
-    used = [int(a.removeprefix("extra_")) for a in fixed]
+    names = [a for a in traced.arguments if a.startswith("extra_")]
+    used = [int(name.removeprefix("extra_")) for name in names]
     return traced, used
 
 
-def _kv_shapes(base: Any, stack: LayerStack) -> list[tuple[int, int, int]]:
-    """Return, per layer, (heads, size of keys, size of values) that it stores for a token."""
+def _kv_shapes(base: Any, stack: LayerStack) -> list[KvShape]:
+    """Return, per layer, what it stores for a token."""
     cache = DynamicCache(config=base.config.get_text_config(decoder=True))
     ids = torch.zeros(1, 1, dtype=torch.long, device=base.get_input_embeddings().weight.device)
     base(input_ids=ids, use_cache=True, **{stack.cache_argument: cache})
@@ -281,7 +290,10 @@ def _kv_shapes(base: Any, stack: LayerStack) -> list[tuple[int, int, int]]:
         keys, values = getattr(slot, "keys", None), getattr(slot, "values", None)
         if keys is None or values is None or keys.dim() != 4 or keys.shape[:2] != values.shape[:2]:
             raise UnsupportedModelError("A layer stores something else than keys and values.")
-        found.append((keys.shape[1], keys.shape[3], values.shape[3]))
+        sliding = getattr(slot, "is_sliding", False)
+        window = getattr(slot, "sliding_window", None) if sliding else None
+        sizes = keys.shape[1], keys.shape[3], values.shape[3]
+        found.append(KvShape(*sizes, window, keys.dtype))
     if len(found) != len(stack):
         raise UnsupportedModelError("Some of its layers store no keys and values.")
     return found

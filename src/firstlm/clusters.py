@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from firstlm.data import pad_left
 from firstlm.importance import order_logits
+from firstlm.inputs import pad_left
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask, Prompts, router_input
 

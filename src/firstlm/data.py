@@ -20,6 +20,7 @@ from torch import Tensor
 
 from firstlm.errors import ConfigError, DataError
 from firstlm.examples import Example, load_examples
+from firstlm.inputs import pad_left
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -134,18 +135,6 @@ def scored_examples(
     """
     found = load_examples(source, template=template, tokenizer=tokenizer)
     return [found[i] for i in sorted(draw(list(range(len(found))), limit))]
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Return (input_ids, attention_mask), both [rows, longest], padded on the left."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        if row:
-            ids[i, -len(row) :] = torch.tensor(row)
-            mask[i, -len(row) :] = 1
-    return ids, mask
 
 
 def spread_by_length(prompts: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:

@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 
 from firstlm import kv_probe, probes, verdicts
 from firstlm.command_config import DiagnoseConfig
-from firstlm.data import Encoded, check_room, encode_all, encode_prompt, pad_left, prompt_batches
+from firstlm.data import Encoded, check_room, encode_all, encode_prompt, prompt_batches
 from firstlm.errors import ConfigError, DataError
 from firstlm.examples import load_examples
+from firstlm.inputs import pad_left
 from firstlm.losses import mean_loss
 from firstlm.masks import describe_masks, describe_rates, length_correlation
 from firstlm.model import FirstModel

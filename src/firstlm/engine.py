@@ -8,6 +8,7 @@ that is allocated when decoding starts.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,11 @@ from transformers import DynamicCache
 from firstlm.cache import SkipCache
 from firstlm.capture import DecodeGraphs, capture
 from firstlm.config import WEIGHT_FORMATS
-from firstlm.errors import ConfigError, UnsupportedModelError
+from firstlm.errors import ConfigError, UnsupportedModelError, first_line
 from firstlm.graphs import Traced
 from firstlm.layers import LayerStack
 from firstlm.lora import lora_layers, lora_left_out
-from firstlm.packing import pack_linears
+from firstlm.packing import effective_weight, linears, pack_linears
 
 BLOCK = 32  # memory for keys and values comes in blocks of so many tokens
 KEPT = 2  # states of one model's weights whose engines stay: with LoRA and without
@@ -34,10 +35,10 @@ ALIKE = {"int8": 0.97, "int4": 0.7, torch.float64: 0.99999, torch.float32: 0.999
 
 @dataclass
 class Stored:
-    """What a layer holds of a batch's prompts.
+    """What a layer holds of a batch.
 
     Attributes:
-        keys: [rows that keep the layer, heads, tokens, size], padding on the left.
+        keys: [rows that keep the layer, heads, tokens, size].
         values: as keys.
         rows: which rows of the batch these are.
     """
@@ -96,8 +97,15 @@ class DecodeEngine:
         """
         alone = rows == 1
         if alone not in self._steps:
-            self._steps[alone] = self._build(1 if alone else 2)
-            self._try(1 if alone else 2)
+            try:
+                self._steps[alone] = self._build(1 if alone else 2)
+                self._try(1 if alone else 2)
+            except Exception as error:
+                self._steps.pop(alone, None)
+                if isinstance(error, UnsupportedModelError):
+                    raise
+                what = f"{type(error).__name__}: {first_line(error)}"
+                raise UnsupportedModelError(what) from error
         return self._steps[alone]
 
     def layer_bytes(self) -> list[int]:
@@ -123,6 +131,8 @@ class DecodeEngine:
             members = [i for i, layer in enumerate(graphs.layers) if layer.kind == kind]
             modules = [self.stack.modules[i] for i in members]
             known = [other.layers[i].weights for i in members] if other else None
+            if self.weights != "same":
+                _check_share(traced, modules[0])
             for i, part in zip(members, self._part(traced, modules, known), strict=True):
                 layers[i] = part
         return _Step(graphs, head[0], layers, tail[0])
@@ -147,8 +157,9 @@ class DecodeEngine:
         stored = [Stored(s.keys, s.values, list(range(rows))) for s in cache.layers]
         found = FastBatch(self, stored, torch.ones_like(ids[:, :-1]), 1).step(ids[:, -1])
         wanted = self.base(input_ids=ids, use_cache=False).logits[:, -1]
-        alike = torch.cosine_similarity(found.double(), wanted.double()).min().item()
-        bound = ALIKE.get(self.weights) or ALIKE.get(found.dtype, 0.99)
+        found, wanted = (x.double() - x.double().mean(-1, keepdim=True) for x in (found, wanted))
+        alike = torch.cosine_similarity(found, wanted).min().item()
+        bound = ALIKE.get(self.weights) or ALIKE.get(self.base.dtype, 0.99)
         if not alike >= bound:
             raise UnsupportedModelError(
                 f"Its fast step gives other logits (cosine {alike:.4f}; expected {bound} or more)."
@@ -187,6 +198,11 @@ class Engines:
     def __init__(self, stack: LayerStack, unit: str) -> None:
         self.stack, self.unit = stack, unit
         self._made: dict[Any, dict[str, DecodeEngine | None]] = {}
+        self._lock = threading.Lock()
+
+    def clear(self) -> None:
+        """Let go of all engines, and of the weights that they hold."""
+        self._made.clear()
 
     def get(self, base: Any, weights: str, rows: int) -> DecodeEngine | None:
         """Return an engine that is ready for a batch.
@@ -199,8 +215,12 @@ class Engines:
         Returns:
             The engine, or None, with one warning, where the model cannot be run by it.
         """
+        with self._lock:
+            return self._get(base, weights, rows)
+
+    def _get(self, base: Any, weights: str, rows: int) -> DecodeEngine | None:
         stamp = _stamp(base)
-        self._made.setdefault(stamp, {})
+        self._made[stamp] = self._made.pop(stamp, {})  # the last one used stays the longest
         for old in list(self._made)[:-KEPT]:
             del self._made[old]
         if weights not in self._made[stamp]:
@@ -224,8 +244,25 @@ class Engines:
 
 def _stamp(base: nn.Module) -> Any:
     """Return what differs when weights were changed, or LoRA turned off."""
-    lora = [(m.disable_adapters, tuple(m.active_adapters)) for m in lora_layers(base)]
-    return id(base), tuple(lora), tuple((p.data_ptr(), p._version) for p in base.parameters())
+    lora = tuple(
+        (m.disable_adapters, m.merged, tuple(m.active_adapters), tuple(m.scaling.items()))
+        for m in lora_layers(base)
+    )
+    # Tensors that were made in inference mode count no versions.
+    weights = tuple(
+        (p.data_ptr(), 0 if p.is_inference() else p._version) for p in base.parameters()
+    )
+    return id(base), base.training, lora, weights
+
+
+def _check_share(traced: Traced, layer: nn.Module) -> None:
+    """Refuse to pack layers whose weights are not those of linear layers, or few of them."""
+    linear = {n.args[1].name for n in linears(traced.graph.graph)}
+    sizes = {key: effective_weight(layer, name).numel() for key, name in traced.weights.items()}
+    if 2 * sum(size for key, size in sizes.items() if key in linear) < sum(sizes.values()):
+        raise UnsupportedModelError(
+            "Most of its layers' weights are not those of linear layers, and cannot be packed."
+        )
 
 
 def _compile(traced: Traced, weights: Sequence[torch.Tensor]) -> Any:
@@ -239,11 +276,7 @@ def _compile(traced: Traced, weights: Sequence[torch.Tensor]) -> Any:
         with torch.no_grad(), config.patch(cpp_wrapper=cpp):
             return standalone_compile(traced.graph, examples, dynamic_shapes="from_graph")
     except Exception as error:  # no compiler, or one that fails
-        raise UnsupportedModelError(f"It could not be compiled: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(f"It could not be compiled: {first_line(error)}") from error
 
 
 class FastBatch:
@@ -268,19 +301,20 @@ class FastBatch:
         self.longest = int(self.lengths.max())
         self.room = -(-(self.longest + room) // BLOCK) * BLOCK
         self._span = torch.arange(self.room, device=attention_mask.device)
-        self._slabs = [None if s is None else self._allocate(s) for s in stored]
+        self._slabs = [None if s is None else self._allocate(s, attention_mask) for s in stored]
         self._plan()
 
-    def _allocate(self, stored: Stored) -> Stored:
+    def _allocate(self, stored: Stored, attention_mask: torch.Tensor) -> Stored:
         """Copy what a layer stored, without padding, into memory with room for more."""
         lengths = self.lengths.tolist()
         slabs = []
         for old in (stored.keys, stored.values):
             new = old.new_zeros(len(stored.rows), old.shape[1], self.room, old.shape[3])
             for place, row in enumerate(stored.rows):
+                # Sliding layers hold the last tokens only.
+                real = old[place][:, attention_mask[row, -old.shape[2] :].bool()]
                 end = lengths[row]
-                tokens = min(end, old.shape[2])  # sliding layers hold the last ones only
-                new[place, :, end - tokens : end] = old[place, :, old.shape[2] - tokens :]
+                new[place, :, end - real.shape[1] : end] = real
             slabs.append(new)
         return Stored(slabs[0], slabs[1], stored.rows)
 
@@ -295,8 +329,41 @@ class FastBatch:
                 group = -1 if all_ else known.setdefault(tuple(slab.rows), len(known))
                 self._order.append((layer, slab, group))
         self._groups = [torch.tensor(rows, device=self._span.device) for rows in known]
-        for size in {self.count, *map(len, self._groups)}:
+        for size in {self.count, *map(len, self._groups)} - {0}:
             self.engine.step(size)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only some rows, given in ascending order; what others stored is let go."""
+        if len(rows) == self.count:
+            return
+        place = {row: i for i, row in enumerate(rows)}
+        for layer, slab in enumerate(self._slabs):
+            if slab is not None:
+                kept = [i for i, row in enumerate(slab.rows) if row in place]
+                names = [place[slab.rows[i]] for i in kept]
+                slab = Stored(slab.keys[kept], slab.values[kept], names) if kept else None
+            self._slabs[layer] = slab
+        self.count = len(rows)
+        self.lengths = self.lengths[list(rows)]
+        self.longest = int(self.lengths.max()) if rows else 0
+        self._plan()
+
+    def join(self, other: FastBatch) -> None:
+        """Take the rows of another batch in, after those that are here."""
+        self.room = max(self.room, other.room)
+        self._span = max(self._span, other._span, key=len)
+        for layer, pair in enumerate(zip(self._slabs, other._slabs, strict=True)):
+            found = [slab for slab in pair if slab is not None]
+            if found:
+                rows = [] if pair[0] is None else list(pair[0].rows)
+                rows += [] if pair[1] is None else [self.count + row for row in pair[1].rows]
+                keys = torch.cat([_with_room(slab.keys, self.room) for slab in found])
+                values = torch.cat([_with_room(slab.values, self.room) for slab in found])
+                self._slabs[layer] = Stored(keys, values, rows)
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        self.longest = max(self.longest, other.longest)
+        self.count += other.count
+        self._plan()
 
     @property
     def layer_calls(self) -> int:
@@ -318,9 +385,7 @@ class FastBatch:
             ConfigError: there is no more room.
         """
         if self.longest >= self.room:
-            raise ConfigError(
-                f"The batch is full with {self.room} tokens; start it with more room."
-            )
+            raise ConfigError(f"The batch is full with {self.room} tokens; raise max_new_tokens.")
         engine = self.engine
         step = engine.step(self.count)
         span = self._span[: self.longest + 1]
@@ -370,3 +435,8 @@ class FastBatch:
         return self.lengths[rows], [
             t[rows] if split else t for t, split in zip(outputs, by_row, strict=True)
         ]
+
+
+def _with_room(stored: torch.Tensor, room: int) -> torch.Tensor:
+    """Return keys or values [rows, heads, tokens, size] with room for more tokens."""
+    return nn.functional.pad(stored, (0, 0, 0, room - stored.shape[2]))

@@ -19,4 +19,9 @@ class ArtifactError(FirstError):
 
 
 class UnsupportedModelError(FirstError):
-    """A model whose layers firstlm cannot route."""
+    """A model whose layers firstlm cannot route, or its fast engine cannot run."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

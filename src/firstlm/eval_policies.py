@@ -11,9 +11,10 @@ import torch
 
 from firstlm.baselines import OrderedSkip
 from firstlm.config import BASELINES, DIAGNOSTICS, EVAL_POLICIES, RATED
-from firstlm.data import pad_left, prompt_batches, spread_by_length
+from firstlm.data import prompt_batches, spread_by_length
 from firstlm.decisions import RoutingState
 from firstlm.errors import ConfigError
+from firstlm.inputs import pad_left
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RouterPolicy, RunAll, SteppedPolicy
 from firstlm.thresholds import most_skipped_first

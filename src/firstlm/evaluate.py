@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from firstlm.bertscore import BertScore
-from firstlm.data import Encoded, check_room, encode, pad_left, spread_by_length
+from firstlm.data import Encoded, check_room, encode, spread_by_length
 from firstlm.errors import DataError
 from firstlm.eval_policies import choose, run_name, saves_time, settle, usage
 from firstlm.examples import Example
+from firstlm.inputs import pad_left
 from firstlm.journal import Journal
 from firstlm.losses import item_losses
 from firstlm.masks import describe_masks, describe_rates, from_bits, to_bits

@@ -95,7 +95,7 @@ def prefill(
     state = model.new_state(attention_mask, policy, skip_rate, prefill, input_ids=input_ids)
     longest = input_ids.shape[1] + max_new_tokens
     kv = make_cache(model.base.config, state, cache, longest)
-    kv.engine, kv.longest = model.engine_for(engine, weights, len(input_ids), state), longest
+    model.decode_by(model.engine_for(engine, weights, len(input_ids), cache), kv, longest)
     base = model.plain_base
     takes = inspect.signature(base.forward).parameters
     if isinstance(kv, StaticSkipCache):
@@ -191,9 +191,10 @@ def stream(
         engine: what decodes: "hf" or "fast", as in `FirstModel.generate`.
         weights: number format of "fast".
     """
+    check_sampling(max_new_tokens, temperature, top_p)
+    model.engine_for(engine, weights, len(input_ids), cache)  # compiling is no part of an answer
     start = time.perf_counter()
-    _check_sampling(max_new_tokens, temperature, top_p)
-    ends = _end_ids(model, eos_token_ids)
+    ends = end_ids(model, eos_token_ids)
     pad = _pad_id(model, ends)
     generator = None
     if seed is not None:
@@ -243,7 +244,8 @@ def pick(
     return torch.multinomial(shares, 1, generator=generator).squeeze(-1)
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Refuse options of sampling that cannot work."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
     if not temperature >= 0:
@@ -252,7 +254,7 @@ def _check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> No
         raise ConfigError(f"top_p is {top_p}; expected a share above 0 and up to 1.")
 
 
-def _end_ids(model: FirstModel, ids: int | Sequence[int] | None) -> torch.Tensor:
+def end_ids(model: FirstModel, ids: int | Sequence[int] | None) -> torch.Tensor:
     """Return the ids that end a row, by default those of transformers' `generate`."""
     if ids is None:
         config: Any = model.base.generation_config

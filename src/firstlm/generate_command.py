@@ -84,7 +84,7 @@ def run(options: GenerateConfig) -> int:
     model.merge_and_unload()
     engine = {"engine": options.engine, "weights": options.weights}
     if options.engine == "fast":
-        print("Compiling the layers: half a minute, less the next time.", file=sys.stderr)
+        print("Compiling the layers; less work the next time.", file=sys.stderr)
     # The first call of a process is slow.
     answer(model, prompts[0].ids[:8], max_new_tokens=2, eos_token_ids=(), **engine)
     for number, prompt in enumerate(prompts, start=1):

@@ -24,8 +24,9 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm.auto import tqdm
 
-from firstlm.data import IGNORE, Collator, Encoded, encode_prompt, pad_left
+from firstlm.data import IGNORE, Collator, Encoded, encode_prompt
 from firstlm.errors import ConfigError
+from firstlm.inputs import pad_left
 from firstlm.losses import answer_logits, row_losses
 from firstlm.model import FirstModel
 from firstlm.policies import Policy

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,6 +84,16 @@ def refuse_rollback(generate_kwargs: dict[str, Any]) -> None:
         raise ConfigError("use_cache=False is not supported: decisions ride in the cache.")
 
 
+def refuse_for_engine(generation_config: Any, generate_kwargs: dict[str, Any]) -> None:
+    """Refuse what transformers' `generate` can do but the fast engine cannot."""
+    config = generate_kwargs.get("generation_config") or generation_config
+    if (generate_kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1) > 1:
+        raise ConfigError("Beam search reorders rows; use it with engine='hf'.")
+    for name in ("output_hidden_states", "output_attentions"):
+        if generate_kwargs.get(name) or getattr(config, name, False):
+            raise ConfigError(f"{name} needs engine='hf': the fast engine keeps logits alone.")
+
+
 def pad_on_the_left(
     input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,6 +101,18 @@ def pad_on_the_left(
     # A stable sort by the mask moves padding to the front and keeps the order of real tokens.
     order = attention_mask.long().argsort(dim=1, stable=True)
     return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (input_ids, attention_mask), both [rows, longest], padded on the left."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        if row:
+            ids[i, -len(row) :] = torch.tensor(row)
+            mask[i, -len(row) :] = 1
+    return ids, mask
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,8 @@ def swapped(pairs: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> Iterator[None
 def lora_left_out(model: nn.Module) -> Iterator[None]:
     """Let a model compute as if it had no LoRA; parameters keep their `requires_grad`."""
     # peft's own disable_adapter() turns LoRA on at the end, whatever it was before.
-    on = [module for module in lora_layers(model) if not module.disable_adapters]
+    # LoRA that is merged would be taken out of the weights.
+    on = [m for m in lora_layers(model) if not (m.disable_adapters or m.merged)]
     for module in on:
         module._disable_adapters = True
     try:

@@ -30,6 +30,7 @@ from firstlm.inputs import (
     longest_row,
     pad_on_the_left,
     position_ids,
+    refuse_for_engine,
     refuse_rollback,
     take_prompts,
 )
@@ -166,6 +167,7 @@ class FirstModel(nn.Module):
 
     def detach(self) -> nn.Module:
         """Give the base model back, every forward as it was; LoRA that is on it stays on it."""
+        self.engines.clear()
         self.routing.detach()
         return self.base
 
@@ -394,18 +396,20 @@ class FirstModel(nn.Module):
         return state
 
     def engine_for(
-        self, engine: str, weights: str, rows: int, state: RoutingState
+        self, engine: str, weights: str, rows: int, cache: str = "dynamic"
     ) -> DecodeEngine | None:
         """Return what decodes a batch in transformers' place, or None.
 
-        Compiling takes some 20 seconds for the first answer to one prompt, and again for the first
-        to several. Weights in another format are copies, made anew when the model's have changed.
+        The first call compiles a step for one row, and the first for several rows another one,
+        which takes from seconds to a minute; later calls, and mostly later processes, do not. The
+        engine holds copies of the weights, LoRA added, and is made anew when they were changed by
+        training (not through `.data`). While it is made, no other thread may use the model.
 
         Args:
             engine: "hf" or "fast".
             weights: number format of linear layers: "same", "int8" or "int4".
             rows: in the batch.
-            state: its decisions.
+            cache: kind of cache that was asked for.
 
         Raises:
             ConfigError: there is no such engine, or it has no such option.
@@ -416,9 +420,21 @@ class FirstModel(nn.Module):
             if weights != "same":
                 raise ConfigError(f"weights={weights!r} needs engine='fast'.")
             return None
-        if state.stepped is not None:
-            raise ConfigError("A policy that lets layers go with each step needs engine='hf'.")
+        if cache != "dynamic":
+            raise ConfigError(
+                f"engine='fast' allocates its own memory; leave the {cache} cache out, or use "
+                "engine='hf'."
+            )
         return self.engines.get(self.plain_base, weights, rows)
+
+    def decode_by(self, engine: DecodeEngine | None, cache: SkipCache, longest: int) -> None:
+        """Let an engine take over from a cache once its prompts have run."""
+        if engine is None:
+            return
+        if cache.state.stepped is not None:
+            raise ConfigError("A policy that lets layers go with each step needs engine='hf'.")
+        cache.engine, cache.longest = engine, longest
+        self.routing.decode_fast(self.plain_base)
 
     @torch.no_grad()
     def generate(
@@ -442,7 +458,7 @@ class FirstModel(nn.Module):
             skip_rate: share of layers to skip, met on average; needs a calibrated model.
             prefill: "skip" (skipped layers do not see the prompt) or "full".
             engine: what decodes: "hf", or "fast", which compiles the model's layers first (see
-                `engine_for`) and gives the same tokens, up to rounding.
+                `engine_for`) and, with weights="same", gives the same tokens, up to rounding.
             weights: number format in which "fast" keeps linear layers: "same", "int8" or "int4".
             generate_kwargs: everything transformers' `generate` takes; `cache_implementation` may
                 be "dynamic" or "static"; `cache` (or `past_key_values`, as transformers called it
@@ -451,8 +467,9 @@ class FirstModel(nn.Module):
         Raises:
             ConfigError: options that cannot work together.
         """
-        start = time.perf_counter()
         refuse_rollback(generate_kwargs)
+        if engine != "hf":
+            refuse_for_engine(self.base.generation_config, generate_kwargs)
         for name in ("use_cache", "return_dict_in_generate"):
             generate_kwargs.pop(name, None)
         input_ids, attention_mask = take_prompts(
@@ -461,6 +478,8 @@ class FirstModel(nn.Module):
         cache = take_cache(generate_kwargs)
         asked = getattr(generate_kwargs.get("generation_config"), "cache_implementation", None)
         kind = generate_kwargs.pop("cache_implementation", None) or asked or "dynamic"
+        decoder = self.engine_for(engine, weights, len(input_ids), kind)
+        start = time.perf_counter()
         longest = longest_row(self.base.generation_config, input_ids.shape[1], generate_kwargs)
         if cache is None:
             input_ids, attention_mask = pad_on_the_left(input_ids, attention_mask)
@@ -470,11 +489,7 @@ class FirstModel(nn.Module):
             raise ConfigError("A continued cache keeps its mask; leave policy and skip_rate unset.")
         state = cache.state
         state.begin(input_ids.shape[1])
-        cache.engine = self.engine_for(engine, weights, input_ids.shape[0], state)
-        if cache.engine is not None:
-            cache.longest = longest
-            self.routing.decode_fast(self.plain_base)
-            start = time.perf_counter()  # compiling is not part of any answer
+        self.decode_by(decoder, cache, longest)
         # Some configs say use_cache=False (MPT, models that were trained), and transformers would
         # then feed whole sequences into the cache again and again. The cache is there already,
         # whatever the model's defaults ask for.

@@ -7,7 +7,7 @@ than a sum of products that the compiler makes itself; packed integers use PyTor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +47,8 @@ class Packed:
         """Return the graph's inputs before its arguments, from a model's or layer's weights."""
         found = dict(self.traced.fixed)
         for joint in self.joined:
-            weight = torch.cat([effective_weight(root, name) for name in joint.names])
-            found |= zip(joint.placeholders, pack(weight, self.weights), strict=True)
+            packed = pack(joined_weight(root, joint.names), self.weights)
+            found |= zip(joint.placeholders, packed, strict=True)
         found |= {key: effective_weight(root, name) for key, name in self.traced.weights.items()}
         names = [n.name for n in self.traced.graph.graph.nodes if n.op == "placeholder"]
         return [found[name] for name in names if name in found]
@@ -64,10 +64,18 @@ def effective_weight(root: nn.Module, name: str) -> torch.Tensor:
     lora: Any = root.get_submodule(owner)
     if lora.disable_adapters or lora.merged:
         return value
+    if lora.lora_variant or any(layer.bias is not None for layer in lora.lora_B.values()):
+        raise UnsupportedModelError(f"{owner} has LoRA of a kind that is not merged (DoRA, bias).")
     total = value.float()
     for adapter in lora.active_adapters:
         total = total + lora.get_delta_weight(adapter).detach().float()
     return total.to(value.dtype)
+
+
+def joined_weight(root: nn.Module, names: Sequence[str]) -> torch.Tensor:
+    """Return weights [outputs, inputs] joined along their outputs; one alone is not copied."""
+    found = [effective_weight(root, name) for name in names]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def pack(weight: torch.Tensor, weights: str) -> tuple[torch.Tensor, ...]:
@@ -78,14 +86,14 @@ def pack(weight: torch.Tensor, weights: str) -> tuple[torch.Tensor, ...]:
     if weights == "same":
         return (weight,)
     if weights == "int8":
-        scale = weight.float().abs().amax(1).clamp_min(1e-8) / 127
-        whole = (weight.float() / scale[:, None]).round().to(torch.int8)
-        return whole, scale.to(weight.dtype)
+        scale = (weight.float().abs().amax(1).clamp_min(1e-8) / 127).to(weight.dtype)
+        whole = (weight.float() / scale[:, None].float()).round().clamp(-127, 127)
+        return whole.to(torch.int8), scale
     outputs, inputs = weight.shape
     weight = nn.functional.pad(weight, (0, 0, 0, -outputs % INT4_ROWS))
     parts = weight.float().view(len(weight), inputs // INT4_GROUP, INT4_GROUP)
     low, high = parts.amin(-1, keepdim=True), parts.amax(-1, keepdim=True)
-    scale = ((high - low) / 15).clamp_min(1e-8)
+    scale = ((high - low) / 15).clamp_min(1e-8).to(weight.dtype).float()
     whole = ((parts - low) / scale).round().clamp(0, 15).to(torch.int32).view(weight.shape)
     middle = low + 8 * scale  # what the kernel takes for zero
     pairs = torch.cat([scale, middle], -1).transpose(0, 1).contiguous().to(weight.dtype)
@@ -102,21 +110,21 @@ def pack_linears(traced: Traced, root: nn.Module, weights: str = "same") -> Pack
     """
     graph = traced.graph.graph
     groups: dict[Any, list[Any]] = {}
-    for node in graph.nodes:
-        if node.target is aten.linear.default and node.args[1].name in traced.weights:
+    for node in linears(graph):
+        if node.args[1].name in traced.weights:
             groups.setdefault(node.args[0], []).append(node)
     first = next(iter(graph.nodes))
     joined = []
-    for x, linears in groups.items():
-        if sum(not isinstance(n, int) for n in x.meta["val"].shape[:-1]) > 1:
-            continue  # over rows and tokens: keys and values that are stored compressed
-        names = [traced.weights[node.args[1].name] for node in linears]
+    for x, nodes in groups.items():
+        if not all(isinstance(n, int) for n in x.meta["val"].shape[1:]):
+            continue  # over all tokens so far: keys and values that are stored compressed
+        names = [traced.weights[node.args[1].name] for node in nodes]
         inputs = x.meta["val"].shape[-1]
         if weights == "int4" and inputs % INT4_GROUP:
             raise UnsupportedModelError(
                 f"{names[0]} has {inputs} inputs; int4 takes multiples of {INT4_GROUP}."
             )
-        tensors = pack(torch.cat([effective_weight(root, n) for n in names]), weights)
+        tensors = pack(joined_weight(root, names), weights)
         fake: Any = x.meta["val"].fake_mode
         holes = []
         with graph.inserting_before(first):
@@ -125,7 +133,7 @@ def pack_linears(traced: Traced, root: nn.Module, weights: str = "same") -> Pack
                 hole.meta["val"] = fake.from_tensor(tensor)
                 holes.append(hole)
         joined.append(Joined([hole.name for hole in holes], names))
-        _join(graph, x, linears, holes, weights)
+        _join(graph, x, nodes, holes, weights)
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.name in traced.weights and not node.users:
             graph.erase_node(node)
@@ -135,13 +143,18 @@ def pack_linears(traced: Traced, root: nn.Module, weights: str = "same") -> Pack
     return Packed(traced, joined, weights)
 
 
+def linears(graph: fx.Graph) -> list[Any]:
+    """Return the nodes of linear layers."""
+    return [node for node in graph.nodes if node.target is aten.linear.default]
+
+
 def _join(
-    graph: fx.Graph, x: fx.Node, linears: list[Any], holes: list[fx.Node], weights: str
+    graph: fx.Graph, x: fx.Node, nodes: list[Any], holes: list[fx.Node], weights: str
 ) -> None:
     """Put one product of `x` in the place of several."""
-    sizes = [node.meta["val"].shape[-1] for node in linears]
+    sizes = [node.meta["val"].shape[-1] for node in nodes]
     total = sum(sizes) + (-sum(sizes) % INT4_ROWS if weights == "int4" else 0)
-    with graph.inserting_before(linears[0]):
+    with graph.inserting_before(nodes[0]):
         call: Callable[..., fx.Node] = graph.call_function
         shape = x.meta["val"].shape
         rows = [n if isinstance(n, int) else -1 for n in shape[:-1]]
@@ -149,7 +162,7 @@ def _join(
         y = _product_node(call, flat, holes, weights, one_row=set(rows) == {1}, like=x)
         y = call(aten.view.default, (y, [*rows, total]))
     start = 0
-    for node, size in zip(linears, sizes, strict=True):
+    for node, size in zip(nodes, sizes, strict=True):
         with graph.inserting_before(node):
             part = y
             if size != total:

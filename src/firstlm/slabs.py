@@ -25,9 +25,15 @@ class Slab:
     """The keys and values of one layer, as a cache that its attention writes to."""
 
     def __init__(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, span: torch.Tensor
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        span: torch.Tensor,
+        window: int | None,
     ) -> None:
         self.keys, self.values, self.positions, self.span = keys, values, positions, span
+        self.window = window  # tokens that the layer attends to; None: all
         self.updates, self.reads = 0, 0
 
     def update(
@@ -80,10 +86,14 @@ def attend(
     scores = (query * keys.unsqueeze(2).float()).sum(-1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    # Some models say their window to attention, some leave it to the mask, which is ours here.
+    if None not in (slab.window, sliding_window) and slab.window != sliding_window:
+        raise UnsupportedModelError(f"Its windows are {sliding_window} and {slab.window} tokens.")
+    window = slab.window if sliding_window is None else sliding_window
     place = slab.positions[:, None]
     seen = slab.span <= place
-    if sliding_window is not None:
-        seen = seen & (slab.span > place - sliding_window)
+    if window is not None:
+        seen = seen & (slab.span > place - window)
     scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
     if s_aux is not None:
         sinks = s_aux.float().view(1, keys.shape[1], groups, 1).expand(rows, -1, -1, -1)

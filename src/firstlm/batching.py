@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many prompts, one after the other in the same batch: a row that is done makes room for the next.
+
+Knows token ids only, no text. Each prompt has its own layers; those of one batch share the steps of
+the layers that they have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from firstlm.engine import FastBatch
+from firstlm.errors import ConfigError
+from firstlm.generate import check_sampling, end_ids, pick, prefill, stream
+from firstlm.inputs import pad_left
+from firstlm.model import FirstModel
+from firstlm.policies import Policy
+
+
+@dataclass
+class Answer:
+    """What one prompt was answered.
+
+    Attributes:
+        ids: new tokens, the one that ended the answer included.
+        keep: [layers] bool, the layers that ran.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    keep: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+
+
+@torch.no_grad()
+def generate_many(
+    model: FirstModel,
+    prompts: Sequence[Sequence[int]],
+    policy: Policy | None = None,
+    skip_rate: float | None = None,
+    prefill_mode: str = "skip",
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    eos_token_ids: int | Sequence[int] | None = None,
+    engine: str = "fast",
+    weights: str = "same",
+    progress: bool = True,
+) -> list[Answer]:
+    """Answer prompts, at most `batch_size` at a time; long ones first.
+
+    Args:
+        model: a routed model.
+        prompts: token ids of each.
+        policy: what decides; default the routers.
+        skip_rate: share of layers to skip; needs a calibrated model.
+        prefill_mode: "skip" or "full".
+        max_new_tokens: longest answer.
+        batch_size: rows that are decoded together, which bounds the memory.
+        temperature: 0 takes the likeliest token, above 0 samples.
+        top_p: sample from the likeliest tokens that make up this share.
+        seed: of sampling; what a prompt draws depends on the prompts beside it.
+        eos_token_ids: ids that end an answer; default the model's own; () never ends one.
+        engine: what decodes. "hf", which is also what "fast" falls back to, answers batch by batch.
+        weights: number format of "fast".
+        progress: show a bar.
+
+    Returns:
+        Answers in the order of the prompts.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; expected 1 or more.")
+    empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
+    if empty:
+        raise ConfigError(f"Prompt {empty[0]} has no tokens; expected one or more.")
+    check_sampling(max_new_tokens, temperature, top_p)
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(model.device).manual_seed(seed)
+    options: dict[str, Any] = {
+        "policy": policy,
+        "skip_rate": skip_rate,
+        "prefill": prefill_mode,
+        "max_new_tokens": max_new_tokens,
+        "engine": engine,
+        "weights": weights,
+    }
+    run = _Run(model, prompts, options, temperature, top_p, generator, eos_token_ids)
+    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    with tqdm(total=len(prompts), unit="prompt", disable=not progress) as bar:
+        while waiting or run.rows:
+            free = batch_size - len(run.rows)
+            # A prompt that comes in moves what is there, so that several come at once.
+            if waiting and (not run.rows or 4 * free >= batch_size):
+                taken, waiting = waiting[:free], waiting[free:]
+                run.admit(taken)
+            else:
+                run.step()
+            bar.update(run.finished - bar.n)
+    return run.answers
+
+
+class _Run:
+    """The prompts that are being answered, and the answers so far."""
+
+    def __init__(
+        self,
+        model: FirstModel,
+        prompts: Sequence[Sequence[int]],
+        options: dict[str, Any],
+        temperature: float,
+        top_p: float,
+        generator: torch.Generator | None,
+        eos_token_ids: int | Sequence[int] | None,
+    ) -> None:
+        self.model, self.prompts, self.options = model, prompts, options
+        self.sampling = (temperature, top_p, generator)
+        self.eos_token_ids = eos_token_ids
+        self.ends = end_ids(model, eos_token_ids)
+        self.answers = [Answer() for _ in prompts]
+        self.rows: list[int] = []  # which prompt each row of the batch answers
+        self.finished = 0
+        self.batch: FastBatch | None = None
+
+    def admit(self, taken: list[int]) -> None:
+        """Run prompts, and put them to the rows that are being decoded."""
+        ids, mask = pad_left([self.prompts[i] for i in taken], self.model.pad_id)
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        decoding = prefill(self.model, ids, mask, **self.options)
+        for i, keep in zip(taken, decoding.state.keep, strict=True):
+            self.answers[i].keep = keep
+        if decoding.cache.engine is None:
+            self._answer_at_once(taken, ids, mask)
+            return
+        new = decoding.cache.hand_over(mask)
+        going = self._note(taken, decoding.logits)
+        new.select(going)
+        taken = [taken[row] for row in going]
+        if not taken:
+            return
+        if self.batch is None or not self.rows:
+            self.batch = new
+        else:
+            self.batch.join(new)
+        self.rows += taken
+
+    def step(self) -> None:
+        """Append a token to every row, and let go of those that are done."""
+        assert self.batch is not None
+        tokens = [self.answers[i].ids[-1] for i in self.rows]
+        logits = self.batch.step(torch.tensor(tokens, device=self.model.device))
+        going = self._note(self.rows, logits)
+        if len(going) < len(self.rows):
+            self.batch.select(going)
+            self.rows = [self.rows[row] for row in going]
+
+    def _note(self, rows: Sequence[int], logits: torch.Tensor) -> list[int]:
+        """Take a token for each prompt; returns which of them go on."""
+        ids = pick(logits, *self.sampling).cpu()
+        done = torch.isin(ids, self.ends).tolist()
+        going = []
+        for row, (i, token) in enumerate(zip(rows, ids.tolist(), strict=True)):
+            answer = self.answers[i]
+            answer.ids.append(token)
+            if done[row] or len(answer.ids) == self.options["max_new_tokens"]:
+                self.finished += 1
+            else:
+                going.append(row)
+        return going
+
+    def _answer_at_once(self, taken: list[int], ids: torch.Tensor, mask: torch.Tensor) -> None:
+        """Answer a batch by transformers' layers, to its end."""
+        temperature, top_p, _ = self.sampling
+        done = torch.zeros(len(taken), dtype=torch.bool)
+        options: dict[str, Any] = {**self.options, "engine": "hf", "weights": "same"}
+        for token in stream(
+            self.model,
+            ids,
+            mask,
+            temperature=temperature,
+            top_p=top_p,
+            eos_token_ids=self.eos_token_ids,
+            **options,
+        ):
+            for row, i in enumerate(taken):
+                if not done[row]:
+                    self.answers[i].ids.append(int(token.ids[row]))
+            done = token.done
+        self.finished += len(taken)

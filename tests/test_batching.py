@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many prompts through one batch: the answers are those of each prompt alone."""
+
+from __future__ import annotations
+
+import random
+
+import families
+import pytest
+import torch
+from conftest import tiny_llama
+
+from firstlm import FirstModel
+from firstlm.batching import Answer, generate_many
+from firstlm.engine import FastBatch
+from firstlm.errors import ConfigError
+from firstlm.generate import stream
+
+
+@pytest.fixture(scope="module")
+def model() -> FirstModel:
+    """A tiny Llama whose routers give prompts different masks."""
+    first = FirstModel.from_base(tiny_llama())
+    torch.manual_seed(3)
+    for router in first.routers:
+        router.weight.data.normal_(0, 3)
+        router.bias.data.zero_()
+    return first
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 120) for _ in range(rng.randrange(1, 12))] for _ in range(count)]
+
+
+def alone(model: FirstModel, prompt: list[int], **options: object) -> Answer:
+    answer = Answer()
+    for token in stream(model, torch.tensor([prompt]), **options):
+        answer.ids.append(int(token.ids[0]))
+        answer.keep = token.decoding.state.keep[0]
+    return answer
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 50])
+def test_answers_are_those_of_each_prompt_alone(model: FirstModel, batch_size: int) -> None:
+    texts = prompts(23)
+    ends = list(range(3, 40))  # so that answers end at different steps
+    found = generate_many(
+        model,
+        texts,
+        max_new_tokens=12,
+        batch_size=batch_size,
+        eos_token_ids=ends,
+        progress=False,
+    )
+    lengths = set()
+    for prompt, answer in zip(texts, found, strict=True):
+        wanted = alone(model, prompt, max_new_tokens=12, eos_token_ids=ends)
+        assert answer.ids == wanted.ids
+        assert torch.equal(answer.keep, wanted.keep)
+        lengths.add(len(answer.ids))
+    assert len(lengths) > 3
+    assert len({tuple(answer.keep.tolist()) for answer in found}) > 3
+
+
+def test_rows_come_in_while_others_go_on_and_memory_is_bounded(
+    model: FirstModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, joins = [], []
+    step, join = FastBatch.step, FastBatch.join
+
+    def watched(batch: FastBatch, ids: torch.Tensor) -> torch.Tensor:
+        sizes.append((batch.count, batch.kv_bytes))
+        return step(batch, ids)
+
+    def counted(batch: FastBatch, other: FastBatch) -> None:
+        joins.append((batch.count, other.count))
+        join(batch, other)
+
+    monkeypatch.setattr(FastBatch, "step", watched)
+    monkeypatch.setattr(FastBatch, "join", counted)
+    ends = list(range(3, 40))
+    options = {"max_new_tokens": 12, "batch_size": 4, "eos_token_ids": ends, "progress": False}
+    generate_many(model, prompts(40), **options)
+    assert joins
+    assert all(here > 0 and here + more <= 4 for here, more in joins)
+    assert max(count for count, _ in sizes) == 4
+    # Four rows, four layers, keys and values, two heads, 32 tokens, 8 numbers of 4 bytes.
+    assert max(size for _, size in sizes) <= 4 * 4 * 2 * 2 * 32 * 8 * 4
+
+
+def test_models_without_a_fast_engine_answer_batch_by_batch() -> None:
+    first = FirstModel.from_base(families.make_model("bloom"))
+    texts = prompts(7)
+    with pytest.warns(UserWarning, match="engine='hf'"):
+        found = generate_many(first, texts, max_new_tokens=5, batch_size=3, progress=False)
+    for prompt, answer in zip(texts, found, strict=True):
+        assert answer.ids == alone(first, prompt, max_new_tokens=5).ids
+
+
+def test_sampling_repeats_with_its_seed(model: FirstModel) -> None:
+    options = {"max_new_tokens": 8, "batch_size": 3, "temperature": 1.0, "progress": False}
+    first = [a.ids for a in generate_many(model, prompts(6), seed=1, **options)]
+    assert [a.ids for a in generate_many(model, prompts(6), seed=1, **options)] == first
+    assert [a.ids for a in generate_many(model, prompts(6), seed=2, **options)] != first
+
+
+def test_bad_input_is_refused_before_anything_runs(model: FirstModel) -> None:
+    assert generate_many(model, [], progress=False) == []
+    with pytest.raises(ConfigError, match="Prompt 1 has no tokens"):
+        generate_many(model, [[5], []], progress=False)
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        generate_many(model, [[5]], batch_size=0, progress=False)
+    with pytest.raises(ConfigError, match="temperature"):
+        generate_many(model, [[5]], temperature=-1.0, progress=False)
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        generate_many(model, [[5]], max_new_tokens=0, progress=False)
