@@ -139,7 +139,7 @@ def _trace(base: Any, stack: LayerStack, rows: int, shapes: list[KvShape]) -> De
     for piece in (head, tail):
         if any(n.target is torch.ops.firstlm.layer.default for n in piece.graph.graph.nodes):
             raise UnsupportedModelError("Something happens between its layers.")
-    if len(tail.arguments) > 1 or "attention_mask" in head.arguments:
+    if len(tail.arguments) > 1:
         raise UnsupportedModelError("Its output depends on more than its last layer.")
     by_row = [_is_rows(n) for n in (nodes[0].args[0], *extras)]
     return DecodeGraphs(head, [k[0] for k in kinds], steps, tail, by_row)
@@ -179,11 +179,13 @@ class _Frame(nn.Module):
         super().__init__()
         self.base = base
 
-    def forward(self, token_ids: Any, positions: Any, attention_mask: Any) -> Any:
+    def forward(self, token_ids: Any, positions: Any) -> Any:
+        # Of four dimensions, so that transformers leaves it alone; no layer looks at it.
+        attention_mask = torch.zeros_like(positions, dtype=torch.float32)[:, :, None, None]
         output = self.base(
             input_ids=token_ids,
             position_ids=positions,
-            attention_mask=attention_mask,  # four dimensions: transformers leaves it alone
+            attention_mask=attention_mask,
             use_cache=False,
             return_dict=True,
         )
@@ -212,10 +214,9 @@ def _trace_frame(base: Any, stack: LayerStack, rows: int) -> tuple[Traced, list[
 
     device = base.get_input_embeddings().weight.device
     ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
-    mask = torch.zeros(rows, 1, 1, 1, device=device)
     dims = None if rows == 1 else {0: torch.export.Dim("rows", min=2, max=2**20)}
     with _replaced(stack.modules, stand_in):
-        traced = trace(_Frame(base), (ids, ids.clone(), mask), (dims, dims, dims))
+        traced = trace(_Frame(base), (ids, ids.clone()), (dims, dims))
     return traced, calls
 
 
