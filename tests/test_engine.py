@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("error:.*decodes with engine='hf'")
 # chunks), layers that need more than hidden states and positions, experts chosen by Python code.
 REFUSED = {
     *("bloom", "mpt", "falcon", "falcon_new", "falcon_alibi", "gpt_neo", "gpt_neox_japanese"),
-    *("diffllama", "doge", "xglm", "llama4", "gemma4", "gemma4_shared", "dbrx"),
+    *("diffllama", "doge", "xglm", "llama4", "gemma4_shared", "dbrx"),
     *("deepseek_v32", "gpt_bigcode"),
 }
 
