@@ -96,6 +96,10 @@ def test_models_without_a_fast_engine_answer_batch_by_batch() -> None:
         found = generate_many(first, texts, max_new_tokens=5, batch_size=3, progress=False)
     for prompt, answer in zip(texts, found, strict=True):
         assert answer.ids == alone(first, prompt, max_new_tokens=5).ids
+    options = {"max_new_tokens": 5, "batch_size": 3, "temperature": 1.0, "progress": False}
+    drawn = [generate_many(first, texts, seed=seed, **options) for seed in (1, 1, 2)]
+    ids = [[answer.ids for answer in answers] for answers in drawn]
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_sampling_repeats_with_its_seed(model: FirstModel) -> None:

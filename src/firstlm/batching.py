@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from firstlm.engine import FastBatch
 from firstlm.errors import ConfigError
-from firstlm.generate import check_sampling, end_ids, pick, prefill, stream
+from firstlm.generate import Decoding, check_sampling, decode_step, end_ids, pick, prefill
 from firstlm.inputs import pad_left
 from firstlm.model import FirstModel
 from firstlm.policies import Policy
@@ -120,7 +120,6 @@ class _Run:
     ) -> None:
         self.model, self.prompts, self.options = model, prompts, options
         self.sampling = (temperature, top_p, generator)
-        self.eos_token_ids = eos_token_ids
         self.ends = end_ids(model, eos_token_ids)
         self.answers = [Answer() for _ in prompts]
         self.rows: list[int] = []  # which prompt each row of the batch answers
@@ -135,7 +134,7 @@ class _Run:
         for i, keep in zip(taken, decoding.state.keep, strict=True):
             self.answers[i].keep = keep
         if decoding.cache.engine is None:
-            self._answer_at_once(taken, ids, mask)
+            self._answer_to_the_end(taken, decoding)
             return
         new = decoding.cache.hand_over(mask)
         going = self._note(taken, decoding.logits)
@@ -173,22 +172,10 @@ class _Run:
                 going.append(row)
         return going
 
-    def _answer_at_once(self, taken: list[int], ids: torch.Tensor, mask: torch.Tensor) -> None:
-        """Answer a batch by transformers' layers, to its end."""
-        temperature, top_p, _ = self.sampling
-        done = torch.zeros(len(taken), dtype=torch.bool)
-        options: dict[str, Any] = {**self.options, "engine": "hf", "weights": "same"}
-        for token in stream(
-            self.model,
-            ids,
-            mask,
-            temperature=temperature,
-            top_p=top_p,
-            eos_token_ids=self.eos_token_ids,
-            **options,
-        ):
-            for row, i in enumerate(taken):
-                if not done[row]:
-                    self.answers[i].ids.append(int(token.ids[row]))
-            done = token.done
-        self.finished += len(taken)
+    def _answer_to_the_end(self, taken: Sequence[int], decoding: Decoding) -> None:
+        """Answer prompts that have run by transformers' layers, rows that are done among them."""
+        left, logits = list(range(len(taken))), decoding.logits
+        while left := [left[i] for i in self._note([taken[r] for r in left], logits[left])]:
+            tokens = [self.answers[i].ids[-1] for i in taken]
+            ids = torch.tensor(tokens, device=self.model.device)
+            logits = decode_step(self.model, decoding, ids)

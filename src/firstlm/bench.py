@@ -28,6 +28,7 @@ from firstlm.generate import Decoding, decode_step, prefill
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask, RouterPolicy
 from firstlm.pretrained import load_base, resolve_device, resolve_dtype
+from firstlm.probes import synchronize
 from firstlm.results import check_file, provenance, to_json, write_json
 
 WARMUP = 3  # rounds that do not count
@@ -212,12 +213,10 @@ def prompts(model: FirstModel, count: int, tokens: int, generator: torch.Generat
 
 def timed(device: torch.device, call: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
     """Return how many seconds a call takes, work on a GPU included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     call(*args, **kwargs)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 

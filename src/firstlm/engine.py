@@ -25,7 +25,7 @@ from firstlm.errors import ConfigError, UnsupportedModelError, first_line
 from firstlm.graphs import Traced
 from firstlm.layers import LayerStack
 from firstlm.lora import lora_layers, lora_left_out
-from firstlm.packing import effective_weight, linears, pack_linears
+from firstlm.packing import linears, pack_linears
 
 BLOCK = 32  # memory for keys and values comes in blocks of so many tokens
 KEPT = 2  # states of one model's weights whose engines stay: with LoRA and without
@@ -132,7 +132,7 @@ class DecodeEngine:
             modules = [self.stack.modules[i] for i in members]
             known = [other.layers[i].weights for i in members] if other else None
             if self.weights != "same":
-                _check_share(traced, modules[0])
+                _check_share(traced)
             for i, part in zip(members, self._part(traced, modules, known), strict=True):
                 layers[i] = part
         return _Step(graphs, head[0], layers, tail[0])
@@ -141,7 +141,7 @@ class DecodeEngine:
         self, traced: Traced, roots: list[nn.Module], known: list[list[torch.Tensor]] | None
     ) -> list[_Part]:
         """Compile a graph once, for modules that differ by their weights alone."""
-        packed = pack_linears(traced, roots[0], self.weights)
+        packed = pack_linears(traced, self.weights)
         weights = known or [packed.inputs_from(root) for root in roots]
         run = _compile(traced, weights[0]) if self.compiled else traced.graph.forward
         return [_Part(run, traced.arguments, found) for found in weights]
@@ -255,11 +255,12 @@ def _stamp(base: nn.Module) -> Any:
     return id(base), base.training, lora, weights
 
 
-def _check_share(traced: Traced, layer: nn.Module) -> None:
+def _check_share(traced: Traced) -> None:
     """Refuse to pack layers whose weights are not those of linear layers, or few of them."""
-    linear = {n.args[1].name for n in linears(traced.graph.graph)}
-    sizes = {key: effective_weight(layer, name).numel() for key, name in traced.weights.items()}
-    if 2 * sum(size for key, size in sizes.items() if key in linear) < sum(sizes.values()):
+    graph = traced.graph.graph
+    linear = {node.args[1].name for node in linears(graph)}
+    sizes = {n.name: n.meta["val"].numel() for n in graph.nodes if n.name in traced.weights}
+    if 2 * sum(size for name, size in sizes.items() if name in linear) < sum(sizes.values()):
         raise UnsupportedModelError(
             "Most of its layers' weights are not those of linear layers, and cannot be packed."
         )
@@ -394,34 +395,20 @@ class FastBatch:
         head = step.head
         outputs = head.run(*head.weights, *[given[name] for name in head.arguments])
         hidden = outputs[0]
+        everything = (self.lengths, outputs)
         gathered = [self._gather(rows, outputs, step) for rows in self._groups]
         for layer, slab, group in self._order:
-            extra = step.graphs.layers[layer].extra
             if group < 0:
-                part = step.layers[layer]
-                (hidden,) = part.run(
-                    *part.weights,
-                    hidden,
-                    slab.keys,
-                    slab.values,
-                    self.lengths,
-                    span,
-                    *[outputs[i] for i in extra],
-                )
-                continue
-            rows = self._groups[group]
-            lengths, some = gathered[group]
-            part = engine.step(len(rows)).layers[layer]
+                part, part_hidden, (lengths, some) = step.layers[layer], hidden, everything
+            else:
+                rows = self._groups[group]
+                part, part_hidden = engine.step(len(rows)).layers[layer], hidden[rows]
+                lengths, some = gathered[group]
+            extra = [some[i] for i in step.graphs.layers[layer].extra]
             (new,) = part.run(
-                *part.weights,
-                hidden[rows],
-                slab.keys,
-                slab.values,
-                lengths,
-                span,
-                *[some[i] for i in extra],
+                *part.weights, part_hidden, slab.keys, slab.values, lengths, span, *extra
             )
-            hidden = hidden.index_copy(0, rows, new)
+            hidden = new if group < 0 else hidden.index_copy(0, self._groups[group], new)
         (logits,) = step.tail.run(*step.tail.weights, hidden)
         self.lengths = self.lengths + 1
         self.longest += 1

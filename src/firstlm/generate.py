@@ -130,16 +130,15 @@ def decode_step(model: FirstModel, decoding: Decoding, token_ids: torch.Tensor) 
     """
     mask, cache = decoding.attention_mask, decoding.cache
     token_ids = token_ids.to(mask.device)
-    logits = cache.step(token_ids, mask)
-    if logits is not None:
-        decoding.attention_mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        decoding.logits = logits
-        return logits
     if isinstance(cache, StaticSkipCache) and mask.shape[1] >= cache.room:
         raise ConfigError(
             f"The static cache is full with {cache.room} tokens; raise prefill's max_new_tokens."
         )
     decoding.attention_mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    logits = cache.step(token_ids, mask)
+    if logits is not None:
+        decoding.logits = logits
+        return logits
     extra: dict[str, Any] = {}
     if decoding.position_ids is not None:
         decoding.position_ids = extra["position_ids"] = decoding.position_ids + 1

@@ -100,12 +100,11 @@ def pack(weight: torch.Tensor, weights: str) -> tuple[torch.Tensor, ...]:
     return aten._convert_weight_to_int4pack_for_cpu(whole, 1), pairs
 
 
-def pack_linears(traced: Traced, root: nn.Module, weights: str = "same") -> Packed:
+def pack_linears(traced: Traced, weights: str = "same") -> Packed:
     """Join and pack the linear layers of a traced graph, in place.
 
     Args:
         traced: from `capture`.
-        root: the model or layer whose weights it takes, for their shapes.
         weights: one of `config.WEIGHT_FORMATS`.
     """
     graph = traced.graph.graph
@@ -124,13 +123,13 @@ def pack_linears(traced: Traced, root: nn.Module, weights: str = "same") -> Pack
             raise UnsupportedModelError(
                 f"{names[0]} has {inputs} inputs; int4 takes multiples of {INT4_GROUP}."
             )
-        tensors = pack(joined_weight(root, names), weights)
-        fake: Any = x.meta["val"].fake_mode
         holes = []
+        with x.meta["val"].fake_mode:  # shapes alone
+            tensors = pack(torch.cat([node.args[1].meta["val"] for node in nodes]), weights)
         with graph.inserting_before(first):
             for tensor in tensors:
                 hole = graph.placeholder(f"packed_{len(joined)}_{len(holes)}")
-                hole.meta["val"] = fake.from_tensor(tensor)
+                hole.meta["val"] = tensor
                 holes.append(hole)
         joined.append(Joined([hole.name for hole in holes], names))
         _join(graph, x, nodes, holes, weights)

@@ -167,16 +167,17 @@ def decode_times(model: FirstModel, batch: Batch, policy: Policy, mode: str) -> 
         names = names[1:] + names[:1]
         for name in names:
             token = runs[name].logits.argmax(-1)
-            _synchronize(model.device)
+            synchronize(model.device)
             start = time.perf_counter()
             decode_step(model, runs[name], token)
-            _synchronize(model.device)
+            synchronize(model.device)
             if step >= WARMUP_STEPS:
                 seconds[name].append(time.perf_counter() - start)
     return {"seconds": seconds, "skip_rate": 1 - float(runs["routed"].state.keep.float().mean())}
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
