@@ -12,7 +12,8 @@ from conftest import make_byte_tokenizer, tiny_llama
 from families import make_model
 
 from firstlm import FirstModel
-from firstlm.bench import Cell, bandwidth, count_bytes, evenly, row_of
+from firstlm.bench import bandwidth, row_of
+from firstlm.cells import Cell, at_random, count_bytes, count_compute, evenly
 from firstlm.cli import main
 from firstlm.command_config import BenchConfig
 
@@ -80,22 +81,88 @@ def test_masks_skip_exactly_what_was_asked_and_the_ends_last(count: int) -> None
     assert count > 28 or bool(keep[0] and keep[-1])
 
 
+def test_the_cut_model_mixed_masks_and_peers_run_beside(
+    report: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = report
+    more = ["--skip-rates", "0.5", "--batch-sizes", "1", "3", "--engines", "fast"]
+    more += ["--compare", "cut", "mixed", "--peers", "transformers", "economize", "llama_cpp"]
+    assert call(folder, *more, "--peer-rounds", "2", "--peer-tokens", "4") == 0
+    out = capsys.readouterr().out
+    assert "llama_cpp is left out" in out
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert {(r["engine"], r["masks"], r["batch"]) for r in rows if r["skip_rate_asked"]} == {
+        *((engine, "shared", batch) for engine in ("fast", "cut") for batch in (1, 3)),
+        ("fast", "mixed", 3),
+        ("transformers", "shared", 1),
+        ("economize-skipdecode", "shared", 1),
+        ("economize-depth_prune", "shared", 1),
+    }
+    for row in rows:
+        halved = row["skip_rate_asked"] == 0.5
+        assert row["skip_rate"] == (0.5 if halved else 0.0)
+        if "over_fast" in row:
+            ratios = {x["skip_rate_asked"]: x["tpot_ratio"] for x in row["over_fast"]}
+            assert ratios.keys() == {0.0, 0.5}
+            assert min(ratios.values()) > 0
+            continue
+        assert (row["tpot_over_cut"] is not None) == (
+            row["engine"] == "fast" and row["masks"] == "shared" and halved
+        )
+        assert (row["tpot_over_shared"] is not None) == (row["masks"] == "mixed")
+        assert row["layer_calls"] >= (3 if halved else 6)
+        assert 0 < row["roofline_share"] < 1
+    mixed = next(r for r in rows if r["masks"] == "mixed")
+    same = next(r for r in rows if r["engine"] == "fast" and r["batch"] == 3 and r is not mixed)
+    assert mixed["layer_calls"] > 3  # of layers that some row keeps
+    assert mixed["kv_bytes"] * 2 == same["kv_bytes"]
+
+
 def test_ideal_is_the_share_of_bytes_and_realised_is_what_was_saved() -> None:
     first = FirstModel.from_base(tiny_llama())
     options = BenchConfig()
-    full = Cell("hf", "same", 1, 0.0, torch.ones(4).bool(), ttft=[1.0], steps=[10.0, 12.0, 11.0])
-    half = Cell(
-        "hf", "same", 1, 0.5, torch.tensor([1, 0, 0, 1]).bool(), ttft=[1.0], steps=[7.0, 9.0, 8.0]
-    )
-    for cell in (full, half):
-        count_bytes(cell, first, tokens=20)
-    layer = sum(p.nbytes for p in first.base.model.layers[0].parameters()) + 2 * 2 * 8 * 4 * 20
+
+    def cell(rate: float, keep: list[int], ttft: list[float], steps: list[float]) -> Cell:
+        mask = torch.tensor([keep]).bool()
+        return Cell(first, "hf", "same", 1, rate, mask, ttft=ttft, steps=steps)
+
+    full = cell(0.0, [1, 1, 1, 1], [4.0, 4.0], [10.0, 12.0, 11.0])
+    half = cell(0.5, [1, 0, 0, 1], [2.0, 3.0], [7.0, 9.0, 8.0])
+    for one in (full, half):
+        count_bytes(one, first, tokens=20)
+        count_compute(one, first, tokens=10)
+    numbers = sum(p.numel() for p in first.base.model.layers[0].parameters())
+    layer = 4 * numbers + 2 * 2 * 8 * 4 * 20
     head = 259 * 32 * 4
     assert half.step_bytes == full.step_bytes == 4 * layer + head
     assert half.skipped_bytes == 2 * layer
-    row = row_of(half, [full, half], options, first)
+    row = row_of(half, [full, half], options, bytes_per_s=1e6)
     assert row["tpot_ratio"] == pytest.approx(8 / 11)
     assert row["realised_over_ideal"] == pytest.approx(3 / (11 * 2 * layer / (4 * layer + head)))
+    assert row["roofline_share"] == pytest.approx((2 * layer + head) / 1e6 / 8)
+    share = 2 * numbers / (4 * numbers + 259 * 32 / 10)
+    assert row["ttft_realised_over_ideal"] == pytest.approx(1.5 / 4 / share)
+    assert row_of(full, [full, half], options, bytes_per_s=1e6)["realised_over_ideal"] is None
+
+
+def test_a_layer_that_some_row_keeps_is_read() -> None:
+    first = FirstModel.from_base(tiny_llama())
+    mask = torch.tensor([[1, 0, 0, 1], [1, 0, 1, 0]]).bool()
+    cell = Cell(first, "hf", "same", 2, 0.5, mask, "mixed")
+    count_bytes(cell, first, tokens=20)
+    kv = 2 * 2 * 8 * 4 * 20
+    weights = sum(p.nbytes for p in first.base.model.layers[0].parameters())
+    assert cell.skipped_bytes == weights + 4 * kv
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 6])
+def test_random_masks_differ_and_skip_what_was_asked(count: int) -> None:
+    keep = at_random(count, range(6), 6, rows=16, seed=0)
+    assert ((~keep).sum(1) == count).all()
+    assert torch.equal(keep, at_random(count, range(6), 6, rows=16, seed=0))
+    if count in (1, 3):
+        assert len({tuple(row) for row in keep.tolist()}) > 1
+        assert keep[:, [0, 5]].all()
 
 
 def test_bandwidth_is_of_this_world() -> None:

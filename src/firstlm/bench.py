@@ -1,87 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """`firstlm bench`: what skipped layers are worth on the clock, and in memory.
 
-Every cell (engine, weights, batch, skip rate) decodes the same prompts, one step each in turn, in
-an order that is shuffled every round; so what else the machine does meets all of them alike. What
-skipped layers could save at best is their share of the bytes that a step reads.
+What skipped layers could save at best is their share of the bytes that a step reads, and of a
+prompt's compute. Beside it what a user would pick instead (`peers`), in the same run.
 """
 
 from __future__ import annotations
 
 import random
+import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from firstlm.cells import Cell, evenly, make_cells, measure, prompts, timed
 from firstlm.command_config import BenchConfig
 from firstlm.config import RouterConfig
 from firstlm.decisions import RoutingState
-from firstlm.engine import DecodeEngine
-from firstlm.errors import ConfigError
-from firstlm.generate import Decoding, decode_step, prefill
 from firstlm.model import FirstModel
-from firstlm.policies import FixedMask, RouterPolicy
-from firstlm.pretrained import load_base, resolve_device, resolve_dtype
-from firstlm.probes import synchronize
+from firstlm.peers import Peer, PeerMaker, ours
+from firstlm.policies import RouterPolicy
+from firstlm.pretrained import dtype_name, gguf_file, load_base, resolve_device, resolve_dtype
 from firstlm.results import check_file, provenance, to_json, write_json
 
-WARMUP = 3  # rounds that do not count
 DRAWS = 2000  # of the bootstrap
-
-
-@dataclass
-class Cell:
-    """One way of decoding, and what was measured of it.
-
-    Attributes:
-        engine: "hf" or "fast".
-        weights: number format of the linear layers, "same" as the model's or packed.
-        batch: rows.
-        asked: skip rate that was asked for.
-        keep: [layers] bool, the mask of every row.
-    """
-
-    engine: str
-    weights: str
-    batch: int
-    asked: float
-    keep: torch.Tensor
-    ttft: list[float] = field(default_factory=list)
-    steps: list[float] = field(default_factory=list)
-    layer_calls: int = 0
-    kv_bytes: int = 0
-    step_bytes: float = 0.0
-    skipped_bytes: float = 0.0
-
-    def decoder(self, model: FirstModel) -> DecodeEngine | None:
-        """Return the engine that decodes in transformers' place."""
-        return model.engine_for(self.engine, self.weights, self.batch)
-
-    def start(self, model: FirstModel, ids: torch.Tensor, room: int) -> Decoding:
-        """Run the prompts [batch, tokens]."""
-        return prefill(
-            model,
-            ids,
-            policy=FixedMask(self.keep),
-            max_new_tokens=room,
-            engine=self.engine,
-            weights=self.weights,
-        )
-
-
-def evenly(count: int, layers: Sequence[int], total: int) -> torch.Tensor:
-    """Return a mask [total] that skips `count` of some layers, evenly spaced, the ends last."""
-    keep = torch.ones(total, dtype=torch.bool)
-    inner = list(layers)[1:-1] if count <= len(layers) - 2 else list(layers)
-    chosen = [(2 * i + 1) * len(inner) // (2 * count) for i in range(count)]
-    keep[[inner[i] for i in chosen]] = False
-    return keep
 
 
 def run(options: BenchConfig) -> int:
@@ -90,12 +37,16 @@ def run(options: BenchConfig) -> int:
     model = load(options)
     cells = make_cells(model, options)
     measure(model, cells, options)
-    rows = [row_of(cell, cells, options, model) for cell in cells]
+    bytes_per_s = bandwidth(model.device)
+    rows = [row_of(cell, cells, options, bytes_per_s) for cell in cells]
+    overhead = router_overhead(model, options)
+    rows += race(model, options)
     show(rows)
     report = {
         "rows": rows,
-        "router_overhead": router_overhead(model, options),
-        "bandwidth_gb_s": bandwidth(model.device) / 1e9,
+        "router_overhead": overhead,
+        "bandwidth_gb_s": bytes_per_s / 1e9,
+        "peak_memory_mb": peak_memory(model.device) / 1e6,
         "rounds": options.rounds,
         "prompt_tokens": options.prompt_tokens,
         "threads": torch.get_num_threads(),
@@ -153,134 +104,65 @@ def random_model(options: BenchConfig) -> Any:
         torch.set_default_dtype(before)
 
 
-def make_cells(model: FirstModel, options: BenchConfig) -> list[Cell]:
-    """Return every combination; rate 0 of each comes first, as what others are compared with."""
-    rates = sorted({0.0, *options.skip_rates})
-    formats = {"hf": ["same"], "fast": options.weights}
-    free, total = model.free_layers, model.layer_count
-    cells = []
-    for batch in options.batch_sizes:
-        for engine in options.engines:
-            for weights in formats[engine]:
-                for rate in rates:
-                    count = round(rate * total)
-                    if count > len(free):
-                        raise ConfigError(f"--skip-rates {rate}: only {len(free)} layers are free.")
-                    cells.append(Cell(engine, weights, batch, rate, evenly(count, free, total)))
-    return cells
-
-
-@torch.no_grad()
-def measure(model: FirstModel, cells: Sequence[Cell], options: BenchConfig) -> None:
-    """Fill in the cells' times, in turns; each batch size has a turn of its own."""
-    rng = random.Random(options.seed)
-    generator = torch.Generator().manual_seed(options.seed)
-    total = len(options.batch_sizes) * (options.rounds + options.prefill_rounds)
-    with tqdm(total=total, unit="round", desc="measuring") as bar:
-        for batch in options.batch_sizes:
-            ids = prompts(model, batch, options.prompt_tokens, generator)
-            mine = [cell for cell in cells if cell.batch == batch]
-            for cell in mine:  # compiles, and warms up
-                if cell.engine == "fast" and cell.decoder(model) is None:
-                    raise ConfigError("The fast engine cannot run this model; use --engines hf.")
-                decode_step(model, cell.start(model, ids, 2), ids[:, 0])
-            for _ in range(options.prefill_rounds):
-                for cell in rng.sample(mine, len(mine)):
-                    cell.ttft.append(timed(model.device, cell.start, model, ids, 2))
-                bar.update()
-            room = WARMUP + options.rounds
-            runs = [(cell, cell.start(model, ids, room)) for cell in mine]
-            for turn in range(room):
-                for cell, decoding in rng.sample(runs, len(runs)):
-                    token = ids[:, turn % ids.shape[1]]
-                    seconds = timed(model.device, decode_step, model, decoding, token)
-                    if turn >= WARMUP:
-                        cell.steps.append(seconds)
-                if turn >= WARMUP:
-                    bar.update()
-            for cell, decoding in runs:
-                calls = decoding.state.layer_calls
-                cell.layer_calls = calls["decode"] // room
-                cell.kv_bytes = decoding.cache.kv_bytes
-                count_bytes(cell, model, options.prompt_tokens + options.rounds / 2)
-
-
-def prompts(model: FirstModel, count: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
-    """Return random token ids [count, tokens] on the model's device."""
-    vocab = model.config.get_text_config(decoder=True).vocab_size
-    return torch.randint(5, vocab, (count, tokens), generator=generator).to(model.device)
-
-
-def timed(device: torch.device, call: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-    """Return how many seconds a call takes, work on a GPU included."""
-    synchronize(device)
-    start = time.perf_counter()
-    call(*args, **kwargs)
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def count_bytes(cell: Cell, model: FirstModel, tokens: float) -> None:
-    """Note how many bytes a step reads with all layers: weights, and keys and values so far."""
-    base = model.plain_base
-    config = base.config.get_text_config(decoder=True)
-    engine = cell.decoder(model)
-    if engine is not None:
-        layers = engine.layer_bytes()
-        rest = engine.rest_bytes()
-    else:
-        layers = [
-            sum(p.nbytes for p in module.parameters()) for module in model.routing.stack.modules
-        ]
-        rest = base.get_output_embeddings().weight.nbytes
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv = 2 * heads * size * base.dtype.itemsize * tokens * cell.batch
-    skipped = [i for i, kept in enumerate(cell.keep.tolist()) if not kept]
-    cell.step_bytes = sum(layers) + rest + kv * len(layers)
-    cell.skipped_bytes = sum(layers[i] for i in skipped) + kv * len(skipped)
-
-
 def row_of(
-    cell: Cell, cells: Sequence[Cell], options: BenchConfig, model: FirstModel
+    cell: Cell, cells: Sequence[Cell], options: BenchConfig, bytes_per_s: float
 ) -> dict[str, Any]:
-    """Return a row of the report."""
-    full = next(
-        c
-        for c in cells
-        if (c.engine, c.weights, c.batch) == (cell.engine, cell.weights, cell.batch)
-    )
+    """Return a row of the report; ratios and what was saved are of pairs within a round."""
+    full = next(c for c in cells if c.is_like(cell, "by", "weights", "batch"))
+    alike = [c for c in cells if c.is_like(cell, "by", "weights", "batch", "asked")]
     tpot = statistics.median(cell.steps)
-    low, high = _quartiles(cell.steps)
+    dtype = dtype_name(cell.model.plain_base.dtype) if cell.weights == "same" else cell.weights
+    roofline = (cell.step_bytes - cell.skipped_bytes) / bytes_per_s
     row: dict[str, Any] = {
         "engine": cell.engine,
-        "dtype": str(model.plain_base.dtype).removeprefix("torch.")
-        if cell.weights == "same"
-        else cell.weights,
+        "dtype": dtype,
         "batch": cell.batch,
+        "masks": cell.masks,
         "skip_rate_asked": cell.asked,
         "skip_rate": 1 - float(cell.keep.float().mean()),
         "ttft_ms": 1e3 * statistics.median(cell.ttft),
         "tpot_ms": 1e3 * tpot,
-        "tpot_ms_quartiles": [1e3 * low, 1e3 * high],
+        "tpot_ms_quartiles": [1e3 * x for x in _quartiles(cell.steps)],
         "tokens_per_s": cell.batch / tpot,
         "kv_bytes": cell.kv_bytes,
         "layer_calls": cell.layer_calls,
-        "tpot_ratio": None,
-        "tpot_ratio_ci95": None,
-        "realised_over_ideal": None,
-        "realised_over_ideal_ci95": None,
         "step_mb": (cell.step_bytes - cell.skipped_bytes) / 1e6,
+        "roofline_ms": 1e3 * roofline,
+        "roofline_share": roofline / tpot,
     }
-    if cell is not full:
-        pairs = list(zip(full.steps, cell.steps, strict=True))
-        ideal = statistics.median(full.steps) * cell.skipped_bytes / cell.step_bytes
-        saved = [a - b for a, b in pairs]
-        row["tpot_ratio"] = statistics.median(b / a for a, b in pairs)
-        row["tpot_ratio_ci95"] = interval([b / a for a, b in pairs], options.seed)
-        row["realised_over_ideal"] = statistics.median(saved) / ideal
-        row["realised_over_ideal_ci95"] = [x / ideal for x in interval(saved, options.seed)]
-    return row
+    pairs: dict[str, tuple[Sequence[float], Sequence[float]] | None] = {
+        "tpot_ratio": (cell.steps, full.steps) if cell is not full else None,
+        "ttft_ratio": (cell.ttft, full.ttft) if cell is not full else None,
+        "tpot_over_cut": next((_times(cell, c) for c in alike if c.engine == "cut"), None),
+        "tpot_over_shared": next((_times(cell, c) for c in alike if c.masks == "shared"), None),
+    }
+    if cell.engine == "cut" or cell.masks == "mixed":
+        pairs["tpot_over_cut"] = None
+    if cell.masks != "mixed":
+        pairs["tpot_over_shared"] = None
+    for name, pair in pairs.items():
+        row |= _spread(name, [a / b for a, b in zip(*pair, strict=True)] if pair else [], options)
+    steps = _saved(full.steps, cell.steps, cell.skipped_bytes / cell.step_bytes)
+    row |= _spread("realised_over_ideal", steps, options)
+    prompt = _saved(full.ttft, cell.ttft, cell.skipped_compute)
+    return row | _spread("ttft_realised_over_ideal", prompt, options)
+
+
+def _times(cell: Cell, other: Cell) -> tuple[list[float], list[float]]:
+    return cell.steps, other.steps
+
+
+def _saved(full: Sequence[float], less: Sequence[float], share: float) -> list[float]:
+    """Return what each round saved, over the share of the full time that it could at best."""
+    ideal = statistics.median(full) * share
+    return [(a - b) / ideal for a, b in zip(full, less, strict=True)] if share else []
+
+
+def _spread(name: str, values: Sequence[float], options: BenchConfig) -> dict[str, Any]:
+    """Return the median of values and its 95% interval under two names; None where are none."""
+    if not values:
+        return {name: None, f"{name}_ci95": None}
+    return {name: statistics.median(values), f"{name}_ci95": interval(values, options.seed)}
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
@@ -333,6 +215,69 @@ def bandwidth(device: torch.device, megabytes: int = 256, rounds: int = 7) -> fl
     return numbers.nbytes / min(seconds)
 
 
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held: on the GPU, or else in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def race(model: FirstModel, options: BenchConfig) -> list[dict[str, Any]]:
+    """Let peers and the fast engine answer the same prompt in turns; returns a row per peer."""
+    gguf = None if options.random_init else gguf_file(options.model)
+    maker = PeerMaker(model.plain_base, model.routing.stack, gguf)
+    runners: list[tuple[float, Peer]] = []
+    for rate in sorted({0.0, *options.skip_rates}) if options.peers else []:
+        total = model.layer_count
+        keep = evenly(round(rate * total), model.free_layers, total)
+        runners += [(rate, ours(model, keep, weights)) for weights in options.weights]
+        for name in options.peers:
+            try:
+                runners += [(rate, peer) for peer in maker.make(name, keep)]
+            except ImportError as error:
+                print(f"{name} is left out ({error}); pip install 'firstlm[peers]'.")
+    generator = torch.Generator().manual_seed(options.seed)
+    ids = prompts(model, 1, options.prompt_tokens, generator)
+    rng = random.Random(options.seed)
+    for turn in tqdm(range(options.peer_rounds + 1 if runners else 0), "racing", unit="round"):
+        for _, peer in rng.sample(runners, len(runners)):
+            seconds = peer.answer(ids, options.peer_tokens)
+            if turn:  # the first compiles
+                peer.seconds.append(seconds)
+    mine = [(rate, peer) for rate, peer in runners if peer.name == "fast"]
+    return [_peer_row(rate, p, mine, options) for rate, p in runners if p.name != "fast"]
+
+
+def _peer_row(
+    rate: float, peer: Peer, mine: Sequence[tuple[float, Peer]], options: BenchConfig
+) -> dict[str, Any]:
+    tpot = statistics.median(peer.seconds)
+    return {
+        "engine": peer.name,
+        "dtype": peer.dtype,
+        "batch": 1,
+        "masks": "shared",
+        "skip_rate_asked": rate,
+        "skip_rate": 1 - float(peer.keep.float().mean()),
+        "tpot_ms": 1e3 * tpot,
+        "tpot_ms_quartiles": [1e3 * x for x in _quartiles(peer.seconds)],
+        "tokens_per_s": 1 / tpot,
+        "over_fast": [
+            {"dtype": fast.dtype, "skip_rate_asked": asked}
+            | _spread(
+                "tpot_ratio",
+                [a / b for a, b in zip(peer.seconds, fast.seconds, strict=True)],
+                options,
+            )
+            for asked, fast in mine
+        ],
+    }
+
+
+def _range(values: Sequence[float]) -> str:
+    return " to ".join(f"{value:.2f}" for value in values)
+
+
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print a table to look at."""
     from rich import box
@@ -342,21 +287,26 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for name in ("engine", "format", "batch", "skipped", "TTFT", "TPOT", "tokens/s", "ratio"):
         table.add_column(name, justify="left" if name in ("engine", "format") else "right")
-    table.add_column("realised / ideal", justify="right")
-    table.add_column("KV", justify="right")
+    for name in ("realised / ideal", "KV", "roofline", "time / fast"):
+        table.add_column(name, justify="right")
     for row in rows:
-        ratio, share = row["tpot_ratio"], row["realised_over_ideal"]
-        spread = row["realised_over_ideal_ci95"]
+        ratio, share = row.get("tpot_ratio"), row.get("realised_over_ideal")
+        spread = row.get("realised_over_ideal_ci95") or ()
+        alike = [
+            x for x in row.get("over_fast", ()) if x["skip_rate_asked"] == row["skip_rate_asked"]
+        ]
         table.add_row(
-            row["engine"],
+            row["engine"] + (" (mixed masks)" if row["masks"] == "mixed" else ""),
             row["dtype"],
             str(row["batch"]),
             f"{row['skip_rate']:.1%}",
-            f"{row['ttft_ms']:.1f} ms",
+            f"{row['ttft_ms']:.1f} ms" if "ttft_ms" in row else "",
             f"{row['tpot_ms']:.2f} ms",
             f"{row['tokens_per_s']:.1f}",
             "" if ratio is None else f"{ratio:.3f}x",
-            "" if share is None else f"{share:.2f} ({spread[0]:.2f} to {spread[1]:.2f})",
-            f"{row['kv_bytes'] / 2**20:.2f} MiB",
+            "" if share is None else f"{share:.2f} ({_range(spread)})",
+            f"{row['kv_bytes'] / 2**20:.2f} MiB" if "kv_bytes" in row else "",
+            f"{row['roofline_share']:.0%}" if "roofline_share" in row else "",
+            ", ".join(f"{x['tpot_ratio']:.2f}x {x['dtype']}" for x in alike),
         )
-    Console(file=sys.stdout, highlight=False, width=120).print(table)
+    Console(file=sys.stdout, highlight=False, width=160).print(table)

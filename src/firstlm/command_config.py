@@ -6,8 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from firstlm.config import (
+    COMPARED,
     ENGINES,
     EVAL_POLICIES,
+    PEERS,
     PREFILL_MODES,
     RANDOM_SHAPES,
     RATES,
@@ -113,6 +115,16 @@ class BenchConfig(Options):
     prompt_tokens: int = count_option(128, "tokens of every prompt")
     rounds: int = count_option(50, "decode steps of every cell")
     prefill_rounds: int = count_option(5, "prompts of every cell")
+    compare: list[str] = option(
+        [],
+        choices=COMPARED,
+        help="beside fast: the model cut for good (cut), batches of rows with other masks (mixed)",
+    )
+    peers: list[str] = option(
+        [], choices=PEERS, help="what others use, in the same run (pip install 'firstlm[peers]')"
+    )
+    peer_rounds: int = count_option(20, "answers of every peer")
+    peer_tokens: int = count_option(33, "tokens of each answer, the first not timed")
     seed: int = seed_option("prompts and of the order in which cells take turns")
     output: str | None = option(None, path=True, help="also write the report to this JSON file")
 

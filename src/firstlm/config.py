@@ -18,6 +18,8 @@ from firstlm.options import check, option
 UNITS = ("block", "attention", "mlp")
 READS = ("states", "length")
 PREFILL_MODES = ("skip", "full")
+PEERS = ("transformers", "static", "early_exit", "economize", "llama_cpp")  # of `firstlm bench`
+COMPARED = ("cut", "mixed")  # what `firstlm bench` may measure beside its engines
 RANDOM_SHAPES = ("llama-3-8b", "llama-3.2-3b")  # that `firstlm bench` can make
 ENGINES = ("hf", "fast")  # what decodes: transformers, or layers compiled one by one
 WEIGHT_FORMATS = ("same", "int8", "int4")  # of linear layers in the fast engine

@@ -43,17 +43,12 @@ SIGNS = 128  # signs taken of each of two matrices
 
 def resolve_model(name: str) -> str:
     """Return the hub id or folder to load for a model's name; see the module's docstring."""
-    if name.endswith(".gguf"):
-        file = Path(name).expanduser()
-        if not file.is_file():
-            raise ConfigError(f"{name}: there is no such file.")
-        return str(_converted(file, file.stem, f"sha256 of both ends {_ends_hash(file)}"))
-    if name != SMOLLM2:
-        return name
-    gguf = _packaged_gguf()
-    if gguf is None:
-        return SMOLLM2_HUB_ID
-    return str(_converted(gguf, SMOLLM2, f"{SMOLLM2_PACKAGE} {_version(SMOLLM2_PACKAGE)}"))
+    file = gguf_file(name)
+    if file is None:
+        return SMOLLM2_HUB_ID if name == SMOLLM2 else name
+    if name == SMOLLM2:
+        return str(_converted(file, SMOLLM2, f"{SMOLLM2_PACKAGE} {_version(SMOLLM2_PACKAGE)}"))
+    return str(_converted(file, file.stem, f"sha256 of both ends {_ends_hash(file)}"))
 
 
 def resolve_encoder(name: str) -> str:
@@ -84,6 +79,18 @@ def _packaged_gguf() -> Path | None:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
     return None
+
+
+def gguf_file(name: str) -> Path | None:
+    """Return the GGUF file that a model's name stands for, or None where it is something else."""
+    if name == SMOLLM2:
+        return _packaged_gguf()
+    if not name.endswith(".gguf"):
+        return None
+    file = Path(name).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"{name}: there is no such file.")
+    return file
 
 
 def _ends_hash(file: Path) -> str:
@@ -238,6 +245,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigError(f"dtype {dtype!r}; expected auto, float32, bfloat16 or float16.")
     return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a number format's name as options spell it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_folder(where: str) -> None:

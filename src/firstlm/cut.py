@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plain, shorter model: the layers of one mask and nothing of ours.
+
+What a fixed mask would be worth to someone who cut the model for good. Weights are shared with the
+whole model, so that it costs no memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate import init_empty_weights
+
+from firstlm.errors import ConfigError
+from firstlm.layers import LayerStack
+
+
+def cut(base: Any, stack: LayerStack, keep: Sequence[bool]) -> Any:
+    """Return a model of the same class with only the layers that are kept.
+
+    Args:
+        base: a transformers model, out of peft's wrapper.
+        stack: its layers.
+        keep: per layer, True = it stays.
+
+    Raises:
+        ConfigError: `keep` is not for these layers, keeps none, or leaves out one that others need.
+    """
+    if len(keep) != len(stack):
+        raise ConfigError(f"keep is for {len(keep)} layers; the model has {len(stack)}.")
+    kept = [i for i, runs in enumerate(keep) if runs]
+    if not kept or not stack.locked <= set(kept):
+        raise ConfigError(f"keep must leave a layer, and those that others need: {stack.locked}.")
+    names = {id(module): name for name, module in base.named_modules()}
+    paths = [names[id(module)] + "." for module in stack.modules]
+    moved = {paths[old]: paths[new] for new, old in enumerate(kept)}
+    weights = {}
+    for name, tensor in base.state_dict().items():
+        path = next((path for path in paths if name.startswith(path)), "")
+        if not path or path in moved:
+            weights[moved.get(path, "") + name.removeprefix(path)] = tensor
+    with init_empty_weights(include_buffers=False):
+        short = type(base)(_config(base.config, kept))
+    short.load_state_dict(weights, assign=True)
+    short.tie_weights()
+    device = base.get_input_embeddings().weight.device
+    for buffer in short.buffers():  # those that are no weights
+        if buffer.device != device:
+            buffer.data = buffer.to(device)
+    return short.requires_grad_(False).eval()
+
+
+def _config(config: Any, kept: Sequence[int]) -> Any:
+    """Return a config for the layers that stay; lists with an entry per layer are cut, too."""
+    short = copy.deepcopy(config)
+    text = short.get_text_config(decoder=True)
+    count = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == count:
+            setattr(text, name, [value[i] for i in kept])
+    text.num_hidden_layers = len(kept)
+    return short
