@@ -11,10 +11,11 @@ import torch
 from conftest import tiny_llama
 
 from firstlm import FirstModel
-from firstlm.batching import Answer, generate_many
+from firstlm.batching import Answer, alike, generate_many
 from firstlm.engine import FastBatch
 from firstlm.errors import ConfigError
 from firstlm.generate import stream
+from firstlm.policies import Prompts
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,51 @@ def test_rows_come_in_while_others_go_on_and_memory_is_bounded(
     assert max(size for _, size in sizes) <= 4 * 4 * 2 * 2 * 32 * 8 * 4
 
 
+class TwoMasks:
+    """Prompts of an odd key skip other layers than the rest."""
+
+    def decide(self, layer: int, prompts: Prompts) -> torch.Tensor:
+        return torch.tensor([layer in ((0, 1) if key % 2 else (2, 3)) for key in prompts.keys])
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_prompts_with_like_masks_share_a_batch(
+    model: FirstModel, monkeypatch: pytest.MonkeyPatch, lookahead: int
+) -> None:
+    calls, ahead = [], []
+    step, split = FastBatch.step, FastBatch.split
+
+    def watched(batch: FastBatch, ids: torch.Tensor) -> torch.Tensor:
+        calls.append(batch.layer_calls)
+        return step(batch, ids)
+
+    def counted(batch: FastBatch, rows: list[int]) -> FastBatch:
+        ahead.append(batch.count)
+        return split(batch, rows)
+
+    monkeypatch.setattr(FastBatch, "step", watched)
+    monkeypatch.setattr(FastBatch, "split", counted)
+    texts = prompts(40)
+    options = {"policy": TwoMasks(), "max_new_tokens": 6, "eos_token_ids": ()}
+    found = generate_many(
+        model, texts, batch_size=4, lookahead=lookahead, progress=False, **options
+    )
+    assert [a.ids for a in found] == [alone(model, text, **options).ids for text in texts]
+    mixed = sum(count == 4 for count in calls) / len(calls)
+    assert mixed < 0.3 if lookahead else mixed > 0.7
+    assert max(ahead) <= 4  # a pool is a batch
+
+
+def test_those_come_in_whose_layers_are_read_anyway() -> None:
+    def masks(*rows: str) -> list[torch.Tensor]:
+        return [torch.tensor([c == "1" for c in row]) for row in rows]
+
+    assert alike([], [], 3) == []
+    assert alike([], masks("1100", "0011", "1100", "0100"), 3) == [0, 2, 3]
+    assert alike(masks("0011"), masks("1100", "0111", "0001", "0011"), 2) == [3, 2]
+    assert alike(masks("1111"), masks("1000", "0110", "1000"), 9) == [1, 0, 2]
+
+
 def test_models_without_a_fast_engine_answer_batch_by_batch() -> None:
     first = FirstModel.from_base(families.make_model("bloom"))
     texts = prompts(7)
@@ -115,6 +161,8 @@ def test_bad_input_is_refused_before_anything_runs(model: FirstModel) -> None:
         generate_many(model, [[5], []], progress=False)
     with pytest.raises(ConfigError, match="batch_size is 0"):
         generate_many(model, [[5]], batch_size=0, progress=False)
+    with pytest.raises(ConfigError, match="lookahead is -1"):
+        generate_many(model, [[5]], lookahead=-1, progress=False)
     with pytest.raises(ConfigError, match="temperature"):
         generate_many(model, [[5]], temperature=-1.0, progress=False)
     with pytest.raises(ConfigError, match="max_new_tokens"):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many prompts, one after the other in the same batch: a row that is done makes room for the next.
 
-Knows token ids only, no text. Each prompt has its own layers; those of one batch share the steps of
-the layers that they have in common.
+Knows token ids only, no text. Each prompt has its own layers, and a step reads the weights of every
+layer that some row keeps. So some prompts run ahead, and those come in whose layers the batch reads
+anyway.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def generate_many(
     prefill_mode: str = "skip",
     max_new_tokens: int = 128,
     batch_size: int = 16,
+    lookahead: int = 2,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
@@ -61,7 +63,9 @@ def generate_many(
         skip_rate: share of layers to skip; needs a calibrated model.
         prefill_mode: "skip" or "full".
         max_new_tokens: longest answer.
-        batch_size: rows that are decoded together, which bounds the memory.
+        batch_size: rows that are decoded together.
+        lookahead: how many times as many prompts run ahead, to choose from those with like masks;
+            their keys and values take memory meanwhile. 0: first come, first served.
         temperature: 0 takes the likeliest token, above 0 samples.
         top_p: sample from the likeliest tokens that make up this share.
         seed: of sampling; what a prompt draws depends on the prompts beside it.
@@ -75,6 +79,8 @@ def generate_many(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; expected 1 or more.")
+    if lookahead < 0:
+        raise ConfigError(f"lookahead is {lookahead}; expected 0 or more.")
     empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
     if empty:
         raise ConfigError(f"Prompt {empty[0]} has no tokens; expected one or more.")
@@ -93,12 +99,16 @@ def generate_many(
     run = _Run(model, prompts, options, temperature, top_p, generator, eos_token_ids)
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     with tqdm(total=len(prompts), unit="prompt", disable=not progress) as bar:
-        while waiting or run.rows:
+        while waiting or run.ahead or run.rows:
             free = batch_size - len(run.rows)
             # A prompt that comes in moves what is there, so that several come at once.
-            if waiting and (not run.rows or 4 * free >= batch_size):
-                taken, waiting = waiting[:free], waiting[free:]
-                run.admit(taken)
+            if (waiting or run.ahead) and (not run.rows or 4 * free >= batch_size):
+                while waiting and (wanted := free + lookahead * batch_size - len(run.ahead)) > 0:
+                    count = min(wanted, batch_size)
+                    run.read(waiting[:count])
+                    waiting = waiting[count:]
+                    bar.update(run.finished - bar.n)
+                run.admit(free)
             else:
                 run.step()
             bar.update(run.finished - bar.n)
@@ -123,11 +133,13 @@ class _Run:
         self.ends = end_ids(model, eos_token_ids)
         self.answers = [Answer() for _ in prompts]
         self.rows: list[int] = []  # which prompt each row of the batch answers
+        self.ahead: list[int] = []  # prompts that have run and wait, in the order of `pools`
         self.finished = 0
         self.batch: FastBatch | None = None
+        self.pools: list[FastBatch] = []
 
-    def admit(self, taken: list[int]) -> None:
-        """Run prompts, and put them to the rows that are being decoded."""
+    def read(self, taken: list[int]) -> None:
+        """Run prompts, and let them wait for room in the batch."""
         ids, mask = pad_left([self.prompts[i] for i in taken], self.model.pad_id)
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         decoding = prefill(self.model, ids, mask, **self.options)
@@ -139,14 +151,28 @@ class _Run:
         new = decoding.cache.hand_over(mask)
         going = self._note(taken, decoding.logits)
         new.select(going)
-        taken = [taken[row] for row in going]
-        if not taken:
-            return
-        if self.batch is None or not self.rows:
-            self.batch = new
-        else:
-            self.batch.join(new)
-        self.rows += taken
+        if going:
+            self.pools.append(new)
+            self.ahead += [taken[row] for row in going]
+
+    def admit(self, count: int) -> None:
+        """Put some of those that wait to the rows that are being decoded."""
+        running = [self.answers[i].keep for i in self.rows]
+        waiting = [self.answers[i].keep for i in self.ahead]
+        chosen = set(alike(running, waiting, count))
+        start = 0
+        for pool in self.pools:
+            rows = [row for row in range(pool.count) if start + row in chosen]
+            self.rows += [self.ahead[start + row] for row in rows]
+            start += pool.count
+            if rows:
+                new = pool.split(rows)
+                if self.batch is None or not self.batch.count:
+                    self.batch = new
+                else:
+                    self.batch.join(new)
+        self.ahead = [i for place, i in enumerate(self.ahead) if place not in chosen]
+        self.pools = [pool for pool in self.pools if pool.count]
 
     def step(self) -> None:
         """Append a token to every row, and let go of those that are done."""
@@ -179,3 +205,33 @@ class _Run:
             tokens = [self.answers[i].ids[-1] for i in taken]
             ids = torch.tensor(tokens, device=self.model.device)
             logits = decode_step(self.model, decoding, ids)
+
+
+def alike(
+    running: Sequence[torch.Tensor], waiting: Sequence[torch.Tensor], count: int
+) -> list[int]:
+    """Choose prompts so that a step reads few layers.
+
+    Args:
+        running: masks [layers] of the rows that are being decoded.
+        waiting: masks of those that wait, oldest first.
+        count: how many to choose at most.
+
+    Returns:
+        Places in `waiting`. Each is the one that adds fewest layers to those of the rows before;
+        of equals the one with most layers, then the oldest.
+    """
+    left = dict(enumerate(waiting))
+    read = torch.stack(list(running)).any(0) if running else None
+    chosen: list[int] = []
+    while left and len(chosen) < count:
+        if read is None:
+            best = next(iter(left))
+        else:
+            masks = torch.stack(list(left.values()))
+            added, kept = (masks & ~read).sum(1), masks.sum(1)
+            best = list(left)[int((added * len(read) - kept).argmin())]
+        mask = left.pop(best)
+        read = mask if read is None else read | mask
+        chosen.append(best)
+    return chosen

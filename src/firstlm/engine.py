@@ -8,6 +8,7 @@ that is allocated when decoding starts.
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -348,6 +349,14 @@ class FastBatch:
         self.lengths = self.lengths[list(rows)]
         self.longest = int(self.lengths.max()) if rows else 0
         self._plan()
+
+    def split(self, rows: Sequence[int]) -> FastBatch:
+        """Take rows, given in ascending order, out into a batch of their own."""
+        other = copy.copy(self)
+        other._slabs = list(self._slabs)
+        other.select(rows)
+        self.select([row for row in range(self.count) if row not in set(rows)])
+        return other
 
     def join(self, other: FastBatch) -> None:
         """Take the rows of another batch in, after those that are here."""
