@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import resource
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import families
@@ -376,3 +379,33 @@ def test_a_full_batch_says_so(llama: FirstModel) -> None:
         ours.step(torch.ones(2, dtype=torch.long))
     with pytest.raises(ConfigError, match="full with 32 tokens"):
         ours.step(torch.ones(2, dtype=torch.long))
+
+
+def resident() -> int:
+    """Return the bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_memory_does_not_grow_over_a_thousand_generations(llama: FirstModel) -> None:
+    torch.manual_seed(0)
+    ids = torch.arange(3, 15).view(2, 6)
+
+    def generations(count: int) -> None:
+        for _ in range(count):
+            keep = torch.rand(2, llama.layer_count) > 0.4
+            llama.generate(
+                ids, policy=FixedMask(keep), max_new_tokens=3, engine="fast", eos_token_id=None
+            )
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+
+    generations(200)  # what is allocated once
+    known, before, programs = tensors(), resident(), count_programs()
+    generations(1000)
+    assert tensors() <= known
+    assert count_programs() == programs
+    # Keys and values of one generation are 16 KiB, so that a leak of them would be 16 MiB.
+    assert resident() - before < 8 * 2**20

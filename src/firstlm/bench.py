@@ -141,11 +141,13 @@ def row_of(
     if cell.masks != "mixed":
         pairs["tpot_over_shared"] = None
     for name, pair in pairs.items():
-        row |= _spread(name, [a / b for a, b in zip(*pair, strict=True)] if pair else [], options)
+        row |= spread(
+            name, [a / b for a, b in zip(*pair, strict=True)] if pair else [], options.seed
+        )
     steps = _saved(full.steps, cell.steps, cell.skipped_bytes / cell.step_bytes)
-    row |= _spread("realised_over_ideal", steps, options)
+    row |= spread("realised_over_ideal", steps, options.seed)
     prompt = _saved(full.ttft, cell.ttft, cell.skipped_compute)
-    return row | _spread("ttft_realised_over_ideal", prompt, options)
+    return row | spread("ttft_realised_over_ideal", prompt, options.seed)
 
 
 def _times(cell: Cell, other: Cell) -> tuple[list[float], list[float]]:
@@ -158,11 +160,11 @@ def _saved(full: Sequence[float], less: Sequence[float], share: float) -> list[f
     return [(a - b) / ideal for a, b in zip(full, less, strict=True)] if share else []
 
 
-def _spread(name: str, values: Sequence[float], options: BenchConfig) -> dict[str, Any]:
+def spread(name: str, values: Sequence[float], seed: int) -> dict[str, Any]:
     """Return the median of values and its 95% interval under two names; None where are none."""
     if not values:
         return {name: None, f"{name}_ci95": None}
-    return {name: statistics.median(values), f"{name}_ci95": interval(values, options.seed)}
+    return {name: statistics.median(values), f"{name}_ci95": interval(values, seed)}
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
@@ -264,10 +266,10 @@ def _peer_row(
         "tokens_per_s": 1 / tpot,
         "over_fast": [
             {"dtype": fast.dtype, "skip_rate_asked": asked}
-            | _spread(
+            | spread(
                 "tpot_ratio",
                 [a / b for a, b in zip(peer.seconds, fast.seconds, strict=True)],
-                options,
+                options.seed,
             )
             for asked, fast in mine
         ],
@@ -291,7 +293,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         table.add_column(name, justify="right")
     for row in rows:
         ratio, share = row.get("tpot_ratio"), row.get("realised_over_ideal")
-        spread = row.get("realised_over_ideal_ci95") or ()
+        around = row.get("realised_over_ideal_ci95") or ()
         alike = [
             x for x in row.get("over_fast", ()) if x["skip_rate_asked"] == row["skip_rate_asked"]
         ]
@@ -304,7 +306,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['tpot_ms']:.2f} ms",
             f"{row['tokens_per_s']:.1f}",
             "" if ratio is None else f"{ratio:.3f}x",
-            "" if share is None else f"{share:.2f} ({_range(spread)})",
+            "" if share is None else f"{share:.2f} ({_range(around)})",
             f"{row['kv_bytes'] / 2**20:.2f} MiB" if "kv_bytes" in row else "",
             f"{row['roofline_share']:.0%}" if "roofline_share" in row else "",
             ", ".join(f"{x['tpot_ratio']:.2f}x {x['dtype']}" for x in alike),
