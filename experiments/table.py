@@ -13,6 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from speed_tables import (
+    bench_table,
+    bench_text,
+    cut_table,
+    mixed_table,
+    peers_table,
+    profile_table,
+    prompt_text,
+    throughput_table,
+)
+
 from firstlm.figures import Section, groups, labelled, title
 from firstlm.report import gain_text, recomputed
 from firstlm.scoreboard import LABELS
@@ -84,46 +95,6 @@ def full_table(section: Section, rows: Sequence[Row]) -> list[str]:
             f"| {low:.1f}-{high:.1f} | {kept} | {time} | {row['seeds']} |"
         )
     return [*lines, "", text] if (text := recomputed(rows)) else lines
-
-
-def bench_table(report: dict, batch: int) -> list[str]:
-    """Return a table with a line an engine and format: what skipped layers save at a batch size."""
-    rows = [row for row in report["rows"] if row["batch"] == batch]
-    by_kind: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        by_kind.setdefault((row["engine"], row["dtype"]), []).append(row)
-    skipped = sorted({row["skip_rate"] for row in rows} - {0.0})
-    hf = next(row for row in rows if row["engine"] == "hf" and not row["skip_rate"])
-    names = " | ".join(f"{rate:.1%} skipped | realised" for rate in skipped)
-    lines = [
-        f"| engine, weights | all layers | {names} |",
-        "|---|---|" + "---|---|" * len(skipped),
-    ]
-    for (engine, dtype), found in by_kind.items():
-        cells = [f"{hf['tpot_ms'] / found[0]['tpot_ms']:.2f}x as fast"]
-        for row in found[1:]:
-            low, high = row["realised_over_ideal_ci95"]
-            cells += [
-                f"{row['tpot_ratio']:.3f}x the time",
-                f"{row['realised_over_ideal']:.2f} ({low:.2f} to {high:.2f})",
-            ]
-        lines.append(f"| `{engine}`, {dtype} | {' | '.join(cells)} |")
-    return lines
-
-
-def bench_text(report: dict) -> list[str]:
-    """Return what README says about speed."""
-    return [
-        f"Decoding SmolLM2-135M on {report['threads']} CPU cores, batch 1, in turns "
-        f'({report["rounds"]} rounds, medians): speed against `engine="hf"` with all layers in '
-        "bfloat16, time with layers skipped against the same engine with none, and what was saved "
-        "as a share of what the bytes of skipped layers cost:",
-        "",
-        *bench_table(report, 1),
-        "",
-        f"Routers' share of a {report['prompt_tokens']}-token prefill: "
-        f"{report['router_overhead']:.2%}.",
-    ]
 
 
 MAJORITIES = {
@@ -217,16 +188,28 @@ def pages() -> dict[Path, str]:
     parts = ["# Results", "", "Written by `python experiments/table.py --write` from results/.", ""]
     for section, rows in sections().items():
         parts += [*full_table(section, rows), ""]
-    speed = ROOT / "docs" / "speed.md"
-    bench = json.loads((RESULTS / "bench_smollm2.json").read_text())
     return {
         readme: _filled(readme, [text().rstrip()]),
-        speed: _filled(speed, *(["\n".join(bench_table(bench, n))] for n in (4, 16))),
+        ROOT / "docs" / "speed.md": speed_page(ROOT / "docs" / "speed.md"),
         adaptivity: _filled(
             adaptivity, ["\n".join(adaptivity_table())], ["\n".join(headroom_table())]
         ),
         ROOT / "docs" / "results.md": "\n".join(parts).rstrip() + "\n",
     }
+
+
+def speed_page(file: Path) -> str:
+    """Return the page on speed."""
+    bench, prompts, profile = (
+        json.loads((RESULTS / f"{name}.json").read_text())
+        for name in ("bench_smollm2", "bench_smollm2_512", "profile_smollm2")
+    )
+    many = [json.loads(f.read_text()) for f in sorted(RESULTS.glob("throughput_*.json"))]
+    tables = [bench_table(bench, 4), bench_table(bench, 16), cut_table(bench), prompt_text(prompts)]
+    tables += [mixed_table(bench), throughput_table(many), peers_table(bench)]
+    tables += [profile_table(profile)]
+    made = [f"- `{command(report)}`" for report in (bench, prompts, profile, *many)]
+    return _filled(file, *(["\n".join(lines)] for lines in (*tables, made)))
 
 
 def _filled(file: Path, *tables: list[str]) -> str:

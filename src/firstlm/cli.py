@@ -64,6 +64,11 @@ COMMANDS = {
         "firstlm.command_config.BenchConfig",
         "measure what skipped layers save, in time and memory",
     ),
+    "export": Command(
+        "firstlm.export",
+        "firstlm.command_config.ExportConfig",
+        "write a plain smaller model with one mask for good",
+    ),
     "experiment": Command(
         "firstlm.experiment",
         "firstlm.command_config.ExperimentConfig",

@@ -174,6 +174,25 @@ class CalibrateConfig(ArtifactOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportConfig(ArtifactOptions):
+    """Write a plain smaller model, for engines that know nothing of routers: one mask for good."""
+
+    output: str = option(
+        REQUIRED, path=True, help="folder for the model; a name that ends in .gguf: a GGUF file"
+    )
+    mask: str = option(
+        "majority",
+        help="layers that stay, as 0-4,7,9-29; or majority: those that most prompts keep",
+    )
+    skip_rate: float = option(
+        0.25, at_least=0, below=1, help="share of layers that the majority leaves out"
+    )
+    merge_lora: bool = option(
+        False, help="add LoRA to the weights (otherwise it is written beside them, in adapter/)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig(AnswerOptions):
     """Score answers of the base and the routed model on a task, at several skip rates."""
 

@@ -8,9 +8,10 @@ whole model, so that it costs no memory.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 
 from firstlm.errors import ConfigError
@@ -32,15 +33,9 @@ def cut(base: Any, stack: LayerStack, keep: Sequence[bool]) -> Any:
         raise ConfigError(f"keep is for {len(keep)} layers; the model has {len(stack)}.")
     kept = [i for i, runs in enumerate(keep) if runs]
     if not kept or not stack.locked <= set(kept):
-        raise ConfigError(f"keep must leave a layer, and those that others need: {stack.locked}.")
-    names = {id(module): name for name, module in base.named_modules()}
-    paths = [names[id(module)] + "." for module in stack.modules]
-    moved = {paths[old]: paths[new] for new, old in enumerate(kept)}
-    weights = {}
-    for name, tensor in base.state_dict().items():
-        path = next((path for path in paths if name.startswith(path)), "")
-        if not path or path in moved:
-            weights[moved.get(path, "") + name.removeprefix(path)] = tensor
+        needed = ", ".join(map(str, sorted(stack.locked)))
+        raise ConfigError(f"keep leaves no layer, or not those that others need ({needed}).")
+    weights = renumbered(base.state_dict(), paths(base, stack), kept)
     with init_empty_weights(include_buffers=False):
         short = type(base)(_config(base.config, kept))
     short.load_state_dict(weights, assign=True)
@@ -50,6 +45,31 @@ def cut(base: Any, stack: LayerStack, keep: Sequence[bool]) -> Any:
         if buffer.device != device:
             buffer.data = buffer.to(device)
     return short.requires_grad_(False).eval()
+
+
+def paths(base: Any, stack: LayerStack) -> list[str]:
+    """Return what the names of each layer's weights begin with."""
+    names = {id(module): name for name, module in base.named_modules()}
+    return [f"{names[id(module)]}." for module in stack.modules]
+
+
+def renumbered(
+    weights: Mapping[str, torch.Tensor], paths: Sequence[str], kept: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """Return weights by the names that they have where only some layers are left.
+
+    Args:
+        weights: of the whole model, by name.
+        paths: see `paths`.
+        kept: the layers that stay.
+    """
+    moved = {paths[old]: paths[new] for new, old in enumerate(kept)}
+    found = {}
+    for name, tensor in weights.items():
+        path = next((path for path in paths if name.startswith(path)), "")
+        if not path or path in moved:
+            found[moved.get(path, "") + name.removeprefix(path)] = tensor
+    return found
 
 
 def _config(config: Any, kept: Sequence[int]) -> Any:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,13 @@ from firstlm.errors import ConfigError
 BLOCK = "blk."  # tensors of layer 7 are called blk.7.…
 
 
-def shorter_gguf(source: Path, target: Path, keep: Sequence[bool], bfloat16: bool = False) -> str:
+def shorter_gguf(
+    source: Path,
+    target: Path,
+    keep: Sequence[bool],
+    bfloat16: bool = False,
+    other: Mapping[str, np.ndarray] | None = None,
+) -> str:
     """Write the layers that are kept, numbered anew, and all that is not a layer.
 
     Args:
@@ -24,6 +30,7 @@ def shorter_gguf(source: Path, target: Path, keep: Sequence[bool], bfloat16: boo
         target: the file to write.
         keep: per layer, True = it stays.
         bfloat16: write matrices in bfloat16 instead of their own number format.
+        other: matrices by their name in `source` that take the place of those there, in bfloat16.
 
     Returns:
         The number format of most matrices, in lower case.
@@ -57,9 +64,11 @@ def shorter_gguf(source: Path, target: Path, keep: Sequence[bool], bfloat16: boo
             continue
         data, dtype = tensor.data, tensor.tensor_type
         if len(tensor.shape) > 1:
-            if bfloat16:
+            given = (other or {}).get(tensor.name)
+            if bfloat16 or given is not None:
                 dtype = GGMLQuantizationType.BF16
-                data = quantize(dequantize(tensor.data, tensor.tensor_type), dtype)
+                whole = dequantize(data, tensor.tensor_type) if given is None else given
+                data = quantize(whole, dtype)
             formats.append(dtype.name.lower())
         writer.add_tensor(new, np.ascontiguousarray(data), raw_dtype=dtype)
     writer.write_header_to_file()

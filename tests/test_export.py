@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An export computes what the artifact does with that mask, in transformers and from GGUF."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_byte_tokenizer, tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from firstlm import FirstModel, FixedMask
+from firstlm.cli import main
+from firstlm.errors import ConfigError
+from firstlm.export import arranged
+from firstlm.pretrained import load_base
+
+LAYERS = 6
+KEPT = [True, False, True, True, False, True]
+IDS = torch.arange(3, 12)[None]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact with LoRA, and its base model."""
+    where = tmp_path_factory.mktemp("export")
+    tiny_llama(layers=LAYERS).save_pretrained(where / "base")
+    make_byte_tokenizer().save_pretrained(where / "base")
+    base, tokenizer = load_base(str(where / "base"))
+    wrapped = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    torch.manual_seed(0)
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.3)
+    model = FirstModel.from_base(wrapped, tokenizer=tokenizer)
+    model.save_pretrained(str(where / "artifact"))
+    return where
+
+
+def wanted(folder: Path) -> torch.Tensor:
+    """Return the artifact's logits with the mask, which LoRA changes."""
+    model = FirstModel.from_pretrained(str(folder / "artifact"), base=str(folder / "base"))
+    with torch.no_grad():
+        found = model(IDS, policy=FixedMask(KEPT))[0].logits
+        with model.disable_adapter():
+            assert not torch.allclose(found, model(IDS, policy=FixedMask(KEPT))[0].logits)
+    return found
+
+
+def export(folder: Path, output: Path | str, *more: str) -> int:
+    words = ["export", str(folder / "artifact"), "--model", str(folder / "base")]
+    return main([*words, "--output", str(output), *more])
+
+
+def test_merged_it_is_a_plain_model(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "small"
+    assert export(folder, output, "--mask", "0,2-3,5", "--merge-lora") == 0
+    small = AutoModelForCausalLM.from_pretrained(output)
+    assert small.config.num_hidden_layers == 4
+    with torch.no_grad():
+        torch.testing.assert_close(small(IDS).logits, wanted(folder), atol=1e-5, rtol=1e-5)
+    assert AutoTokenizer.from_pretrained(output)("bee").input_ids
+    record = json.loads((output / "firstlm_export.json").read_text())
+    assert record["keep"] == KEPT
+    assert record["lora"] == "merged"
+    assert not (output / "adapter").exists()
+
+
+def test_lora_that_is_not_merged_stands_beside_it(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "small"
+    assert export(folder, output, "--mask", "0,2-3,5") == 0
+    plain = AutoModelForCausalLM.from_pretrained(output)
+    with torch.no_grad():
+        bare = plain(IDS).logits
+        both = PeftModel.from_pretrained(plain, output / "adapter")(IDS).logits
+    torch.testing.assert_close(both, wanted(folder), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(bare, both)
+
+
+def test_bad_input_is_refused_and_nothing_is_lost(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    for output, more, message in (
+        (tmp_path / "mine", ["--mask", "0"], "holds other files"),
+        (tmp_path / "new", ["--mask", "0,x"], "is no layer"),
+        (tmp_path / "new", ["--mask", "0-6"], "not within the layers 0 to 5"),
+        (tmp_path / "new", ["--mask", "3-1"], "not within"),
+        (tmp_path / "new", [], "was not measured"),  # no majority without calibration
+        (tmp_path / "new.gguf", ["--mask", "0"], "no GGUF file"),
+    ):
+        assert export(folder, output, *more) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert export(folder, tmp_path / "again", "--mask", "0-2") == 0
+    assert export(folder, tmp_path / "again", "--mask", "0-3") == 0  # one export takes the place
+
+
+def test_rows_of_queries_are_put_as_llama_cpp_has_them() -> None:
+    config = tiny_llama().config
+    torch.manual_seed(0)
+    weight = torch.randn(32, 32)
+    swapped = weight.view(4, 2, 4, 32).transpose(1, 2).reshape(32, 32)
+    assert torch.equal(arranged(weight, 2 * weight, weight, config), 2 * weight)
+    assert torch.equal(arranged(weight, 2 * weight, swapped, config), 2 * swapped)
+    with pytest.raises(ConfigError, match="other weights"):
+        arranged(weight, weight, torch.randn(32, 32), config)
+
+
+def test_a_gguf_file_gives_the_artifacts_logits(smollm2_folder: str, tmp_path: Path) -> None:
+    file = tmp_path / "small.gguf"
+    assert main(["export", "smollm2-qa", "--output", str(file), "--merge-lora"]) == 0
+    small, tokenizer = load_base(str(file), dtype="float32")
+    model = FirstModel.from_pretrained("smollm2-qa", dtype="float32")
+    count = model.layer_count
+    gone = set(model.thresholds.majority(0.25, "skip")[: round(0.25 * count)])
+    keep = [layer not in gone for layer in range(count)]
+    assert small.config.num_hidden_layers == sum(keep) == 22
+    ids = torch.tensor([tokenizer("Question: Where do bees live? Answer:").input_ids])
+    with torch.no_grad():
+        found = small(ids).logits[0].log_softmax(-1)
+        wanted = model(ids, policy=FixedMask(keep))[0].logits[0].log_softmax(-1)
+        with model.disable_adapter():
+            bare = model(ids, policy=FixedMask(keep))[0].logits[0].log_softmax(-1)
+    # What LoRA changed is stored in bfloat16.
+    assert torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean") < 1e-2
+    assert torch.nn.functional.kl_div(bare, wanted, log_target=True, reduction="batchmean") > 0.1
