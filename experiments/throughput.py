@@ -50,8 +50,9 @@ def main() -> None:
         "all layers": {"skip_rate": 0.0},
         "routers": {"skip_rate": rate},
         "routers, first come": {"skip_rate": rate, "lookahead": 0},
-        "a mask for each": {"policy": model.baseline_for("random", rate).at()},
     }
+    if not options.end:  # nonsense does not end
+        arms["a mask for each"] = {"policy": model.baseline_for("random", rate).at()}
     more = {
         "max_new_tokens": options.max_new_tokens,
         "batch_size": options.batch_size,
