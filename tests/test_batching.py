@@ -74,9 +74,9 @@ def test_rows_come_in_while_others_go_on_and_memory_is_bounded(
         sizes.append((batch.count, batch.kv_bytes))
         return step(batch, ids)
 
-    def counted(batch: FastBatch, other: FastBatch) -> None:
-        joins.append((batch.count, other.count))
-        join(batch, other)
+    def counted(batch: FastBatch, others: list[FastBatch]) -> None:
+        joins.append((batch.count, sum(other.count for other in others)))
+        join(batch, others)
 
     monkeypatch.setattr(FastBatch, "step", watched)
     monkeypatch.setattr(FastBatch, "join", counted)
@@ -102,7 +102,7 @@ def test_prompts_with_like_masks_share_a_batch(
     model: FirstModel, monkeypatch: pytest.MonkeyPatch, lookahead: int
 ) -> None:
     calls, ahead = [], []
-    step, split = FastBatch.step, FastBatch.split
+    step, pick = FastBatch.step, FastBatch.pick
 
     def watched(batch: FastBatch, ids: torch.Tensor) -> torch.Tensor:
         calls.append(batch.layer_calls)
@@ -110,10 +110,10 @@ def test_prompts_with_like_masks_share_a_batch(
 
     def counted(batch: FastBatch, rows: list[int]) -> FastBatch:
         ahead.append(batch.count)
-        return split(batch, rows)
+        return pick(batch, rows)
 
     monkeypatch.setattr(FastBatch, "step", watched)
-    monkeypatch.setattr(FastBatch, "split", counted)
+    monkeypatch.setattr(FastBatch, "pick", counted)
     texts = prompts(40)
     options = {"policy": TwoMasks(), "max_new_tokens": 6, "eos_token_ids": ()}
     found = generate_many(

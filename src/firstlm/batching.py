@@ -115,6 +115,19 @@ def generate_many(
     return run.answers
 
 
+@dataclass
+class _Pool:
+    """Prompts that have run together, and wait.
+
+    Attributes:
+        batch: their keys and values, kept until the last of them has come in.
+        left: row -> the prompt, of those that wait.
+    """
+
+    batch: FastBatch
+    left: dict[int, int]
+
+
 class _Run:
     """The prompts that are being answered, and the answers so far."""
 
@@ -133,10 +146,14 @@ class _Run:
         self.ends = end_ids(model, eos_token_ids)
         self.answers = [Answer() for _ in prompts]
         self.rows: list[int] = []  # which prompt each row of the batch answers
-        self.ahead: list[int] = []  # prompts that have run and wait, in the order of `pools`
+        self.pools: list[_Pool] = []
         self.finished = 0
         self.batch: FastBatch | None = None
-        self.pools: list[FastBatch] = []
+
+    @property
+    def ahead(self) -> list[int]:
+        """Prompts that have run and wait, oldest first."""
+        return [i for pool in self.pools for i in pool.left.values()]
 
     def read(self, taken: list[int]) -> None:
         """Run prompts, and let them wait for room in the batch."""
@@ -152,27 +169,25 @@ class _Run:
         going = self._note(taken, decoding.logits)
         new.select(going)
         if going:
-            self.pools.append(new)
-            self.ahead += [taken[row] for row in going]
+            self.pools.append(_Pool(new, {row: taken[i] for row, i in enumerate(going)}))
 
     def admit(self, count: int) -> None:
         """Put some of those that wait to the rows that are being decoded."""
         running = [self.answers[i].keep for i in self.rows]
         waiting = [self.answers[i].keep for i in self.ahead]
-        chosen = set(alike(running, waiting, count))
-        start = 0
+        chosen = {self.ahead[place] for place in alike(running, waiting, count)}
+        coming = []
         for pool in self.pools:
-            rows = [row for row in range(pool.count) if start + row in chosen]
-            self.rows += [self.ahead[start + row] for row in rows]
-            start += pool.count
+            rows = [row for row, i in pool.left.items() if i in chosen]
             if rows:
-                new = pool.split(rows)
-                if self.batch is None or not self.batch.count:
-                    self.batch = new
-                else:
-                    self.batch.join(new)
-        self.ahead = [i for place, i in enumerate(self.ahead) if place not in chosen]
-        self.pools = [pool for pool in self.pools if pool.count]
+                self.rows += [pool.left.pop(row) for row in rows]
+                coming.append(pool.batch.pick(rows))
+        self.pools = [pool for pool in self.pools if pool.left]
+        if self.batch is not None and self.batch.count:
+            self.batch.join(coming)
+        elif coming:
+            self.batch = coming[0]
+            self.batch.join(coming[1:])
 
     def step(self) -> None:
         """Append a token to every row, and let go of those that are done."""

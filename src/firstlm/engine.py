@@ -350,29 +350,34 @@ class FastBatch:
         self.longest = int(self.lengths.max()) if rows else 0
         self._plan()
 
-    def split(self, rows: Sequence[int]) -> FastBatch:
-        """Take rows, given in ascending order, out into a batch of their own."""
+    def pick(self, rows: Sequence[int]) -> FastBatch:
+        """Return a batch of just some rows, given in ascending order; this one stays as it is."""
         other = copy.copy(self)
         other._slabs = list(self._slabs)
         other.select(rows)
-        self.select([row for row in range(self.count) if row not in set(rows)])
         return other
 
-    def join(self, other: FastBatch) -> None:
-        """Take the rows of another batch in, after those that are here."""
-        self.room = max(self.room, other.room)
-        self._span = max(self._span, other._span, key=len)
-        for layer, pair in enumerate(zip(self._slabs, other._slabs, strict=True)):
-            found = [slab for slab in pair if slab is not None]
+    def join(self, others: Sequence[FastBatch]) -> None:
+        """Take the rows of other batches in, after those that are here."""
+        if not others:
+            return
+        batches = [self, *others]
+        self.room = max(batch.room for batch in batches)
+        self._span = max((batch._span for batch in batches), key=len)
+        for layer in range(len(self._slabs)):
+            rows, found, before = [], [], 0
+            for batch in batches:
+                if slab := batch._slabs[layer]:
+                    rows += [before + row for row in slab.rows]
+                    found.append(slab)
+                before += batch.count
             if found:
-                rows = [] if pair[0] is None else list(pair[0].rows)
-                rows += [] if pair[1] is None else [self.count + row for row in pair[1].rows]
                 keys = torch.cat([_with_room(slab.keys, self.room) for slab in found])
                 values = torch.cat([_with_room(slab.values, self.room) for slab in found])
                 self._slabs[layer] = Stored(keys, values, rows)
-        self.lengths = torch.cat([self.lengths, other.lengths])
-        self.longest = max(self.longest, other.longest)
-        self.count += other.count
+        self.lengths = torch.cat([batch.lengths for batch in batches])
+        self.longest = max(batch.longest for batch in batches)
+        self.count = sum(batch.count for batch in batches)
         self._plan()
 
     @property

@@ -154,7 +154,9 @@ def _merged(model: FirstModel, source: Path) -> Iterator[tuple[str, np.ndarray]]
     field = reader.get_field("general.architecture")
     known = {name: key for key, name in MODEL_ARCH_NAMES.items()}
     names = get_tensor_name_map(known[field.contents() if field else ""], model.layer_count)
-    by_module: dict[int, str] = {id(module): name for name, module in model.plain_base.named_modules()}
+    by_module: dict[int, str] = {
+        id(module): name for name, module in model.plain_base.named_modules()
+    }
     for module in lora_layers(model.plain_base):
         name = names.get_name(f"{by_module[id(module)]}.weight", (".weight",))
         if name not in tensors:
