@@ -186,8 +186,9 @@ class _Run:
         if self.batch is not None and self.batch.count:
             self.batch.join(coming)
         elif coming:
-            self.batch = coming[0]
-            self.batch.join(coming[1:])
+            first, *others = coming
+            first.join(others)
+            self.batch = first
 
     def step(self) -> None:
         """Append a token to every row, and let go of those that are done."""
