@@ -21,6 +21,7 @@ from firstlm.cut import cut
 from firstlm.engine import DecodeEngine
 from firstlm.errors import ConfigError
 from firstlm.generate import Decoding, decode_step, prefill
+from firstlm.inputs import kv_token_bytes
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask, Policy, RunAll
 from firstlm.probes import synchronize
@@ -194,7 +195,6 @@ def count_bytes(cell: Cell, model: FirstModel, tokens: float) -> None:
         tokens: that a row has so far.
     """
     base = model.plain_base
-    config = base.config.get_text_config(decoder=True)
     engine = engine_of(cell, model)
     if engine is not None:
         layers, rest = engine.layer_bytes(), engine.rest_bytes()
@@ -203,9 +203,7 @@ def count_bytes(cell: Cell, model: FirstModel, tokens: float) -> None:
             sum(p.nbytes for p in module.parameters()) for module in model.routing.stack.modules
         ]
         rest = base.get_output_embeddings().weight.nbytes
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv = 2 * heads * size * base.dtype.itemsize * tokens
+    kv = kv_token_bytes(base.config, base.dtype.itemsize) * tokens
     skipped = (~cell.keep).sum(0).tolist()  # rows, per layer
     cell.step_bytes = sum(layers) + rest + kv * cell.batch * len(layers)
     # Weights of a layer that a single row keeps are read.

@@ -64,6 +64,11 @@ COMMANDS = {
         "firstlm.command_config.BenchConfig",
         "measure what skipped layers save, in time and memory",
     ),
+    "serve": Command(
+        "firstlm.serve",
+        "firstlm.command_config.ServeConfig",
+        "serve an artifact by OpenAI's protocol, with a page to look at",
+    ),
     "export": Command(
         "firstlm.export",
         "firstlm.command_config.ExportConfig",

@@ -174,6 +174,35 @@ class CalibrateConfig(ArtifactOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServeConfig(ArtifactOptions):
+    """Serve an artifact by OpenAI's protocol, with a page to look at."""
+
+    artifact: str = option(
+        "smollm2-qa", path=True, positional=True, help="folder or hub id of a FiRST artifact"
+    )
+    name: str | None = option(None, help="what clients call the model (none: the folder's name)")
+    host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines ask")
+    port: int = option(8000, at_least=0, help="port to listen on")
+    api_key: str | None = option(
+        None, help="key that clients must send (none: $FIRSTLM_API_KEY, or else no key)"
+    )
+    engine: str = option("fast", choices=ENGINES, help="what decodes; see firstlm generate")
+    weights: str = option(
+        "same", choices=WEIGHT_FORMATS, help="number format in which the fast engine keeps weights"
+    )
+    batch_size: int = count_option(16, "requests that are answered together")
+    queue_size: int = count_option(256, "requests that may wait; more get 429")
+    max_tokens: int = count_option(1024, "longest answer that a client may ask for, in tokens")
+    default_tokens: int = count_option(128, "longest answer where a client names none")
+    max_prompts: int = count_option(64, "prompts in one request")
+    max_body: int = count_option(2**20, "largest request, in bytes")
+    timeout: float = option(300.0, above=0, help="seconds that an answer may take; then 504")
+    grace: float = option(
+        30.0, above=0, help="seconds that running answers have at SIGTERM before they are cancelled"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig(ArtifactOptions):
     """Write a plain smaller model, for engines that know nothing of routers: one mask for good."""
 

@@ -137,3 +137,16 @@ def longest_row(generation_config: Any, prompt_length: int, generate_kwargs: dic
     if new is not None:
         return prompt_length + new
     return generate_kwargs.get("max_length") or config.max_length or prompt_length + 20
+
+
+def kv_token_bytes(config: Any, size: int) -> int:
+    """Return the bytes of a token's keys and values in one layer.
+
+    Args:
+        config: of the model.
+        size: bytes of a number.
+    """
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * heads * width * size

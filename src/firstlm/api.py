@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What clients of the server may send, and what they get: OpenAI's forms with our options added.
+
+Text and JSON only; `server` connects them with the scheduler.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from firstlm.scheduler import Piece, Request
+
+POLICIES = ("router", "run_all", "majority", "unified", "random")
+TOKEN_LIMIT = 2**31 - 1
+
+
+class Options(BaseModel):
+    """What completions and chats have in common."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str | None = Field(None, description="name from /v1/models; may be left out")
+    max_tokens: int | None = Field(None, ge=1, le=TOKEN_LIMIT, description="longest answer")
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n: int = Field(1, ge=1, le=16, description="answers to each prompt")
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: str | list[str] | None = Field(None, description="texts that end an answer, up to 16")
+    stream: bool = False
+    stream_options: dict[str, Any] | None = None
+    skip_rate: float | None = Field(None, ge=0, lt=1, description="share of layers to skip")
+    policy: Literal["router", "run_all", "majority", "unified", "random"] | None = Field(
+        None, description="what decides which layers run"
+    )
+    keep: list[bool] | None = Field(None, description="per layer, whether it runs: a mask of yours")
+    prefill: Literal["skip", "full"] = Field("skip", description="whether the prompt skips, too")
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts that end an answer."""
+        found = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [text for text in found if text]
+
+
+class CompletionRequest(Options):
+    """Body of /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens to tell")
+    echo: Literal[False] = Field(False, description="not offered")
+
+
+class Message(BaseModel):
+    """A message of a chat."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+
+class ChatRequest(Options):
+    """Body of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=TOKEN_LIMIT)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+
+class Failure(BaseModel):
+    """Body of an answer that says what was wrong."""
+
+    error: dict[str, Any]
+
+
+def failure(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
+    """Return the body of an error, as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": kind}}
+
+
+class TextSoFar:
+    """The text of an answer as its tokens come; holds back what may still change.
+
+    Args:
+        tokenizer: decodes.
+        stops: texts that end the answer, and are no part of it.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
+        self.ids: list[int] = []
+        self.text = ""
+        self.told = 0
+        self.stopped = False
+
+    def add(self, token: int | None, last: bool) -> str:
+        """Take a token, or the end; returns text that is certain and was not told yet."""
+        if token is not None:
+            self.ids.append(token)
+            self.text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        found = [place for stop in self.stops if (place := self.text.find(stop, 0)) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+        end = len(self.text)
+        if not (last or self.stopped):
+            end -= self._uncertain()
+        new = self.text[self.told : end]
+        self.told = max(self.told, end)
+        return new
+
+    def _uncertain(self) -> int:
+        """Return how many characters at the end may turn into others, or into a stop."""
+        broken = len(self.text) - len(self.text.rstrip("\ufffd"))
+        begun = [
+            size
+            for stop in self.stops
+            for size in range(1, min(len(stop), len(self.text) + 1))
+            if self.text.endswith(stop[:size])
+        ]
+        return max([broken, *begun])
+
+
+@dataclass
+class Answer:
+    """One choice of a response while it comes."""
+
+    index: int
+    request: Request
+    text: TextSoFar
+    kv_token_bytes: int  # of a layer
+    begun: bool = False
+    pieces: list[Piece] = field(default_factory=list)
+    finish: str | None = None
+
+    def about(self) -> dict[str, Any]:
+        """Return what we tell beyond OpenAI's form."""
+        request = self.request
+        keep = request.keep
+        first = None if request.first is None else request.first - request.arrived
+        return {
+            "keep": None if keep is None else keep.int().tolist(),
+            "skip_rate": None if keep is None else 1 - float(keep.float().mean()),
+            "kv_bytes": None
+            if keep is None
+            else int(keep.sum()) * (len(request.ask.ids) + request.count) * self.kv_token_bytes,
+            "ttft_ms": None if first is None else 1e3 * first,
+            "tpot_ms": None if request.tpot is None else 1e3 * request.tpot,
+        }
+
+
+def usage(prompt: int, answer: int) -> dict[str, int]:
+    """Return how many tokens there were."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+    }
+
+
+@dataclass
+class Form:
+    """How answers are written down: as a completion or a chat, whole or in parts.
+
+    Attributes:
+        chat: whether it is a chat.
+        model: its name.
+        tokenizer: decodes tokens for log probabilities.
+    """
+
+    chat: bool
+    model: str
+    tokenizer: Any
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def head(self, part: bool) -> dict[str, Any]:
+        """Return the fields around the choices."""
+        kind = ("chat.completion" + (".chunk" if part else "")) if self.chat else "text_completion"
+        prefix = "chatcmpl" if self.chat else "cmpl"
+        return {
+            "id": f"{prefix}-{self.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+        }
+
+    def role(self, answer: Answer) -> dict[str, Any]:
+        """Return the chunk with which a chat begins."""
+        delta = {"role": "assistant", "content": ""}
+        choice = {"index": answer.index, "delta": delta, "finish_reason": None}
+        return {**self.head(part=True), "choices": [choice]}
+
+    def part(self, answer: Answer, text: str, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Return a chunk of a stream."""
+        choice: dict[str, Any] = {"index": answer.index, "finish_reason": answer.finish}
+        if self.chat:
+            choice["delta"] = {"content": text} if text or not answer.finish else {}
+        else:
+            choice["text"] = text
+        choice["logprobs"] = self.logprobs(pieces)
+        # Layers are known from the first chunk on, times at the last.
+        more = {} if answer.begun and not answer.finish else {"firstlm": answer.about()}
+        answer.begun = True
+        return {**self.head(part=True), "choices": [choice | more]}
+
+    def whole(self, answers: Sequence[Answer], prompt_tokens: int) -> dict[str, Any]:
+        """Return a response."""
+        choices = []
+        for answer in answers:
+            text = answer.text.text
+            choice: dict[str, Any] = {"index": answer.index, "finish_reason": answer.finish}
+            if self.chat:
+                choice["message"] = {"role": "assistant", "content": text}
+            else:
+                choice["text"] = text
+            choice["logprobs"] = self.logprobs(answer.pieces)
+            choices.append(choice | {"firstlm": answer.about()})
+        tokens = sum(answer.request.count for answer in answers)
+        return {
+            **self.head(part=False),
+            "choices": choices,
+            "usage": usage(prompt_tokens, tokens),
+        }
+
+    def logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+        """Return log probabilities, or None where none were asked for."""
+        told = [piece for piece in pieces if piece.token is not None and piece.logprob is not None]
+        if not told:
+            return None
+        if self.chat:
+            return {
+                "content": [
+                    {
+                        **self._token(piece.token, piece.logprob),
+                        "top_logprobs": [self._token(*pair) for pair in piece.top],
+                    }
+                    for piece in told
+                ],
+                "refusal": None,
+            }
+        return {
+            "tokens": [self.tokenizer.decode([piece.token]) for piece in told],
+            "token_logprobs": [piece.logprob for piece in told],
+            "top_logprobs": [
+                {self.tokenizer.decode([token]): value for token, value in piece.top}
+                for piece in told
+            ],
+            "text_offset": [0] * len(told),
+        }
+
+    def _token(self, token: Any, value: Any) -> dict[str, Any]:
+        text = self.tokenizer.decode([token])
+        return {"token": text, "logprob": value, "bytes": list(text.encode())}

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`firstlm serve`: loads an artifact and serves it until a signal comes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+from firstlm.command_config import ServeConfig
+from firstlm.errors import ConfigError
+from firstlm.model import FirstModel
+from firstlm.policies import RunAll
+from firstlm.scheduler import Ask, Piece, Scheduler
+
+LOG = logging.getLogger("firstlm.server")
+LOCAL = ("127.0.0.1", "localhost", "::1")
+KEY_VARIABLE = "FIRSTLM_API_KEY"
+
+
+def run(options: ServeConfig) -> int:
+    """Serve until a signal comes."""
+    try:
+        import uvicorn
+
+        from firstlm.server import Server, create_app
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{error}. Install the server with pip install 'firstlm[serve]'."
+        ) from error
+    options = replace(options, api_key=options.api_key or os.environ.get(KEY_VARIABLE))
+    if options.host not in LOCAL and not options.api_key:
+        print(f"Anyone who reaches {options.host} may ask: set --api-key.", file=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    model = FirstModel.from_pretrained(
+        options.artifact, base=options.model, dtype=options.dtype, device=options.device
+    )
+    if model.tokenizer is None:
+        raise ConfigError(f"{options.artifact} has no tokenizer, so texts cannot be answered.")
+    scheduler = Scheduler(
+        model, options.batch_size, options.queue_size, options.engine, options.weights
+    )
+    warm_up(scheduler)
+    name = options.name or options.artifact.rstrip("/").rpartition("/")[2]
+    server = Server(model, scheduler, options, name)
+
+    class Draining(uvicorn.Server):
+        """At the first signal lets running answers finish while new requests get 503."""
+
+        drain: asyncio.Task[None] | None = None
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if server.closing:
+                super().handle_exit(sig, frame)
+                return
+            server.closing = True
+            LOG.info("closing", extra={"fields": {"active": scheduler.active}})
+            self.drain = asyncio.get_event_loop().create_task(self._drain())
+
+        async def _drain(self) -> None:
+            await asyncio.to_thread(scheduler.close, options.grace)
+            self.should_exit = True
+
+    config = uvicorn.Config(
+        create_app(server),
+        host=options.host,
+        port=options.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=max(1, round(options.grace)),
+    )
+    print(f"Serving {name} at http://{options.host}:{options.port}", file=sys.stderr)
+    Draining(config).run()
+    return 0
+
+
+def warm_up(scheduler: Scheduler) -> None:
+    """Answer two short prompts together, so that no client waits for a compiler."""
+    done = []
+    for token in (1, 2):
+        pieces: list[Piece] = []
+        scheduler.submit(Ask([token] * 4, policy=RunAll(), max_new_tokens=3), pieces.append)
+        done.append(pieces)
+    while not all(pieces and pieces[-1].finish for pieces in done):
+        time.sleep(0.01)
+    failed = next((p[-1].error for p in done if p[-1].finish == "error"), None)
+    if failed:
+        raise ConfigError(f"The model cannot answer: {failed}")
+
+
+class _JsonLines(logging.Formatter):
+    """Writes each record as one JSON object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            fields["error"] = self.formatException(record.exc_info)
+        return json.dumps(fields)

@@ -1,0 +1,474 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An OpenAI-compatible server for one machine: rows with different masks in one batch.
+
+One process, one model, one batch (`scheduler`). The page at `/` shows what is skipped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, HTTPException
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from firstlm.api import (
+    Answer,
+    ChatRequest,
+    CompletionRequest,
+    Failure,
+    Form,
+    Options,
+    TextSoFar,
+    failure,
+    usage,
+)
+from firstlm.command_config import ServeConfig
+from firstlm.errors import ConfigError, FirstError
+from firstlm.inputs import kv_token_bytes
+from firstlm.model import FirstModel
+from firstlm.policies import FixedMask, Policy, RunAll
+from firstlm.scheduler import Ask, ClosedError, Piece, QueueFullError, Request, Scheduler
+
+LOG = logging.getLogger("firstlm.server")
+RETRY_AFTER = 1  # seconds
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+FAILURES: dict[int | str, dict[str, Any]] = {
+    code: {"model": Failure, "description": text}
+    for code, text in {
+        400: "the request cannot be answered as asked",
+        401: "the API key is missing or wrong",
+        404: "there is no such model",
+        413: "the body is too large",
+        429: "too many requests wait",
+        500: "the answer failed",
+        503: "the server is shutting down",
+        504: "the answer took too long",
+    }.items()
+}
+
+
+class Metrics:
+    """What Prometheus reads of one server."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.registry = CollectorRegistry()
+        more: dict[str, Any] = {"registry": self.registry}
+        self.requests = Counter(
+            "firstlm_requests", "Requests by route and status", ["route", "status"], **more
+        )
+        self.tokens = Counter("firstlm_tokens", "Tokens of answers", **more)
+        self.ttft = Histogram(
+            "firstlm_ttft_seconds", "Time to the first token", buckets=SECONDS, **more
+        )
+        self.tpot = Histogram(
+            "firstlm_tpot_seconds", "Time per token after it", buckets=SECONDS, **more
+        )
+        self.skip_rate = Histogram(
+            "firstlm_skip_rate",
+            "Share of layers an answer skipped",
+            buckets=[x / 20 for x in range(1, 21)],
+            **more,
+        )
+        for name, text, read in (
+            ("firstlm_queue", "Requests that wait", lambda: len(scheduler.waiting)),
+            ("firstlm_active", "Requests that are being answered", lambda: scheduler.active),
+            ("firstlm_kv_bytes", "Bytes of keys and values", lambda: scheduler.kv_bytes),
+        ):
+            Gauge(name, text, **more).set_function(read)
+
+    def ended(self, request: Request) -> None:
+        """Count an answer that ended."""
+        self.tokens.inc(request.count)
+        if request.first is not None:
+            self.ttft.observe(request.first - request.arrived)
+        if request.tpot is not None:
+            self.tpot.observe(request.tpot)
+        if request.keep is not None:
+            self.skip_rate.observe(1 - float(request.keep.float().mean()))
+
+
+@dataclass
+class Server:
+    """The state of one server; its methods are what routes do."""
+
+    model: FirstModel
+    scheduler: Scheduler
+    options: ServeConfig
+    name: str
+    closing: bool = False
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.scheduler)
+        base = self.model.plain_base
+        self.kv_token_bytes = kv_token_bytes(base.config, base.dtype.itemsize)
+        self._policies: dict[Any, Policy] = {}
+
+    def policy(self, body: Options) -> tuple[Policy | None, float | None]:
+        """Return what decides about a request, and the skip rate that it is asked for."""
+        if body.keep is not None:
+            if body.policy is not None or body.skip_rate is not None:
+                raise ConfigError("keep is a mask of its own; leave out policy and skip_rate.")
+            mask = FixedMask(body.keep)
+            mask.check(self.model.layer_count, self.model.routing.stack.locked)
+            return mask, None
+        if body.policy in (None, "router"):
+            if body.skip_rate == 0:
+                return self._named("run_all", 0.0), None
+            return None, body.skip_rate
+        return self._named(str(body.policy), body.skip_rate or 0.0), None
+
+    def _named(self, name: str, rate: float) -> Policy:
+        key = (name, rate)
+        if key not in self._policies:
+            if len(self._policies) >= 64:  # rates are the client's to choose
+                self._policies.pop(next(iter(self._policies)))
+            self._policies[key] = (
+                RunAll() if name == "run_all" else self.model.baseline_for(name, rate).at()
+            )
+        return self._policies[key]
+
+    def prompts(self, body: CompletionRequest | ChatRequest) -> list[list[int]]:
+        """Return the token ids of each prompt."""
+        tokenizer = self.model.tokenizer
+        if isinstance(body, ChatRequest):
+            if not getattr(tokenizer, "chat_template", None):
+                raise ConfigError("This model has no chat template; use /v1/completions.")
+            messages = [m.model_dump() for m in body.messages]
+            found = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            return [list(found)]
+        prompt: Any = body.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            prompt = [prompt]
+        if not prompt:
+            raise ConfigError("There is no prompt; expected a text, texts, or token ids.")
+        if len(prompt) > self.options.max_prompts:
+            raise ConfigError(f"{len(prompt)} prompts; at most {self.options.max_prompts} at once.")
+        vocab = self.model.config.get_text_config(decoder=True).vocab_size
+        ids = [tokenizer(p)["input_ids"] if isinstance(p, str) else p for p in prompt]
+        for one in ids:
+            if any(not 0 <= token < vocab for token in one):
+                raise ConfigError(f"A prompt has a token id outside 0 to {vocab - 1}.")
+        return ids
+
+    def asks(self, body: CompletionRequest | ChatRequest) -> list[Ask]:
+        """Return what a request asks for: n answers to each prompt."""
+        if len(body.stops) > 16:
+            raise ConfigError(f"{len(body.stops)} stop texts; at most 16.")
+        policy, rate = self.policy(body)
+        longest = body.max_tokens
+        logprobs = body.logprobs
+        if isinstance(body, ChatRequest):
+            longest = body.max_completion_tokens or longest
+            logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        longest = min(longest or self.options.default_tokens, self.options.max_tokens)
+        found = []
+        for ids in self.prompts(body):
+            for turn in range(body.n):
+                seed = None if body.seed is None else (body.seed + turn) % 2**63
+                ask = Ask(
+                    ids=ids,
+                    policy=policy,
+                    skip_rate=rate,
+                    prefill=body.prefill,
+                    max_new_tokens=longest,
+                    temperature=body.temperature,
+                    top_p=body.top_p,
+                    seed=seed,
+                    logprobs=logprobs if logprobs is None else int(logprobs),
+                )
+                self.scheduler.check(ask)
+                found.append(ask)
+        return found
+
+    async def answer(self, body: CompletionRequest | ChatRequest, http: HttpRequest) -> Response:
+        """Answer a request, whole or in parts."""
+        if self.closing:
+            raise HTTPException(503, "The server is shutting down; ask another one.")
+        if body.model not in (None, self.name):
+            raise HTTPException(404, f"There is no model {body.model!r} here, but {self.name!r}.")
+        asks = self.asks(body)
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+
+        def teller(index: int) -> Any:
+            return lambda piece: loop.call_soon_threadsafe(arrived.put_nowait, (index, piece))
+
+        answers: list[Answer] = []
+        try:
+            for index, ask in enumerate(asks):
+                request = self.scheduler.submit(ask, teller(index))
+                text = TextSoFar(self.model.tokenizer, body.stops)
+                answers.append(Answer(index, request, text, self.kv_token_bytes))
+        except FirstError:
+            self._cancel(answers)
+            raise
+        form = Form(isinstance(body, ChatRequest), self.name, self.model.tokenizer)
+        parts = self._parts(answers, arrived)
+        prompt_tokens = sum(len(ask.ids) for ask in asks[:: body.n])
+        if body.stream:
+            told = bool((body.stream_options or {}).get("include_usage"))
+            stream = self._stream(form, answers, parts, prompt_tokens if told else None)
+            return StreamingResponse(stream, media_type="text/event-stream")
+        reading = asyncio.ensure_future(_read(parts))
+        leaving = asyncio.ensure_future(_gone(http))
+        try:
+            await asyncio.wait({reading, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                return Response(status_code=499)  # nobody reads it
+            reading.result()
+        finally:
+            for task in (reading, leaving):
+                task.cancel()
+            self._cancel(answers)
+        return JSONResponse(form.whole(answers, prompt_tokens))
+
+    async def _parts(
+        self, answers: Sequence[Answer], arrived: asyncio.Queue[tuple[int, Piece]]
+    ) -> AsyncIterator[tuple[Answer, str, list[Piece]]]:
+        """Yield text as it is certain, until all answers have ended."""
+        until = time.monotonic() + self.options.timeout
+        pending: dict[int, list[Piece]] = {answer.index: [] for answer in answers}
+        try:
+            while any(answer.finish is None for answer in answers):
+                left = until - time.monotonic()
+                try:
+                    index, piece = await asyncio.wait_for(arrived.get(), max(left, 0.001))
+                except TimeoutError:
+                    raise HTTPException(
+                        504, f"The answer took longer than {self.options.timeout:g} s."
+                    ) from None
+                answer = answers[index]
+                if answer.finish is not None:
+                    continue
+                if piece.finish == "error":
+                    raise HTTPException(500, piece.error)
+                # The token that ends an answer is no part of it.
+                token = None if piece.finish == "stop" else piece.token
+                new = answer.text.add(token, piece.finish is not None)
+                if token is not None:
+                    answer.pieces.append(piece)
+                    pending[index].append(piece)
+                answer.finish = "stop" if answer.text.stopped else piece.finish
+                if answer.text.stopped:
+                    self.scheduler.cancel(answer.request)
+                if answer.finish:
+                    self._ended(answer)
+                if new or answer.finish:
+                    pieces, pending[index] = pending[index], []
+                    yield answer, new, pieces
+        finally:
+            self._cancel(answers)
+
+    def _ended(self, answer: Answer) -> None:
+        request = answer.request
+        if request.finished is None:
+            request.finished = time.perf_counter()
+        self.metrics.ended(request)
+        LOG.info(
+            "answer",
+            extra={
+                "fields": {
+                    "prompt_tokens": len(request.ask.ids),
+                    "tokens": request.count,
+                    "finish": answer.finish,
+                    **{k: v for k, v in answer.about().items() if k != "keep"},
+                }
+            },
+        )
+
+    def _cancel(self, answers: Sequence[Answer]) -> None:
+        for answer in answers:
+            if answer.finish is None:
+                self.scheduler.cancel(answer.request)
+
+    async def _stream(
+        self, form: Form, answers: Sequence[Answer], parts: Any, prompt_tokens: int | None
+    ) -> AsyncIterator[str]:
+        """Yield server-sent events."""
+        if form.chat:
+            for answer in answers:
+                yield _event(form.role(answer))
+        try:
+            async for answer, text, pieces in parts:
+                yield _event(form.part(answer, text, pieces))
+        except HTTPException as error:
+            yield _event(failure(str(error.detail), f"status_{error.status_code}"))
+        else:
+            if prompt_tokens is not None:
+                tokens = sum(answer.request.count for answer in answers)
+                yield _event(
+                    {**form.head(part=True), "choices": [], "usage": usage(prompt_tokens, tokens)}
+                )
+        yield "data: [DONE]\n\n"
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body)}\n\n"
+
+
+async def _read(parts: Any) -> None:
+    async for _ in parts:
+        pass
+
+
+async def _gone(http: HttpRequest) -> None:
+    """Return once the client has left."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def create_app(server: Server) -> FastAPI:
+    """Return the application with all routes."""
+    app = FastAPI(
+        title="firstlm",
+        description="Answers of a language model that skips layers a prompt does not need.",
+        version="1",
+    )
+    app.add_middleware(Guard, server=server)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return JSONResponse(failure(f"{where}: {first['msg']}", "invalid_request", where), 400)
+
+    @app.exception_handler(FirstError)
+    async def refused(_: HttpRequest, error: FirstError) -> JSONResponse:
+        if isinstance(error, QueueFullError):
+            body = failure(str(error), "rate_limit")
+            return JSONResponse(body, 429, headers={"Retry-After": str(RETRY_AFTER)})
+        if isinstance(error, ClosedError):
+            return JSONResponse(failure(str(error), "unavailable"), 503)
+        return JSONResponse(failure(str(error), "invalid_request"), 400)
+
+    @app.exception_handler(HTTPException)
+    async def failed(_: HttpRequest, error: HTTPException) -> JSONResponse:
+        return JSONResponse(
+            failure(str(error.detail), f"status_{error.status_code}"), error.status_code
+        )
+
+    @app.get("/health", responses={503: FAILURES[503]})
+    async def health() -> JSONResponse:
+        """Say whether new requests are taken."""
+        status = {"status": "closing" if server.closing else "ok"}
+        return JSONResponse(status, 503 if server.closing else 200)
+
+    @app.get("/metrics", response_class=Response, responses={401: FAILURES[401]})
+    async def metrics() -> Response:
+        """Tell Prometheus."""
+        text = generate_latest(server.metrics.registry)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models", responses={401: FAILURES[401]})
+    async def models() -> dict[str, Any]:
+        """List the one model."""
+        about = {
+            "layers": server.model.layer_count,
+            "skip_rates": sorted(
+                {row.rate for row in server.model.thresholds.table.get("skip", [])}
+            ),
+            "chat": bool(getattr(server.model.tokenizer, "chat_template", None)),
+        }
+        one = {"id": server.name, "object": "model", "created": 0, "owned_by": "firstlm"}
+        return {"object": "list", "data": [one | {"firstlm": about}]}
+
+    @app.post("/v1/completions", responses=FAILURES, response_model=None)
+    async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
+        """Go on with a text."""
+        return await server.answer(body, http)
+
+    @app.post("/v1/chat/completions", responses=FAILURES, response_model=None)
+    async def chats(body: ChatRequest, http: HttpRequest) -> Response:
+        """Answer a chat."""
+        return await server.answer(body, http)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> str:
+        """Show a page to look at."""
+        return resources.files("firstlm").joinpath("page.html").read_text(encoding="utf-8")
+
+    return app
+
+
+class Guard:
+    """Refuses what is too large or has no key, before anything reads it; counts all answers."""
+
+    OPEN = ("/health", "/")
+
+    def __init__(self, app: Any, server: Server) -> None:
+        self.app, self.server = app, server
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {key.lower(): value for key, value in scope["headers"]}
+        status = 500
+
+        async def noting(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            refusal = self._refusal(scope["path"], headers)
+            body = b"" if refusal else await self._read(receive)
+            if body is None:
+                refusal = self._too_large()
+            await (refusal or self.app)(scope, self._again(body, receive), noting)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.server.metrics.requests.labels(route, str(status)).inc()
+
+    async def _read(self, receive: Any) -> bytes | None:
+        """Return a request's body, or None where it is too large."""
+        parts, size, more = [], 0, True
+        while more:
+            message = await receive()
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self.server.options.max_body:
+                return None
+            more = message.get("more_body", False)
+        return b"".join(parts)
+
+    def _again(self, body: bytes | None, receive: Any) -> Any:
+        """Return a `receive` that brings the body first, then what else comes."""
+        first = {"type": "http.request", "body": body or b"", "more_body": False}
+        coming = [first]
+
+        async def again() -> Any:
+            return coming.pop() if coming else await receive()
+
+        return again
+
+    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> JSONResponse | None:
+        key = self.server.options.api_key
+        if key and path not in self.OPEN:
+            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            if not hmac.compare_digest(given, key.encode()):
+                body = failure("The API key is missing or wrong.", "unauthorized")
+                return JSONResponse(body, 401, headers={"WWW-Authenticate": "Bearer"})
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.server.options.max_body:
+            return self._too_large()
+        return None
+
+    def _too_large(self) -> JSONResponse:
+        limit = self.server.options.max_body
+        return JSONResponse(failure(f"The body is larger than {limit} bytes.", "too_large"), 413)

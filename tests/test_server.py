@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server, over real sockets and by the real client: right answers, right refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from conftest import make_byte_tokenizer, tiny_llama
+
+from firstlm import FirstModel, FixedMask
+from firstlm.command_config import ServeConfig
+from firstlm.policies import RunAll
+from firstlm.scheduler import Scheduler
+
+openai = pytest.importorskip("openai", reason="pip install 'firstlm[dev]'")
+uvicorn = pytest.importorskip("uvicorn", reason="pip install 'firstlm[serve]'")
+from firstlm.api import TextSoFar  # noqa: E402
+from firstlm.server import Server, create_app  # noqa: E402
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def make_model() -> FirstModel:
+    tokenizer = make_byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return FirstModel.from_base(tiny_llama(), tokenizer=tokenizer)
+
+
+class Running:
+    """A server in a thread of this process."""
+
+    def __init__(self, **options: Any) -> None:
+        self.model = make_model()
+        config = ServeConfig(artifact="tiny", **options)
+        self.scheduler = Scheduler(self.model, config.batch_size, config.queue_size)
+        self.server = Server(self.model, self.scheduler, config, "tiny")
+        self.socket = socket.socket()
+        self.socket.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        app = create_app(self.server)
+        self.uvicorn = uvicorn.Server(
+            uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2)
+        )
+        self.thread = threading.Thread(
+            target=lambda: asyncio.run(self.uvicorn.serve([self.socket])), daemon=True
+        )
+        self.thread.start()
+        while not self.uvicorn.started:
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        self.uvicorn.should_exit = True
+        self.thread.join(10)
+        self.scheduler.close(5)
+
+    def post(self, path: str = "/v1/completions", **body: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    one = Running(batch_size=4, queue_size=40)
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def client(running: Running) -> Any:
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+
+
+def wanted(running: Running, text: str, tokens: int, policy: Any) -> str:
+    """Return what a direct call answers, in a model of the same weights."""
+    model = make_model()
+    ids = torch.tensor([model.tokenizer(text)["input_ids"]])
+    out = model.generate(ids, policy=policy, max_new_tokens=tokens, do_sample=False)
+    answer = out.sequences[0, ids.shape[1] :].tolist()
+    end = model.base.generation_config.eos_token_id
+    return model.tokenizer.decode([t for t in answer if t != end], skip_special_tokens=True)
+
+
+def test_completions_and_chats_by_openais_client(running: Running, client: Any) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    done = client.completions.create(
+        model="tiny", prompt="bees", max_tokens=9, temperature=0, extra_body={"policy": "run_all"}
+    )
+    choice = done.choices[0]
+    assert choice.text == wanted(running, "bees", 9, RunAll())
+    assert choice.finish_reason in ("length", "stop")
+    assert done.usage.prompt_tokens == len(running.model.tokenizer("bees")["input_ids"])
+    assert choice.firstlm["keep"] == [1, 1, 1, 1]
+    assert choice.firstlm["kv_bytes"] > 0
+    chat = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "bees"}],
+        max_completion_tokens=9,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=2,
+        extra_body={"keep": [True, False, True, True]},
+    )
+    mask = FixedMask([True, False, True, True])
+    assert chat.choices[0].message.content == wanted(running, "user: bees\nassistant:", 9, mask)
+    assert chat.choices[0].firstlm["skip_rate"] == 0.25
+    told = chat.choices[0].logprobs.content
+    assert len(told) == chat.usage.completion_tokens
+    assert told[0].top_logprobs[0].logprob == told[0].logprob  # greedy takes the likeliest
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_streams_say_the_same_as_whole_answers(client: Any, chat: bool) -> None:
+    options: dict[str, Any] = {"model": "tiny", "max_tokens": 30, "temperature": 1, "seed": 5}
+    more: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+    if chat:
+        options["messages"] = [{"role": "user", "content": "honey"}]
+        whole = client.chat.completions.create(**options)
+        chunks = list(client.chat.completions.create(**options, **more))
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert text == whole.choices[0].message.content
+        assert chunks[0].choices[0].delta.role == "assistant"
+    else:
+        options["prompt"] = "honey"
+        whole = client.completions.create(**options)
+        chunks = list(client.completions.create(**options, **more))
+        assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
+    assert chunks[-1].usage == whole.usage
+    assert len(chunks) > 5
+
+
+def test_several_answers_and_prompts(client: Any) -> None:
+    options = {"model": "tiny", "max_tokens": 12, "temperature": 1, "seed": 3}
+    done = client.completions.create(prompt=["a", "bb"], n=3, **options)
+    texts = [choice.text for choice in done.choices]
+    assert [choice.index for choice in done.choices] == list(range(6))
+    assert len(set(texts[:3])) > 1
+    again = client.completions.create(prompt=["a", "bb"], n=3, **options)
+    assert [choice.text for choice in again.choices] == texts
+
+
+def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(running: Running, client: Any) -> None:
+    options = {"model": "tiny", "prompt": "bees", "max_tokens": 40, "temperature": 0}
+    whole = client.completions.create(**options).choices[0].text
+    stop = whole[5:8]
+    cut = client.completions.create(**options, stop=["nowhere in it", stop])
+    assert cut.choices[0].text == whole[: whole.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+    chunks = list(client.completions.create(**options, stop=stop, stream=True))
+    assert "".join(c.choices[0].text for c in chunks) == whole[: whole.index(stop)]
+    while running.scheduler.active:
+        time.sleep(0.01)
+
+
+def test_text_that_may_still_change_is_held_back() -> None:
+    tokenizer = make_byte_tokenizer()
+    ids = tokenizer("aé€b", add_special_tokens=False)["input_ids"]
+    text = TextSoFar(tokenizer, ["€c"])
+    told = [text.add(token, False) for token in ids]
+    assert "".join(told) == "aé€b"
+    assert all("\ufffd" not in part for part in told)
+    held = TextSoFar(tokenizer, ["stop"])
+    ids = tokenizer("xstop", add_special_tokens=False)["input_ids"]
+    assert [held.add(token, False) for token in ids] == ["x", "", "", "", ""]
+    assert held.stopped
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        ({}, 400, "prompt"),
+        ({"prompt": [[]]}, 400, "no tokens"),
+        ({"prompt": []}, 400, "no prompt"),
+        ({"prompt": [99999]}, 400, "token id outside"),
+        ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+        ({"prompt": "a", "temperature": -1}, 400, "temperature"),
+        ({"prompt": "a", "n": 99}, 400, "n:"),
+        ({"prompt": "a", "skip_rate": 1.5}, 400, "skip_rate"),
+        ({"prompt": "a", "skip_rate": 0.25}, 400, "calibrat"),
+        ({"prompt": "a", "policy": "magic"}, 400, "policy"),
+        ({"prompt": "a", "keep": [True]}, 400, "keep is for 1 layers"),
+        ({"prompt": "a", "keep": [True] * 4, "policy": "run_all"}, 400, "leave out policy"),
+        ({"prompt": "a" * 3000}, 400, "the model takes"),
+        ({"prompt": "a" * 3_000_000}, 413, "larger than"),
+        ({"prompt": "a", "model": "gpt-4"}, 404, "no model 'gpt-4'"),
+    ],
+)
+def test_bad_requests_are_refused(
+    running: Running, body: dict[str, Any], code: int, message: str
+) -> None:
+    response = running.post(**body)
+    assert response.status_code == code
+    assert message in response.json()["error"]["message"]
+    assert httpx.get(f"{running.url}/health").json() == {"status": "ok"}
+
+
+def test_malformed_json_and_bodies_without_a_length(running: Running) -> None:
+    url = f"{running.url}/v1/completions"
+    assert httpx.post(url, content=b"{nope", timeout=10).status_code == 400
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b"a" * 50_000
+
+    assert httpx.post(url, content=endless(), timeout=10).status_code == 413
+    assert httpx.get(f"{running.url}/nowhere").status_code == 404
+
+
+def test_a_client_that_leaves_frees_its_row(running: Running) -> None:
+    url = f"{running.url}/v1/completions"
+    body = {"prompt": "a", "n": 16, "max_tokens": 400, "temperature": 0, "policy": "run_all"}
+    body["logit_bias"] = {}  # fields of others are let be
+    with httpx.stream("POST", url, json={**body, "stream": True}) as response:
+        next(response.iter_lines())
+    count = idle(running)
+    with pytest.raises(httpx.TimeoutException):
+        httpx.post(url, json=body, timeout=0.2)
+    assert idle(running) < count + 16 * 400
+
+
+def idle(running: Running) -> float:
+    """Wait until nothing is answered; returns how many tokens there were."""
+    end = time.monotonic() + 5
+    while running.scheduler.active or running.scheduler.waiting:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return running.server.metrics.tokens._value.get()
+
+
+def test_too_many_get_429_and_are_told_when_to_come_back(running: Running) -> None:
+    body = {"prompt": ["a"] * 8, "n": 8, "max_tokens": 200, "temperature": 0}
+    response = running.post(**body)
+    assert response.status_code == 429
+    assert int(response.headers["Retry-After"]) >= 1
+    assert running.post(prompt="a", max_tokens=2).status_code == 200
+
+
+def test_keys_are_asked_for_where_one_is_set() -> None:
+    one = Running(api_key="secret")
+    try:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secrets"}):
+            for path in ("/v1/models", "/metrics"):
+                response = httpx.get(one.url + path, headers=headers)
+                assert response.status_code == 401
+        right = {"Authorization": "Bearer secret"}
+        assert httpx.get(f"{one.url}/v1/models", headers=right).status_code == 200
+        assert httpx.get(f"{one.url}/health").status_code == 200
+        assert httpx.get(f"{one.url}/").status_code == 200
+    finally:
+        one.close()
+
+
+def test_answers_that_take_too_long_are_ended() -> None:
+    one = Running(timeout=0.05)
+    try:
+        body = {"prompt": "a", "max_tokens": 400, "temperature": 0}
+        assert one.post(**body).status_code == 504
+        lines = one.post(**body, stream=True).text
+        assert "status_504" in lines
+        assert lines.rstrip().endswith("[DONE]")
+    finally:
+        one.close()
+
+
+def test_metrics_count_what_happened(running: Running) -> None:
+    def read() -> dict[str, float]:
+        lines = httpx.get(f"{running.url}/metrics").text.splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+    before = read()
+    running.post(prompt="bees", max_tokens=5, temperature=0, keep=[True, False, True, False])
+    running.post(prompt="bees", max_tokens=0)
+    after = read()
+    assert all(name.startswith("firstlm_") for name in after)
+    route = 'firstlm_requests_total{route="/v1/completions",status="%d"}'
+    assert after[route % 200] - before.get(route % 200, 0) == 1
+    assert after[route % 400] - before.get(route % 400, 0) == 1
+    assert after["firstlm_tokens_total"] - before["firstlm_tokens_total"] in (1, 2, 3, 4, 5)
+    assert after["firstlm_ttft_seconds_count"] - before["firstlm_ttft_seconds_count"] == 1
+    assert after["firstlm_skip_rate_sum"] - before["firstlm_skip_rate_sum"] == 0.5
+    assert after["firstlm_active"] == 0
+
+
+def test_many_clients_with_other_masks_get_their_own_answers(running: Running) -> None:
+    masks = [[True, a, b, True] for a in (True, False) for b in (True, False)]
+    texts = [f"bees {i}" for i in range(6)]
+    right = {
+        (text, tuple(mask)): wanted(running, text, 12, FixedMask(mask))
+        for text in texts
+        for mask in masks
+    }
+    assert len(set(right.values())) > 12
+
+    def ask(turn: int) -> None:
+        text, mask = texts[turn % 6], masks[turn % 4]
+        while True:
+            response = running.post(prompt=text, keep=mask, max_tokens=12, temperature=0)
+            if response.status_code != 429:
+                break
+            time.sleep(0.05)
+        assert response.json()["choices"][0]["text"] == right[text, tuple(mask)]
+
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        list(pool.map(ask, range(96)))
+
+
+def test_sigterm_lets_answers_finish_and_sends_others_away(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    make_byte_tokenizer().save_pretrained(tmp_path / "base")
+    from firstlm.pretrained import load_base
+
+    base, tokenizer = load_base(str(tmp_path / "base"))
+    FirstModel.from_base(base, tokenizer=tokenizer).save_pretrained(str(tmp_path / "artifact"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["serve", str(tmp_path / "artifact"), "--model", str(tmp_path / "base")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "firstlm", *words, "--port", str(port), "--batch-size", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                assert httpx.get(f"{url}/health").status_code == 200
+                break
+            except httpx.TransportError:
+                assert process.poll() is None
+                time.sleep(0.1)
+        body = {"prompt": "a", "n": 16, "max_tokens": 400, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            while httpx.get(f"{url}/health").status_code == 200:
+                time.sleep(0.01)
+            refused = httpx.post(f"{url}/v1/completions", json={"prompt": "b"}, timeout=10)
+            assert refused.status_code == 503
+            rest = [line.removeprefix("data: ") for line in lines if line]
+        assert rest[-1] == "[DONE]"
+        assert json.loads(rest[-2])["choices"][0]["finish_reason"] in ("length", "stop")
+        assert process.wait(20) == 0
+        log = [json.loads(line) for line in process.stderr if line.startswith("{")]
+        assert {"closing", "answer"} <= {line["event"] for line in log}
+    finally:
+        process.kill()
