@@ -4,22 +4,19 @@
 from __future__ import annotations
 
 import io
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from browser import PROGRAM
 
 from firstlm import cli
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
 
 
 def test_the_report_shows_its_pictures_in_a_browser(tmp_path):
-    if not BROWSER:
+    if not PROGRAM:
         pytest.skip("no Chromium is installed")
     image = pytest.importorskip("matplotlib.image")
     assert cli.main(["report", str(RESULTS), "--output", str(tmp_path)]) == 0
@@ -28,7 +25,7 @@ def test_the_report_shows_its_pictures_in_a_browser(tmp_path):
     words += ["--window-size=1100,9000", f"--user-data-dir={tmp_path / 'profile'}"]
     page = (tmp_path / "index.html").as_uri()
     subprocess.run(
-        [BROWSER, *words, f"--screenshot={shot}", page],
+        [PROGRAM, *words, f"--screenshot={shot}", page],
         check=True,
         capture_output=True,
         timeout=240,

@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from browser import PROGRAM, Browser
 from conftest import make_byte_tokenizer, tiny_llama
 
 from firstlm import FirstModel, FixedMask
@@ -264,15 +265,48 @@ def test_keys_are_asked_for_where_one_is_set() -> None:
 
 
 def test_answers_that_take_too_long_are_ended() -> None:
-    one = Running(timeout=0.05)
+    one = Running(timeout=0.05, batch_size=1)
     try:
-        body = {"prompt": "a", "max_tokens": 400, "temperature": 0}
+        body = {"prompt": "a", "n": 16, "max_tokens": 400, "temperature": 0}
         assert one.post(**body).status_code == 504
         lines = one.post(**body, stream=True).text
         assert "status_504" in lines
         assert lines.rstrip().endswith("[DONE]")
     finally:
         one.close()
+
+
+@pytest.mark.skipif(not PROGRAM, reason="no Chromium is installed")
+def test_the_page_shows_both_answers_and_which_layers_ran(running: Running, tmp_path: Path) -> None:
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.open(running.url)
+        browser.wait("document.querySelectorAll('#routed .strip li').length == 4")
+        browser.read("document.getElementById('prompt').value = 'bees'")
+        browser.read("document.getElementById('rate').value = 0")
+        browser.read("document.getElementById('tokens').value = 9")
+        browser.read("document.getElementById('prompt').focus()")
+        browser.type("Enter", modifiers=2)  # with control, as the keyboard alone must do
+        browser.wait("document.getElementById('status').textContent.startsWith('Both')")
+        for card in ("routed", "full"):
+            query = f"document.querySelector('#{card} %s')"
+            found = browser.read(query % ".answer" + ".textContent")
+            assert found == wanted(running, "bees", 9, RunAll())
+            label = query % ".strip" + ".getAttribute('aria-label')"
+            assert browser.read(label) == "All layers are kept"
+            assert "TTFT" in browser.read(query % "dl" + ".innerText")
+        # Without thresholds no other rate can be met: the page says so, and goes on.
+        browser.read("document.getElementById('rate').value = 25")
+        browser.read("document.getElementById('go').click()")
+        browser.wait("document.getElementById('status').className == 'bad'")
+        assert "calibrat" in browser.read("document.getElementById('status').textContent")
+        assert not browser.read("document.getElementById('go').disabled")
+        unnamed = "[...document.querySelectorAll('textarea, input')].filter(x => !x.labels.length)"
+        assert browser.read(f"{unnamed}.length") == 0
+        outside = "performance.getEntriesByType('resource').map(x => x.name)"
+        assert all(name.startswith(running.url) for name in browser.read(outside))
+    finally:
+        browser.close()
 
 
 def test_metrics_count_what_happened(running: Running) -> None:

@@ -139,6 +139,8 @@ class Scheduler:
             raise ConfigError(
                 f"batch_size is {batch_size} and queue_size {queue_size}; expected 1 or more each."
             )
+        # Nothing else may use the model while an engine is made, so it is made now.
+        model.engine_for(engine, weights, max(batch_size, 2))
         self.model = model
         self.batch_size, self.queue_size = batch_size, queue_size
         self.engine, self.weights = engine, weights
@@ -170,8 +172,9 @@ class Scheduler:
         with self._wake:
             if self._closed:
                 raise ClosedError("The server is shutting down; ask another one.")
-            if len(self.waiting) >= self.queue_size:
-                raise QueueFullError(f"{len(self.waiting)} requests wait already; try again later.")
+            waiting = sum(not other.cancelled for other in self.waiting)
+            if waiting >= self.queue_size:
+                raise QueueFullError(f"{waiting} requests wait already; try again later.")
             self.waiting.append(request)
             self._wake.notify()
         return request

@@ -8,15 +8,13 @@ import json
 import logging
 import os
 import sys
-import time
 from dataclasses import replace
 from typing import Any
 
 from firstlm.command_config import ServeConfig
 from firstlm.errors import ConfigError
 from firstlm.model import FirstModel
-from firstlm.policies import RunAll
-from firstlm.scheduler import Ask, Piece, Scheduler
+from firstlm.scheduler import Scheduler
 
 LOG = logging.getLogger("firstlm.server")
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -47,7 +45,6 @@ def run(options: ServeConfig) -> int:
     scheduler = Scheduler(
         model, options.batch_size, options.queue_size, options.engine, options.weights
     )
-    warm_up(scheduler)
     name = options.name or options.artifact.rstrip("/").rpartition("/")[2]
     server = Server(model, scheduler, options, name)
 
@@ -79,20 +76,6 @@ def run(options: ServeConfig) -> int:
     print(f"Serving {name} at http://{options.host}:{options.port}", file=sys.stderr)
     Draining(config).run()
     return 0
-
-
-def warm_up(scheduler: Scheduler) -> None:
-    """Answer two short prompts together, so that no client waits for a compiler."""
-    done = []
-    for token in (1, 2):
-        pieces: list[Piece] = []
-        scheduler.submit(Ask([token] * 4, policy=RunAll(), max_new_tokens=3), pieces.append)
-        done.append(pieces)
-    while not all(pieces and pieces[-1].finish for pieces in done):
-        time.sleep(0.01)
-    failed = next((p[-1].error for p in done if p[-1].finish == "error"), None)
-    if failed:
-        raise ConfigError(f"The model cannot answer: {failed}")
 
 
 class _JsonLines(logging.Formatter):
