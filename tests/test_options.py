@@ -249,7 +249,14 @@ def test_help_shows_usage_defaults_choices_and_percent_signs(capsys):
 
 @pytest.mark.parametrize("cls", COMMAND_OPTIONS, ids=lambda cls: cls.__name__)
 def test_every_option_of_firstlm_has_help_and_a_legal_default(cls, capsys):
-    required = {"artifact": "x", "data": "y", "action": "run", "files": ["z"], "results": "r"}
+    required = {
+        "artifact": "x",
+        "data": "y",
+        "action": "run",
+        "files": ["z"],
+        "results": "r",
+        "output": "o",
+    }
     given_fields = {f.name: required[f.name] for f in fields(cls) if f.default is REQUIRED
                     and f.name in required}  # fmt: skip
     made = cls(**given_fields)
