@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,3 +133,47 @@ def test_a_gguf_file_gives_the_artifacts_logits(smollm2_folder: str, tmp_path: P
     # What LoRA changed is stored in bfloat16.
     assert torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean") < 1e-2
     assert torch.nn.functional.kl_div(bare, wanted, log_target=True, reduction="batchmean") > 0.1
+
+
+LLAMA = """
+import json, sys
+from llama_cpp import Llama
+model = Llama(sys.argv[1], n_ctx=256, verbose=False)
+ids = json.loads(sys.argv[2])
+found = []
+for token in model.generate(ids, temp=0.0):
+    found.append(int(token))
+    if len(found) == 12:
+        break
+print(json.dumps(found))
+model.close()
+"""
+
+
+def test_llama_cpp_answers_from_the_file_as_we_do_with_the_mask(
+    smollm2_folder: str, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec("llama_cpp") is None:
+        pytest.skip("llama-cpp-python is not installed (pip install 'firstlm[peers]')")
+    file = tmp_path / "small.gguf"
+    kept = "0-2,4-24,27-29"
+    words = ["export", "smollm2-qa", "--output", str(file), "--merge-lora", "--mask", kept]
+    assert main(words) == 0
+    model = FirstModel.from_pretrained("smollm2-qa", dtype="float32")
+    assert model.tokenizer is not None
+    text = "Context: The kettle stands on the blue shelf.\nQuestion: Where is the kettle?\nAnswer:"
+    ids = torch.tensor([model.tokenizer(text).input_ids])
+    keep = torch.ones(model.layer_count, dtype=torch.bool)
+    keep[[3, 25, 26]] = False
+    out = model.generate(ids, policy=FixedMask(keep), max_new_tokens=12, do_sample=False)
+    done = subprocess.run(  # apart, because builds for another CPU end their process
+        [sys.executable, "-c", LLAMA, str(file), json.dumps(ids[0].tolist())],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if done.returncode < 0:
+        pytest.skip(f"llama.cpp was ended by signal {-done.returncode}")
+    answer = out.sequences[0, ids.shape[1] :].tolist()
+    assert json.loads(done.stdout)[: len(answer)] == answer
+    assert len(answer) > 3
