@@ -153,6 +153,17 @@ def test_several_answers_and_prompts(client: Any) -> None:
     assert [choice.text for choice in again.choices] == texts
 
 
+def test_probabilities_of_completions_say_where_their_tokens_are(client: Any) -> None:
+    options = {"model": "tiny", "prompt": "bees", "max_tokens": 8, "temperature": 0, "logprobs": 2}
+    choice = client.completions.create(**options).choices[0]
+    told = choice.logprobs
+    for token, place in zip(told.tokens, told.text_offset, strict=True):
+        assert choice.text[place : place + len(token)] in (token, "\ufffd")
+    parts = [c.choices[0].logprobs for c in client.completions.create(**options, stream=True)]
+    assert [place for part in parts if part for place in part.text_offset] == told.text_offset
+    assert all(1 <= len(top) <= 2 for top in told.top_logprobs)  # by text, which two may share
+
+
 def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(running: Running, client: Any) -> None:
     options = {"model": "tiny", "prompt": "bees", "max_tokens": 40, "temperature": 0}
     whole = client.completions.create(**options).choices[0].text

@@ -6,6 +6,7 @@ Text and JSON only; `server` connects them with the scheduler.
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections.abc import Sequence
@@ -204,7 +205,7 @@ class Form:
             choice["delta"] = {"content": text} if text or not answer.finish else {}
         else:
             choice["text"] = text
-        choice["logprobs"] = self.logprobs(pieces)
+        choice["logprobs"] = self.logprobs(pieces, answer.text.told - len(text))
         # Layers are known from the first chunk on, times at the last.
         more = {} if answer.begun and not answer.finish else {"firstlm": answer.about()}
         answer.begun = True
@@ -229,8 +230,13 @@ class Form:
             "usage": usage(prompt_tokens, tokens),
         }
 
-    def logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
-        """Return log probabilities, or None where none were asked for."""
+    def logprobs(self, pieces: Sequence[Piece], start: int = 0) -> dict[str, Any] | None:
+        """Return log probabilities, or None where none were asked for.
+
+        Args:
+            pieces: with the tokens that are told.
+            start: where their text begins in the answer.
+        """
         told = [piece for piece in pieces if piece.token is not None and piece.logprob is not None]
         if not told:
             return None
@@ -245,14 +251,16 @@ class Form:
                 ],
                 "refusal": None,
             }
+        tokens = [self.tokenizer.decode([piece.token]) for piece in told]
+        ends = itertools.accumulate(map(len, tokens), initial=start)
         return {
-            "tokens": [self.tokenizer.decode([piece.token]) for piece in told],
+            "tokens": tokens,
             "token_logprobs": [piece.logprob for piece in told],
             "top_logprobs": [
                 {self.tokenizer.decode([token]): value for token, value in piece.top}
                 for piece in told
             ],
-            "text_offset": [0] * len(told),
+            "text_offset": list(ends)[:-1],
         }
 
     def _token(self, token: Any, value: Any) -> dict[str, Any]:
