@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from firstlm import FirstModel
+
 # A shell's background jobs ignore Ctrl-C, and tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -99,3 +101,13 @@ def shared_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("FIRSTLM_DATA names no folder")
     return Path(folder)
+
+
+def tiny_routed() -> FirstModel:
+    """A tiny Llama whose routers give prompts different masks."""
+    first = FirstModel.from_base(tiny_llama())
+    torch.manual_seed(3)
+    for router in first.routers:
+        router.weight.data.normal_(0, 3)
+        router.bias.data.zero_()
+    return first

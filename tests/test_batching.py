@@ -8,7 +8,7 @@ import random
 import families
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import tiny_routed
 
 from firstlm import FirstModel
 from firstlm.batching import Answer, alike, generate_many
@@ -20,13 +20,7 @@ from firstlm.policies import Prompts
 
 @pytest.fixture(scope="module")
 def model() -> FirstModel:
-    """A tiny Llama whose routers give prompts different masks."""
-    first = FirstModel.from_base(tiny_llama())
-    torch.manual_seed(3)
-    for router in first.routers:
-        router.weight.data.normal_(0, 3)
-        router.bias.data.zero_()
-    return first
+    return tiny_routed()
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:

@@ -13,7 +13,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import tiny_routed
 
 from firstlm import FirstModel, FixedMask
 from firstlm.engine import FastBatch
@@ -25,13 +25,7 @@ from firstlm.scheduler import Ask, ClosedError, Piece, QueueFullError, Request, 
 
 @pytest.fixture(scope="module")
 def model() -> FirstModel:
-    """A tiny Llama whose routers give prompts different masks."""
-    first = FirstModel.from_base(tiny_llama())
-    torch.manual_seed(3)
-    for router in first.routers:
-        router.weight.data.normal_(0, 3)
-        router.bias.data.zero_()
-    return first
+    return tiny_routed()
 
 
 @pytest.fixture

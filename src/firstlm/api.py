@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from firstlm.scheduler import Piece, Request
 
-POLICIES = ("router", "run_all", "majority", "unified", "random")
 TOKEN_LIMIT = 2**31 - 1
 
 

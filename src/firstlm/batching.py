@@ -174,8 +174,9 @@ class _Run:
     def admit(self, count: int) -> None:
         """Put some of those that wait to the rows that are being decoded."""
         running = [self.answers[i].keep for i in self.rows]
-        waiting = [self.answers[i].keep for i in self.ahead]
-        chosen = {self.ahead[place] for place in alike(running, waiting, count)}
+        ahead = self.ahead
+        waiting = [self.answers[i].keep for i in ahead]
+        chosen = {ahead[place] for place in alike(running, waiting, count)}
         coming = []
         for pool in self.pools:
             rows = [row for row, i in pool.left.items() if i in chosen]

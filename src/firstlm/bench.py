@@ -133,13 +133,15 @@ def row_of(
     pairs: dict[str, tuple[Sequence[float], Sequence[float]] | None] = {
         "tpot_ratio": (cell.steps, full.steps) if cell is not full else None,
         "ttft_ratio": (cell.ttft, full.ttft) if cell is not full else None,
-        "tpot_over_cut": next((_times(cell, c) for c in alike if c.engine == "cut"), None),
-        "tpot_over_shared": next((_times(cell, c) for c in alike if c.masks == "shared"), None),
+        "tpot_over_cut": None,
+        "tpot_over_shared": None,
     }
-    if cell.engine == "cut" or cell.masks == "mixed":
-        pairs["tpot_over_cut"] = None
-    if cell.masks != "mixed":
-        pairs["tpot_over_shared"] = None
+    if cell.masks == "mixed":
+        shared = ((cell.steps, c.steps) for c in alike if c.masks == "shared")
+        pairs["tpot_over_shared"] = next(shared)
+    elif cell.engine != "cut":
+        cuts = ((cell.steps, c.steps) for c in alike if c.engine == "cut")
+        pairs["tpot_over_cut"] = next(cuts, None)
     for name, pair in pairs.items():
         row |= spread(
             name, [a / b for a, b in zip(*pair, strict=True)] if pair else [], options.seed
@@ -148,10 +150,6 @@ def row_of(
     row |= spread("realised_over_ideal", steps, options.seed)
     prompt = _saved(full.ttft, cell.ttft, cell.skipped_compute)
     return row | spread("ttft_realised_over_ideal", prompt, options.seed)
-
-
-def _times(cell: Cell, other: Cell) -> tuple[list[float], list[float]]:
-    return cell.steps, other.steps
 
 
 def _saved(full: Sequence[float], less: Sequence[float], share: float) -> list[float]:

@@ -86,6 +86,7 @@ class Request:
     Attributes:
         ask: what it wants.
         tell: is called with every piece, in the scheduler's thread.
+        ends: ids that end the answer.
         keep: [layers] bool, once the prompt has run.
         arrived: when it came, on `time.perf_counter`'s clock.
         started: when its prompt began to run.
@@ -96,6 +97,7 @@ class Request:
 
     ask: Ask
     tell: Callable[[Piece], None]
+    ends: frozenset[int]
     keep: torch.Tensor | None = None
     arrived: float = field(default_factory=time.perf_counter)
     started: float | None = None
@@ -166,7 +168,8 @@ class Scheduler:
             ClosedError: `close` was called.
         """
         self.check(ask)
-        request = Request(ask, tell)
+        ends = frozenset(end_ids(self.model, ask.eos_token_ids).tolist())
+        request = Request(ask, tell, ends)
         if ask.seed is not None:
             request.generator = torch.Generator(self.model.device).manual_seed(ask.seed)
         with self._wake:
@@ -348,7 +351,7 @@ class Scheduler:
             if request.first is None:
                 request.first = time.perf_counter()
             finish = None
-            if token in end_ids(self.model, ask.eos_token_ids).tolist():
+            if token in request.ends:
                 finish = "stop"
             elif request.count >= ask.max_new_tokens:
                 finish = "length"
