@@ -85,7 +85,6 @@ def test_resume_continues_exactly(tmp_path: Path, phase: str, step: int, monkeyp
             eval_steps=6,
             skip_rates=[0.5],
             distill=2.0,
-            prompt_loss=0.5,
         )
         fit = {"routers": train_routers, "lora": train_lora, "joint": train_joint}[phase]
         if break_at:

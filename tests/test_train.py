@@ -355,8 +355,6 @@ def test_rows_longer_than_the_context_are_refused(tmp_path: Path, byte_tokenizer
         ({"clusters": 2, "warm_start": 4, "policy": "unified"}, "clusters=2"),
         ({"distill": 1.0, "stage": "joint"}, "distill=1 is for routers that train by themselves"),
         ({"distill": 1.0, "policy": "unified"}, "distill=1"),
-        ({"prompt_loss": 0.5, "stage": "routers"}, "prompt_loss=0.5 teaches LoRA"),
-        ({"prompt_loss": 0.5, "prefill": "full"}, "prompt_loss=0.5"),
         ({"stage": "lroa"}, "stage.*expected"),
         ({"gate": "sotf"}, "gate.*expected"),
         ({"warm_start": -1}, "0 or more"),

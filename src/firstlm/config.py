@@ -202,12 +202,6 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         help="weight, in phase 1, of staying close to what all layers compute: every token of a "
         "row says what a layer is worth, not only the answer's",
     )
-    prompt_loss: float = option(
-        0.0,
-        at_least=0,
-        help="weight, in phase 2, of next-token loss on prompts: where answers are short, most of "
-        "what a row can teach about running with fewer layers is in its prompt",
-    )
     warm_start: int = option(
         16,
         at_least=0,
@@ -289,9 +283,4 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
             raise ConfigError(
                 f"distill={self.distill:g} is for routers that train by themselves; expected "
                 "policy router and stage both or routers."
-            )
-        if self.prompt_loss and (self.stage == "routers" or self.prefill == "full"):
-            raise ConfigError(
-                f"prompt_loss={self.prompt_loss:g} teaches LoRA from prompts that skip layers; "
-                "expected a stage with LoRA, and prefill skip."
             )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from firstlm.decisions import RoutingState
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RunAll
 
-PROMPT_POSITIONS = 16  # of each prompt that next-token loss on prompts looks at, a step
 DIVERGENCE = 0.5  # weight of the answers' divergence beside the distance of states
 
 
@@ -34,7 +33,6 @@ def answer_pass(
     inputs: dict[str, torch.Tensor],
     state: RoutingState,
     call: nn.Module | None = None,
-    also: torch.Tensor | None = None,
     **more: Any,
 ) -> tuple[Any, torch.Tensor]:
     """Run a left-padded batch; return the model's output, with logits for answers only, and labels.
@@ -46,15 +44,13 @@ def answer_pass(
         inputs: what `Collator` makes.
         state: the decisions to take or obey.
         call: what to call in the model's place, where something wraps it (DDP).
-        also: positions [n] of prompts whose logits shall come before those of answers.
         more: passed on to the model, such as `output_hidden_states`.
     """
     labels, kwargs = inputs["labels"], dict[str, Any](more)
     if "logits_to_keep" in inspect.signature(first.plain_base.forward).parameters:
         start = max(int((labels != IGNORE).any(0).nonzero()[0]) - 1, 0)
         # As indices: a slice would be a strided view, which is many times slower on the CPU.
-        wanted = torch.arange(start, labels.shape[1], device=labels.device)
-        kwargs["logits_to_keep"] = wanted if also is None else torch.cat([also, wanted])
+        kwargs["logits_to_keep"] = torch.arange(start, labels.shape[1], device=labels.device)
         labels = labels[:, start:]
     output, _ = (call or first)(
         input_ids=inputs["input_ids"],
@@ -62,8 +58,6 @@ def answer_pass(
         state=state,
         **kwargs,
     )
-    if also is not None and "logits_to_keep" not in kwargs:
-        output.logits = torch.cat([output.logits[:, also], output.logits], dim=1)
     return output, labels
 
 
@@ -160,33 +154,6 @@ def answer_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     wanted = labels != IGNORE
     return F.cross_entropy(logits[wanted].float(), labels[wanted])
-
-
-def prompt_positions(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return up to `PROMPT_POSITIONS` positions drawn from prompts whose next token is theirs too.
-
-    `inputs` is what `Collator` makes; the vocabulary-sized matmul for all of a prompt would cost
-    more than its layers.
-    """
-    mask = inputs["prompt_mask"]
-    known = (mask[:, :-1] & mask[:, 1:]).any(0).nonzero().flatten()
-    drawn = torch.randperm(len(known))[:PROMPT_POSITIONS].sort().values
-    return known[drawn.to(known.device)]
-
-
-def prompt_cross_entropy(
-    logits: torch.Tensor, inputs: Mapping[str, torch.Tensor], positions: torch.Tensor
-) -> torch.Tensor:
-    """Return the mean next-token cross-entropy at some positions [n] of prompts.
-
-    Args:
-        logits: [batch, n, vocab] at these positions.
-        inputs: what `Collator` makes.
-        positions: of `prompt_positions`.
-    """
-    mask = inputs["prompt_mask"]
-    known = mask[:, positions] & mask[:, positions + 1]
-    return F.cross_entropy(logits[known].float(), inputs["input_ids"][:, positions + 1][known])
 
 
 def non_skip_penalty(rho: torch.Tensor) -> torch.Tensor:

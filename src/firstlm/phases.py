@@ -248,7 +248,6 @@ def _fit(
             router_lr=config.router_lr,
             l2=0.0 if phase == "lora" else config.l2,
             distill=config.distill if phase == "routers" else 0.0,
-            prompt_loss=0.0 if phase == "routers" else config.prompt_loss,
             log_path=log,
             args=_arguments(model, config, phase, steps, folder),
             train_dataset=train,

@@ -30,8 +30,6 @@ from firstlm.losses import (
     answer_cross_entropy,
     answer_pass,
     non_skip_penalty,
-    prompt_cross_entropy,
-    prompt_positions,
 )
 from firstlm.model import FirstModel
 from firstlm.policies import Policy
@@ -71,7 +69,6 @@ class FirstTrainer(Trainer):
         router_lr: learning rate of routers, where they train; everything else has that of `args`.
         l2: weight of the squared router weights.
         distill: weight of the distance to what all layers compute (`FullDepth`); 0 leaves it out.
-        prompt_loss: weight of next-token cross-entropy on prompts; 0 leaves it out.
         log_path: JSON lines with every logged step, per-layer skip rates included.
         kwargs: as for transformers' Trainer; datasets are lists of `Encoded`.
     """
@@ -86,7 +83,6 @@ class FirstTrainer(Trainer):
         router_lr: float,
         l2: float,
         distill: float,
-        prompt_loss: float,
         log_path: Path,
         **kwargs: Any,
     ) -> None:
@@ -94,7 +90,7 @@ class FirstTrainer(Trainer):
         self.policy_at = policy_at
         self.prefill, self.log_path = prefill, log_path
         self.router_lr, self.l2 = router_lr, l2
-        self.distill, self.prompt_loss = distill, prompt_loss
+        self.distill = distill
         self._sums: dict[str, float] = {}
         self._skipped = torch.zeros(first.layer_count)
         self._batches = 0
@@ -108,8 +104,8 @@ class FirstTrainer(Trainer):
         gate: str,
         scope: ExitStack,
         train: bool = False,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], RoutingState]:
-        """Return a batch's answer cross-entropy, the other terms of its loss, and decisions."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, RoutingState]:
+        """Return a batch's answer cross-entropy, its distance to the full depth, and decisions."""
         full = None
         if train and self.distill:
             with mixed_precision(self.first):
@@ -124,25 +120,18 @@ class FirstTrainer(Trainer):
         # Checkpointed layers are replayed in backward, so the scope must outlast the forward.
         scope.enter_context(self.first.routing.tracing(state))
         scope.enter_context(mixed_precision(self.first))
-        also = prompt_positions(inputs) if train and self.prompt_loss else None
-        if also is not None and not len(also):  # prompts of one token
-            also = None
         output, labels = answer_pass(
             self.first,
             inputs,
             state,
             self.model_wrapped,
-            also,
             output_hidden_states=full is not None,
         )
-        logits, terms = output.logits, {}
-        if also is not None:
-            terms["prompt_ce"] = prompt_cross_entropy(logits[:, : len(also)], inputs, also)
-            logits = logits[:, len(also) :]
+        logits, distance = output.logits, None
         if full is not None:
             states, mask = output.hidden_states[-1], inputs["attention_mask"]
-            terms["distance"] = full.distance(states, logits, labels, mask)
-        return answer_cross_entropy(logits, labels), terms, state
+            distance = full.distance(states, logits, labels, mask)
+        return answer_cross_entropy(logits, labels), distance, state
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Do one forward and backward pass within the scope of its decisions."""
@@ -154,13 +143,11 @@ class FirstTrainer(Trainer):
     ) -> torch.Tensor:
         """Return CE + lambda * ||w||^2 + alpha * sum_i rho_i (the paper's equation 4).
 
-        `distill` adds the distance to what all layers compute, `prompt_loss` the cross-entropy of
-        prompts.
+        `distill` adds the distance to what all layers compute.
         """
         rate = self.driver.sample() if self.driver else None
-        ce, terms, state = self._run(inputs, rate, self.gate, self._scope, train=True)
-        weights = {"distance": self.distill, "prompt_ce": self.prompt_loss}
-        loss = ce + sum(weights[name] * term for name, term in terms.items())
+        ce, distance, state = self._run(inputs, rate, self.gate, self._scope, train=True)
+        loss = ce if distance is None else ce + self.distill * distance
         skip = 1 - state.keep.float().mean(0)
         rho = state.rho
         if self.driver is not None and rho is not None:
@@ -174,7 +161,7 @@ class FirstTrainer(Trainer):
                 f"{self.state.global_step + 1}. Lower the learning rate, and start over from the "
                 "last checkpoint or with --no-resume."
             )
-        self._note(rate, float(ce.detach()), skip, rho, terms)
+        self._note(rate, float(ce.detach()), skip, rho, distance)
         if not loss.requires_grad:  # every row of the batch skips every layer that has LoRA
             loss = loss + 0.0 * sum(p.sum() for p in self.first.parameters() if p.requires_grad)
         return loss
@@ -185,15 +172,15 @@ class FirstTrainer(Trainer):
         ce: float,
         skip: torch.Tensor,
         rho: torch.Tensor | None,
-        terms: dict[str, torch.Tensor],
+        distance: torch.Tensor | None,
     ) -> None:
         primary = self.driver is None or rate == self.driver.primary
         name = "" if primary else f"_at_{rate}"
         values = {f"ce{name}": ce, f"skip_rate{name}": float(skip.mean())}
         if rho is not None and primary:
             values["mean_rho"] = float(rho.detach().mean())
-        if primary:
-            values |= {name: float(term.detach()) for name, term in terms.items()}
+        if primary and distance is not None:
+            values["distance"] = float(distance.detach())
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
             self._sums[f"#{key}"] = self._sums.get(f"#{key}", 0.0) + 1
