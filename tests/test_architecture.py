@@ -42,6 +42,7 @@ FLOORS = {
     "model_card": "artifact",
     "thresholds": "artifact",
     "artifact_files": "artifact",
+    "choices": "artifact",
     "artifact": "artifact",
     "model": "artifact",
     "generate": "loop",

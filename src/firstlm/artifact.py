@@ -22,7 +22,9 @@ from firstlm.artifact_files import (
     FORMAT_VERSION,
     ROUTERS_FILE,
     adapter_folder,
+    check_finite,
     check_results,
+    check_routers,
     check_target,
     find,
     parse,
@@ -166,19 +168,17 @@ def load(
         )
     config_of_base: Any = base.config
     width = router_config.width(config_of_base.get_text_config().hidden_size)
-    _check_routers(tensors, config["layers"], width, folder)
+    check_routers(tensors, config["layers"], width, folder)
     adapter = adapter_folder(folder, config)
     if adapter is not None:
         base = _load_adapter(base, adapter)
         try:
-            _check_finite(lora_parameters(base), adapter / ADAPTER_FILE)
+            check_finite(lora_parameters(base), adapter / ADAPTER_FILE)
         except ArtifactError:
             base.unload()  # a base that was given is as it was
             raise
     model = cls(base, router_config, tokenizer)
-    for i, router in enumerate(model.routers):
-        router.weight.data.copy_(tensors[f"{i}.weight"])
-        router.bias.data.copy_(tensors[f"{i}.bias"])
+    model.routers.fill(tensors)
     model.base_id = found_id if isinstance(asked, str) else wanted["id"]
     model.adapter_dtype = None if adapter is None else _saved_dtype(adapter)
     model.thresholds.table, model.baseline = table, baseline
@@ -203,32 +203,6 @@ def _load_adapter(base: Any, adapter: Path) -> nn.Module:
 def _saved_dtype(adapter: Path) -> torch.dtype | None:
     """Return the number format in which an adapter was saved, to save it so again."""
     return next((tensor.dtype for tensor in load_file(adapter / ADAPTER_FILE).values()), None)
-
-
-def _check_routers(tensors: dict[str, torch.Tensor], layers: int, width: int, folder: Path) -> None:
-    """Refuse router tensors that do not fit the model, before anything is changed in it."""
-    wanted = {f"{i}.weight": (width,) for i in range(layers)}
-    wanted |= {f"{i}.bias": () for i in range(layers)}
-    for name, shape in wanted.items():
-        found = tensors.get(name)
-        if found is None or tuple(found.shape) != shape:
-            what = "missing" if found is None else f"of shape {tuple(found.shape)}"
-            raise ArtifactError(f"{folder / ROUTERS_FILE}: {name} is {what}; expected {shape}.")
-    if more := sorted(set(tensors) - set(wanted)):
-        raise ArtifactError(
-            f"{folder / ROUTERS_FILE} has tensors for layers the model lacks: {more}."
-        )
-    _check_finite(tensors, folder / ROUTERS_FILE)
-
-
-def _check_finite(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Refuse weights that were read from a file and hold NaN or infinity."""
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise ArtifactError(
-                f"{file}: {name} holds values that are no numbers. Copy or train the artifact "
-                "again."
-            )
 
 
 def push(model: FirstModel, repo_id: str, **kwargs: Any) -> str:

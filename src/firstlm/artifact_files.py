@@ -13,6 +13,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,32 @@ def read_routers(folder: Path) -> dict[str, torch.Tensor]:
         raise ArtifactError(
             f"{file} cannot be read ({error}). Copy or train the artifact again."
         ) from error
+
+
+def check_routers(tensors: dict[str, torch.Tensor], layers: int, width: int, folder: Path) -> None:
+    """Refuse router tensors that do not fit the model, before anything is changed in it."""
+    wanted = {f"{i}.weight": (width,) for i in range(layers)}
+    wanted |= {f"{i}.bias": () for i in range(layers)}
+    for name, shape in wanted.items():
+        found = tensors.get(name)
+        if found is None or tuple(found.shape) != shape:
+            what = "missing" if found is None else f"of shape {tuple(found.shape)}"
+            raise ArtifactError(f"{folder / ROUTERS_FILE}: {name} is {what}; expected {shape}.")
+    if more := sorted(set(tensors) - set(wanted)):
+        raise ArtifactError(
+            f"{folder / ROUTERS_FILE} has tensors for layers the model lacks: {more}."
+        )
+    check_finite(tensors, folder / ROUTERS_FILE)
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Refuse weights that were read from a file and hold NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ArtifactError(
+                f"{file}: {name} holds values that are no numbers. Copy or train the artifact "
+                "again."
+            )
 
 
 def content_hash(path_or_id: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from torch import nn
 from firstlm import artifact
 from firstlm.baselines import Baseline
 from firstlm.cache import SkipCache, StaticSkipCache, make_cache, take_cache
-from firstlm.config import ENGINES, PREFILL_MODES, UNMEASURED, RouterConfig, check_skip_rate
+from firstlm.choices import Choices
+from firstlm.config import ENGINES, PREFILL_MODES, RouterConfig
 from firstlm.decisions import RoutingState
 from firstlm.engine import DecodeEngine, Engines
 from firstlm.errors import ConfigError
@@ -34,7 +35,7 @@ from firstlm.inputs import (
     refuse_rollback,
     take_prompts,
 )
-from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
+from firstlm.policies import FixedMask, Policy, RunAll
 from firstlm.routers import Routers
 from firstlm.routing import Routing
 from firstlm.thresholds import Thresholds
@@ -244,17 +245,16 @@ class FirstModel(nn.Module):
             self.merged = True
         return self
 
+    @property
+    def choices(self) -> Choices:
+        """The policies that this model knows."""
+        return Choices(
+            self.routers, self.thresholds, self.baseline, self.layer_count, self.free_layers
+        )
+
     def policy_for(self, skip_rate: float | None = None, prefill: str = "skip") -> Policy:
         """Return the policy that meets a wanted skip rate (None: what was trained for)."""
-        if id(self) in _RUN_ALL.get():
-            return RunAll()
-        if skip_rate is not None and check_skip_rate(skip_rate) == 0:
-            return RunAll()
-        if self.baseline is not None:
-            return self.baseline.at(skip_rate)
-        if skip_rate is None:
-            return RouterPolicy(self.routers)
-        return RouterPolicy(self.routers, self.thresholds.offset(skip_rate, prefill))
+        return RunAll() if id(self) in _RUN_ALL.get() else self.choices.at(skip_rate, prefill)
 
     def baseline_for(
         self, name: str, skip_rate: float, prefill: str = "skip", seed: int = 0
@@ -271,17 +271,7 @@ class FirstModel(nn.Module):
         Raises:
             ConfigError: the model lacks what the policy needs.
         """
-        if self.baseline is not None and self.baseline.name == name:
-            return replace(self.baseline, rate=skip_rate)
-        orders = ()
-        if name == "majority":
-            orders = ((skip_rate, tuple(self.thresholds.majority(skip_rate, prefill))),)
-        elif name not in UNMEASURED:
-            raise ConfigError(
-                f"This model knows no order for the policy {name!r}; train LoRA for it with "
-                f"`firstlm train --policy {name}`."
-            )
-        return Baseline(name, self.layer_count, self.free_layers, skip_rate, seed, orders)
+        return self.choices.named(name, skip_rate, prefill, seed)
 
     def new_state(
         self,

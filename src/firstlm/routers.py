@@ -7,7 +7,7 @@ the logit is >= 0. Knows nothing about models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,6 +80,13 @@ class Routers(nn.ModuleList):
         def __iter__(self) -> Iterator[Router]: ...
 
         def __getitem__(self, idx: int) -> Router: ...  # type: ignore[override]
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take the weights of an artifact: `{i}.weight` [width] and `{i}.bias` []."""
+        for i, router in enumerate(self):
+            router.weight.copy_(tensors[f"{i}.weight"])
+            router.bias.copy_(tensors[f"{i}.bias"])
 
     @property
     def untrained(self) -> bool:

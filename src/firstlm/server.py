@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from typing import Any
 
@@ -28,7 +29,6 @@ from firstlm.api import (
     CompletionRequest,
     Failure,
     Form,
-    Options,
     TextSoFar,
     failure,
     usage,
@@ -37,7 +37,6 @@ from firstlm.command_config import ServeConfig
 from firstlm.errors import ConfigError, FirstError
 from firstlm.inputs import kv_token_bytes
 from firstlm.model import FirstModel
-from firstlm.policies import FixedMask, Policy, RunAll
 from firstlm.scheduler import Ask, ClosedError, Piece, QueueFullError, Request, Scheduler
 
 LOG = logging.getLogger("firstlm.server")
@@ -112,31 +111,8 @@ class Server:
         self.metrics = Metrics(self.scheduler)
         base = self.model.plain_base
         self.kv_token_bytes = kv_token_bytes(base.config, base.dtype.itemsize)
-        self._policies: dict[Any, Policy] = {}
-
-    def policy(self, body: Options) -> tuple[Policy | None, float | None]:
-        """Return what decides about a request, and the skip rate that it is asked for."""
-        if body.keep is not None:
-            if body.policy is not None or body.skip_rate is not None:
-                raise ConfigError("keep is a mask of its own; leave out policy and skip_rate.")
-            mask = FixedMask(body.keep)
-            mask.check(self.model.layer_count, self.model.routing.stack.locked)
-            return mask, None
-        if body.policy in (None, "router"):
-            if body.skip_rate == 0:
-                return self._named("run_all", 0.0), None
-            return None, body.skip_rate
-        return self._named(str(body.policy), body.skip_rate or 0.0), None
-
-    def _named(self, name: str, rate: float) -> Policy:
-        key = (name, rate)
-        if key not in self._policies:
-            if len(self._policies) >= 64:  # rates are the client's to choose
-                self._policies.pop(next(iter(self._policies)))
-            self._policies[key] = (
-                RunAll() if name == "run_all" else self.model.baseline_for(name, rate).at()
-            )
-        return self._policies[key]
+        # One object for equal wishes: prompts whose policy is the same one are read together.
+        self.policy = lru_cache(maxsize=64)(self.model.choices.asked)
 
     def prompts(self, body: CompletionRequest | ChatRequest) -> list[list[int]]:
         """Return the token ids of each prompt."""
@@ -167,7 +143,8 @@ class Server:
         """Return what a request asks for: n answers to each prompt."""
         if len(body.stops) > 16:
             raise ConfigError(f"{len(body.stops)} stop texts; at most 16.")
-        policy, rate = self.policy(body)
+        mask = None if body.keep is None else tuple(body.keep)
+        policy = self.policy(body.policy, body.skip_rate, mask, body.prefill)
         longest = body.max_tokens
         logprobs = body.logprobs
         if isinstance(body, ChatRequest):
@@ -181,7 +158,6 @@ class Server:
                 ask = Ask(
                     ids=ids,
                     policy=policy,
-                    skip_rate=rate,
                     prefill=body.prefill,
                     max_new_tokens=longest,
                     temperature=body.temperature,

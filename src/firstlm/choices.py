@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can decide about a prompt, by name and skip rate: an artifact's routers, and baselines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from firstlm import artifact_files
+from firstlm.baselines import Baseline
+from firstlm.config import UNMEASURED, check_skip_rate
+from firstlm.errors import ConfigError
+from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
+from firstlm.routers import Routers
+from firstlm.thresholds import Thresholds
+
+
+@dataclass
+class Choices:
+    """Policies that an artifact knows; needs no model.
+
+    Attributes:
+        routers: the trained routers.
+        thresholds: logit offsets that meet wanted skip rates.
+        baseline: what the artifact has in place of routers, or None.
+        layers: how many layers the model has.
+        free: those that may be skipped.
+    """
+
+    routers: Routers
+    thresholds: Thresholds
+    baseline: Baseline | None
+    layers: int
+    free: tuple[int, ...]
+
+    @classmethod
+    def read(cls, folder: Path, hidden_size: int, locked: frozenset[int] = frozenset()) -> Choices:
+        """Read those of an artifact.
+
+        Args:
+            folder: the artifact.
+            hidden_size: of its base model.
+            locked: layers that always run.
+        """
+        config = artifact_files.read_config(folder)
+        router_config, table, baseline = artifact_files.parse(config, folder)
+        layers, width = config["layers"], router_config.width(hidden_size)
+        routers = Routers(layers, width, reads=router_config.reads)
+        tensors = artifact_files.read_routers(folder)
+        artifact_files.check_routers(tensors, layers, width, folder)
+        routers.fill(tensors)
+        free = tuple(i for i in range(layers) if i not in locked)
+        return cls(routers, Thresholds(table), baseline, layers, free)
+
+    def at(self, skip_rate: float | None = None, prefill: str = "skip") -> Policy:
+        """Return the policy that meets a wanted skip rate (None: what was trained for)."""
+        if skip_rate is not None and check_skip_rate(skip_rate) == 0:
+            return RunAll()
+        if self.baseline is not None:
+            return self.baseline.at(skip_rate)
+        if skip_rate is None:
+            return RouterPolicy(self.routers)
+        return RouterPolicy(self.routers, self.thresholds.offset(skip_rate, prefill))
+
+    def named(self, name: str, skip_rate: float, prefill: str = "skip", seed: int = 0) -> Baseline:
+        """Return a baseline; see `FirstModel.baseline_for`."""
+        if self.baseline is not None and self.baseline.name == name:
+            return replace(self.baseline, rate=skip_rate)
+        orders = ()
+        if name == "majority":
+            orders = ((skip_rate, tuple(self.thresholds.majority(skip_rate, prefill))),)
+        elif name not in UNMEASURED:
+            raise ConfigError(
+                f"This model knows no order for the policy {name!r}; train LoRA for it with "
+                f"`firstlm train --policy {name}`."
+            )
+        return Baseline(name, self.layers, self.free, skip_rate, seed, orders)
+
+    def asked(
+        self,
+        policy: str | None = None,
+        skip_rate: float | None = None,
+        keep: Any = None,
+        prefill: str = "skip",
+    ) -> Policy:
+        """Return what a request asks for.
+
+        Args:
+            policy: "router" (None: that, or what the artifact has in its place), "run_all" or the
+                name of a baseline.
+            skip_rate: share of layers to skip.
+            keep: [layers] of bool, a mask of its own; goes without the others.
+            prefill: prefill mode.
+
+        Raises:
+            ConfigError: the request contradicts itself, or asks for what is not known.
+        """
+        if keep is not None:
+            if policy is not None or skip_rate is not None:
+                raise ConfigError("keep is a mask of its own; leave out policy and skip_rate.")
+            mask = FixedMask(keep)
+            mask.check(self.layers, frozenset(range(self.layers)) - set(self.free))
+            return mask
+        if policy == "run_all":
+            return RunAll()
+        if policy in (None, "router"):
+            return self.at(skip_rate, prefill)
+        return self.named(policy, check_skip_rate(skip_rate or 0.0), prefill).at()
