@@ -25,6 +25,7 @@ from firstlm.engine import DecodeEngine, FastBatch
 from firstlm.errors import ConfigError, UnsupportedModelError
 from firstlm.generate import decode_step, prefill, stream
 from firstlm.packing import pack
+from firstlm.policies import RunAll
 
 NEW = 6
 # Falling back to transformers would make tests of the engine pass.
@@ -379,6 +380,35 @@ def test_a_full_batch_says_so(llama: FirstModel) -> None:
         ours.step(torch.ones(2, dtype=torch.long))
     with pytest.raises(ConfigError, match="full with 32 tokens"):
         ours.step(torch.ones(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("call", range(8))
+def test_a_join_that_fails_leaves_the_rows_that_are_there(
+    llama: FirstModel, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    engine = by_operation(llama)
+
+    def start(length: int, room: int) -> FastBatch:
+        ids, mask = batch((length,))
+        return engine.start(prefill(llama, ids, mask, policy=RunAll()).cache, mask, room)
+
+    calls = iter(range(100))
+    cat = torch.cat
+
+    def failing(*args: Any, **options: Any) -> torch.Tensor:
+        if next(calls) == call:
+            raise RuntimeError("out of memory")
+        return cat(*args, **options)
+
+    ours, untouched, other = start(9, 20), start(9, 20), start(5, 60)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            ours.join([other])
+    assert (ours.kv_bytes, ours.room, ours.count) == (untouched.kv_bytes, untouched.room, 1)
+    for token in range(5, 15):
+        ids = torch.tensor([token])
+        assert torch.equal(ours.step(ids), untouched.step(ids))
 
 
 def resident() -> int:

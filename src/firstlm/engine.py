@@ -304,7 +304,7 @@ class FastBatch:
         self.room = -(-(self.longest + room) // BLOCK) * BLOCK
         self._span = torch.arange(self.room, device=attention_mask.device)
         self._slabs = [None if s is None else self._allocate(s, attention_mask) for s in stored]
-        self._plan()
+        self._order, self._groups = self._plan(self._slabs, self.count)
 
     def _allocate(self, stored: Stored, attention_mask: torch.Tensor) -> Stored:
         """Copy what a layer stored, without padding, into memory with room for more."""
@@ -320,19 +320,27 @@ class FastBatch:
             slabs.append(new)
         return Stored(slabs[0], slabs[1], stored.rows)
 
-    def _plan(self) -> None:
-        """Note in which order layers run, and how rows are gathered for each of them."""
-        every = list(range(self.count))
+    def _plan(
+        self, slabs: Sequence[Stored | None], count: int
+    ) -> tuple[list[tuple[int, Stored, int]], list[torch.Tensor]]:
+        """Return in which order layers run, and how rows are gathered for each of them.
+
+        Returns:
+            (layer, slab, group) of each layer that some row keeps, and the rows of each group;
+            group -1 is all rows.
+        """
+        every = list(range(count))
         known: dict[tuple[int, ...], int] = {}
-        self._order: list[tuple[int, Stored, int]] = []  # layer, slab, group (-1: all rows)
-        for layer, slab in enumerate(self._slabs):
+        order = []
+        for layer, slab in enumerate(slabs):
             if slab is not None:
                 all_ = slab.rows == every
                 group = -1 if all_ else known.setdefault(tuple(slab.rows), len(known))
-                self._order.append((layer, slab, group))
-        self._groups = [torch.tensor(rows, device=self._span.device) for rows in known]
-        for size in {self.count, *map(len, self._groups)} - {0}:
+                order.append((layer, slab, group))
+        groups = [torch.tensor(rows, device=self._span.device) for rows in known]
+        for size in {count, *map(len, groups)} - {0}:
             self.engine.step(size)
+        return order, groups
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only some rows, given in ascending order; what others stored is let go."""
@@ -348,7 +356,7 @@ class FastBatch:
         self.count = len(rows)
         self.lengths = self.lengths[list(rows)]
         self.longest = int(self.lengths.max()) if rows else 0
-        self._plan()
+        self._order, self._groups = self._plan(self._slabs, self.count)
 
     def pick(self, rows: Sequence[int]) -> FastBatch:
         """Return a batch of just some rows, given in ascending order; this one stays as it is."""
@@ -362,23 +370,25 @@ class FastBatch:
         if not others:
             return
         batches = [self, *others]
-        self.room = max(batch.room for batch in batches)
-        self._span = max((batch._span for batch in batches), key=len)
-        for layer in range(len(self._slabs)):
+        room = max(batch.room for batch in batches)
+        # Memory may run out on the way: the rows that are here stay whole until all is there.
+        slabs: list[Stored | None] = []
+        for stored in zip(*(batch._slabs for batch in batches), strict=True):
             rows, found, before = [], [], 0
-            for batch in batches:
-                if slab := batch._slabs[layer]:
+            for batch, slab in zip(batches, stored, strict=True):
+                if slab is not None:
                     rows += [before + row for row in slab.rows]
                     found.append(slab)
                 before += batch.count
-            if found:
-                keys = torch.cat([_with_room(slab.keys, self.room) for slab in found])
-                values = torch.cat([_with_room(slab.values, self.room) for slab in found])
-                self._slabs[layer] = Stored(keys, values, rows)
-        self.lengths = torch.cat([batch.lengths for batch in batches])
+            keys = [_with_room(slab.keys, room) for slab in found]
+            values = [_with_room(slab.values, room) for slab in found]
+            slabs.append(Stored(torch.cat(keys), torch.cat(values), rows) if found else None)
+        lengths = torch.cat([batch.lengths for batch in batches])
+        order, groups = self._plan(slabs, len(lengths))
+        self._slabs, self._order, self._groups = slabs, order, groups
+        self._span = max((batch._span for batch in batches), key=len)
+        self.lengths, self.count, self.room = lengths, len(lengths), room
         self.longest = max(batch.longest for batch in batches)
-        self.count = sum(batch.count for batch in batches)
-        self._plan()
 
     @property
     def layer_calls(self) -> int:
