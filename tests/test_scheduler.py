@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import tiny_routed
 
+import firstlm.scheduler
 from firstlm import FirstModel, FixedMask
 from firstlm.engine import FastBatch
 from firstlm.errors import ConfigError
@@ -203,6 +204,65 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(
     monkeypatch.setattr(FastBatch, "step", step)
     done = Client(scheduler, Ask([5, 6], max_new_tokens=5, eos_token_ids=())).wait()
     assert len(ids_of(done)) == 5
+
+
+def test_a_client_that_raises_is_cancelled_and_no_other(
+    model: FirstModel, scheduler: Scheduler
+) -> None:
+    long = Ask([5, 6, 7], policy=RunAll(), max_new_tokens=300, eos_token_ids=())
+    good = Client(scheduler, long)
+    good.pieces.get(timeout=30)
+    told: list[Piece] = []
+
+    def raising(piece: Piece) -> None:
+        told.append(piece)
+        raise ValueError("a client's bug")
+
+    bad = scheduler.submit(Ask([5], max_new_tokens=50, eos_token_ids=()), raising)
+    assert ids_of(good.wait()) == alone(model, long)[0][1:]
+    assert bad.cancelled
+    assert told[-1].finish == "cancelled"
+    assert len(told) < 5
+    assert scheduler.alive
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_has_died_takes_no_requests(scheduler: Scheduler) -> None:
+    def ending(_: Piece) -> None:
+        raise SystemExit
+
+    scheduler.submit(Ask([5], max_new_tokens=5), ending)
+    scheduler._thread.join(30)
+    with pytest.raises(ClosedError, match="has died"):
+        scheduler.submit(Ask([5]), print)
+
+
+def test_prompts_that_run_are_active_and_closing_ends_them(
+    model: FirstModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    prefill = firstlm.scheduler.prefill
+
+    def held(*args: Any, **options: Any) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        return prefill(*args, **options)
+
+    monkeypatch.setattr(firstlm.scheduler, "prefill", held)
+    scheduler = Scheduler(model, batch_size=2)
+    client = Client(scheduler, Ask([5, 6, 7], max_new_tokens=450, eos_token_ids=()))
+    assert begun.wait(30)
+    assert scheduler.active == 1
+    closing = threading.Thread(target=scheduler.close, args=(0.01,))
+    closing.start()
+    while not client.request.cancelled:
+        time.sleep(0.001)
+        assert closing.is_alive()
+    go_on.set()
+    closing.join(30)
+    pieces = client.wait()
+    assert pieces[-1].finish == "cancelled"
+    assert len(pieces) < 5
 
 
 def test_closing_ends_what_is_there_and_takes_nothing_more(model: FirstModel) -> None:

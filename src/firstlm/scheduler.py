@@ -7,6 +7,7 @@ decoded as soon as there is room, and leaves when it ends or is cancelled. Knows
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -22,13 +23,15 @@ from firstlm.inputs import pad_left
 from firstlm.model import FirstModel
 from firstlm.policies import Policy
 
+LOG = logging.getLogger(__name__)
+
 
 class QueueFullError(FirstError):
     """As many requests wait as may."""
 
 
 class ClosedError(FirstError):
-    """No new requests are taken: the scheduler is being shut down."""
+    """No new requests are taken: the scheduler was closed, or its thread has died."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class Request:
 
     Attributes:
         ask: what it wants.
-        tell: is called with every piece, in the scheduler's thread.
+        tell: is called with every piece, in the scheduler's thread; if it raises, the request is
+            cancelled.
         ends: ids that end the answer.
         keep: [layers] bool, once the prompt has run.
         arrived: when it came, on `time.perf_counter`'s clock.
@@ -147,6 +151,7 @@ class Scheduler:
         self.batch_size, self.queue_size = batch_size, queue_size
         self.engine, self.weights = engine, weights
         self.waiting: deque[Request] = deque()
+        self.starting: list[Request] = []  # whose prompts run now
         self.rows: list[Request] = []  # of the batch, in its order
         self.alone: list[Request] = []  # that no engine decodes
         self._batch: FastBatch | None = None
@@ -165,7 +170,7 @@ class Scheduler:
         Raises:
             ConfigError: it cannot be answered as asked.
             QueueFullError: too many wait.
-            ClosedError: `close` was called.
+            ClosedError: `close` was called, or the thread has died.
         """
         self.check(ask)
         ends = frozenset(end_ids(self.model, ask.eos_token_ids).tolist())
@@ -175,6 +180,8 @@ class Scheduler:
         with self._wake:
             if self._closed:
                 raise ClosedError("The server is shutting down; ask another one.")
+            if not self.alive:
+                raise ClosedError("The thread that answers has died; restart the server.")
             waiting = sum(not other.cancelled for other in self.waiting)
             if waiting >= self.queue_size:
                 raise QueueFullError(f"{waiting} requests wait already; try again later.")
@@ -203,9 +210,18 @@ class Scheduler:
             self._wake.notify()
 
     @property
+    def alive(self) -> bool:
+        """Whether the thread that answers runs."""
+        return self._thread.is_alive()
+
+    @property
     def active(self) -> int:
-        """Requests that are being answered."""
-        return len(self.rows) + len(self.alone)
+        """Requests that are being answered, those whose prompts run now among them."""
+        return len(self._present)
+
+    @property
+    def _present(self) -> set[Request]:
+        return {*self.starting, *self.rows, *self.alone}
 
     @property
     def kv_bytes(self) -> int:
@@ -224,7 +240,7 @@ class Scheduler:
         done = not self._thread.is_alive()
         if not done:
             with self._wake:
-                for request in (*self.waiting, *self.rows, *self.alone):
+                for request in (*self.waiting, *self._present):
                     request.cancelled = True
                 self._wake.notify()
             self._thread.join()
@@ -247,11 +263,12 @@ class Scheduler:
     def _turn(self) -> None:
         """Let go of who left, take who fits, and go one token on."""
         self._drop_cancelled()
-        while (group := self._next_group()) and self.active < self.batch_size:
+        while group := self._next_group():
             try:
                 self._admit(group)
             except Exception as error:
                 self._fail(group, error)
+            self.starting = []
         if self.rows and self._batch is not None:
             last = torch.tensor([r.last for r in self.rows], device=self.model.device)
             going = self._note(self.rows, self._batch.step(last))
@@ -285,6 +302,7 @@ class Scheduler:
                 if not alike:
                     break
                 group.append(self.waiting.popleft())
+            self.starting = group
         return group
 
     def _admit(self, group: list[Request]) -> None:
@@ -359,14 +377,21 @@ class Scheduler:
             if finish:
                 self._end(request, piece)
             else:
-                request.tell(piece)
+                self._tell(request, piece)
                 going.append(row)
         return going
 
     def _end(self, request: Request, piece: Piece) -> None:
         request.finished = time.perf_counter()
         request.decoding = None
-        request.tell(piece)
+        self._tell(request, piece)
+
+    def _tell(self, request: Request, piece: Piece) -> None:
+        try:
+            request.tell(piece)
+        except Exception:  # a client's fault is no other's
+            LOG.exception("A request is cancelled, because its tell raised")
+            request.cancelled = True
 
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         for request in requests:
