@@ -26,6 +26,7 @@ from conftest import make_byte_tokenizer, tiny_llama
 from firstlm import FirstModel, FixedMask
 from firstlm.command_config import ServeConfig
 from firstlm.policies import RunAll
+from firstlm.pretrained import load_base
 from firstlm.scheduler import Scheduler
 
 openai = pytest.importorskip("openai", reason="pip install 'firstlm[dev]'")
@@ -287,6 +288,25 @@ def test_answers_that_take_too_long_are_ended() -> None:
         one.close()
 
 
+def test_answers_that_the_end_cuts_off_get_503() -> None:
+    one = Running(batch_size=1)
+    try:
+        body = {"prompt": "a", "n": 16, "max_tokens": 400, "temperature": 0, "policy": "run_all"}
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            whole = pool.submit(one.post, **body)
+            stream = pool.submit(one.post, **body, stream=True)
+            while len(one.scheduler.waiting) < 31:
+                time.sleep(0.001)
+            one.scheduler.close(0.01)
+            assert whole.result().status_code == 503
+            assert "shut down" in whole.result().json()["error"]["message"]
+            assert "status_503" in stream.result().text
+        assert httpx.get(f"{one.url}/health").status_code == 503
+        assert one.post(prompt="a").status_code == 503
+    finally:
+        one.close()
+
+
 @pytest.mark.skipif(not PROGRAM, reason="no Chromium is installed")
 def test_the_page_shows_both_answers_and_which_layers_ran(running: Running, tmp_path: Path) -> None:
     browser = Browser(tmp_path / "profile")
@@ -363,46 +383,75 @@ def test_many_clients_with_other_masks_get_their_own_answers(running: Running) -
         list(pool.map(ask, range(96)))
 
 
-def test_sigterm_lets_answers_finish_and_sends_others_away(tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path / "base")
-    make_byte_tokenizer().save_pretrained(tmp_path / "base")
-    from firstlm.pretrained import load_base
+class Serving:
+    """`firstlm serve` in a process of its own."""
 
-    base, tokenizer = load_base(str(tmp_path / "base"))
-    FirstModel.from_base(base, tokenizer=tokenizer).save_pretrained(str(tmp_path / "artifact"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["serve", str(tmp_path / "artifact"), "--model", str(tmp_path / "base")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "firstlm", *words, "--port", str(port), "--batch-size", "2"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
+    def __init__(self, folder: Path, *words: str) -> None:
+        tiny_llama().save_pretrained(folder / "base")
+        make_byte_tokenizer().save_pretrained(folder / "base")
+        base, tokenizer = load_base(str(folder / "base"))
+        FirstModel.from_base(base, tokenizer=tokenizer).save_pretrained(str(folder / "artifact"))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "firstlm", "serve", str(folder / "artifact"), *words]
+        self.process = subprocess.Popen(
+            [*command, "--model", str(folder / "base"), "--port", str(port)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self.url = f"http://127.0.0.1:{port}"
+
+    def __enter__(self) -> Serving:
+        """Wait until it answers."""
         for _ in range(600):
             try:
-                assert httpx.get(f"{url}/health").status_code == 200
-                break
+                assert self.health() == 200
+                return self
             except httpx.TransportError:
-                assert process.poll() is None
+                assert self.process.poll() is None
                 time.sleep(0.1)
+        raise AssertionError("it never answered")
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+
+    def health(self) -> int:
+        return httpx.get(f"{self.url}/health").status_code
+
+    def stream(self) -> Any:
         body = {"prompt": "a", "n": 16, "max_tokens": 400, "temperature": 0, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        return httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=60)
+
+    def terminate(self) -> None:
+        """Send SIGTERM, and wait until it was heard."""
+        self.process.send_signal(signal.SIGTERM)
+        while self.health() == 200:
+            time.sleep(0.01)
+
+
+def test_sigterm_lets_answers_finish_and_sends_others_away(tmp_path: Path) -> None:
+    with Serving(tmp_path, "--batch-size", "2") as one:
+        with one.stream() as response:
             lines = response.iter_lines()
             next(lines)
-            process.send_signal(signal.SIGTERM)
-            while httpx.get(f"{url}/health").status_code == 200:
-                time.sleep(0.01)
-            refused = httpx.post(f"{url}/v1/completions", json={"prompt": "b"}, timeout=10)
+            one.terminate()
+            refused = httpx.post(f"{one.url}/v1/completions", json={"prompt": "b"}, timeout=10)
             assert refused.status_code == 503
             rest = [line.removeprefix("data: ") for line in lines if line]
         assert rest[-1] == "[DONE]"
         assert json.loads(rest[-2])["choices"][0]["finish_reason"] in ("length", "stop")
-        assert process.wait(20) == 0
-        log = [json.loads(line) for line in process.stderr if line.startswith("{")]
+        assert one.process.wait(20) == 0
+        log = [json.loads(line) for line in one.process.stderr if line.startswith("{")]
         assert {"closing", "answer"} <= {line["event"] for line in log}
-    finally:
-        process.kill()
+
+
+def test_a_second_signal_ends_all_at_once(tmp_path: Path) -> None:
+    words = ["--engine", "hf", "--batch-size", "1", "--grace", "50"]
+    with Serving(tmp_path, *words) as one, one.stream() as response:
+        lines = response.iter_lines()  # kept: without it the stream would be closed
+        next(lines)
+        one.terminate()
+        one.process.send_signal(signal.SIGTERM)
+        assert one.process.wait(5) == 0

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -49,13 +50,15 @@ def run(options: ServeConfig) -> int:
     server = Server(model, scheduler, options, name)
 
     class Draining(uvicorn.Server):
-        """At the first signal lets running answers finish while new requests get 503."""
+        """At the first signal lets answers finish while new requests get 503; not at the second."""
 
         drain: asyncio.Task[None] | None = None
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             if server.closing:
-                super().handle_exit(sig, frame)
+                # Joins the thread that answers, so it may not run in this one.
+                threading.Thread(target=scheduler.close, args=(0,), daemon=True).start()
+                self.should_exit = self.force_exit = True
                 return
             server.closing = True
             LOG.info("closing", extra={"fields": {"active": scheduler.active}})

@@ -231,6 +231,8 @@ class Server:
                     continue
                 if piece.finish == "error":
                     raise HTTPException(500, piece.error)
+                if piece.finish == "cancelled":  # not by us: we read no more of what we cancel
+                    raise HTTPException(503, "The server has shut down amid this answer.")
                 # The token that ends an answer is no part of it.
                 token = None if piece.finish == "stop" else piece.token
                 new = answer.text.add(token, piece.finish is not None)
@@ -339,8 +341,8 @@ def create_app(server: Server) -> FastAPI:
     @app.get("/health", responses={503: FAILURES[503]})
     async def health() -> JSONResponse:
         """Say whether new requests are taken."""
-        status = {"status": "closing" if server.closing else "ok"}
-        return JSONResponse(status, 503 if server.closing else 200)
+        status = "closing" if server.closing else "ok" if server.scheduler.alive else "dead"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics", response_class=Response, responses={401: FAILURES[401]})
     async def metrics() -> Response:
