@@ -178,6 +178,13 @@ def test_pick_takes_the_likeliest_tokens_that_make_up_the_share():
     assert colder[0] == pytest.approx(0.25 / 0.365, abs=0.03)
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-38, 1e-6, 1e-4])
+def test_next_to_no_temperature_takes_the_likeliest_token(temperature: float) -> None:
+    logits = torch.tensor([[1e3, 1.0, -1e3], [-1e3, -30.0, -2e3]])
+    for top_p in (1.0, 0.5):
+        assert pick(logits, temperature, top_p).tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(
     "wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"prefill": "half"}]
 )

@@ -23,6 +23,8 @@ from firstlm.inputs import pad_on_the_left, position_ids, take_prompts
 from firstlm.model import FirstModel
 from firstlm.policies import Policy
 
+COLDEST = 1e-6  # temperatures below it take the likeliest token
+
 
 @dataclass
 class Decoding:
@@ -232,9 +234,11 @@ def pick(
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Choose one token [batch] from logits [batch, vocab]."""
-    if temperature == 0:
+    if temperature < COLDEST:
         return logits.argmax(-1)
-    shares = (logits.float() / temperature).softmax(-1)
+    logits = logits.float()
+    # Of quotients that are too large softmax makes NaN, so none is above 0.
+    shares = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = shares.sort(-1, descending=True)
         # A token stays if those before it do not make up the share yet; so the first always does.

@@ -194,6 +194,11 @@ class Scheduler:
         if not len(ask.ids):
             raise ConfigError("The prompt has no tokens; expected one or more.")
         check_sampling(ask.max_new_tokens, ask.temperature, ask.top_p)
+        vocab = self.model.config.get_text_config(decoder=True).vocab_size
+        if min(ask.ids) < 0 or max(ask.ids) >= vocab:
+            raise ConfigError(f"The prompt has a token id outside 0 to {vocab - 1}.")
+        if ask.logprobs is not None and not 0 <= ask.logprobs <= vocab:
+            raise ConfigError(f"logprobs is {ask.logprobs}; expected 0 to {vocab}, or None.")
         longest = self.model.context_length
         if longest is not None and len(ask.ids) + ask.max_new_tokens > longest:
             raise ConfigError(
