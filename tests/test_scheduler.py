@@ -8,15 +8,17 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import families
 import pytest
 import torch
-from conftest import tiny_routed
+from conftest import tiny_llama, tiny_routed
 
 import firstlm.scheduler
 from firstlm import FirstModel, FixedMask
+from firstlm.baselines import Baseline
 from firstlm.engine import FastBatch
 from firstlm.errors import ConfigError
 from firstlm.generate import stream
@@ -289,9 +291,107 @@ def test_closing_ends_what_is_there_and_takes_nothing_more(model: FirstModel) ->
 
 def test_models_without_a_fast_engine_are_answered_side_by_side() -> None:
     first = FirstModel.from_base(families.make_model("bloom"))
-    scheduler = Scheduler(first, batch_size=3, engine="hf")
+    with pytest.warns(UserWarning, match="engine='hf' instead"):
+        scheduler = Scheduler(first, batch_size=3)
     asks = [Ask([5 + i, 6, 7], max_new_tokens=6, eos_token_ids=()) for i in range(5)]
     clients = [Client(scheduler, ask) for ask in asks]
     found = [ids_of(client.wait()) for client in clients]
     scheduler.close()
     assert found == [alone(first, ask)[0] for ask in asks]
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode_step"])
+def test_one_that_fails_side_by_side_ends_no_other(
+    model: FirstModel, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    sizes: list[int] = []
+    prefill, step = firstlm.scheduler.prefill, firstlm.scheduler.decode_step
+
+    def watched(model: FirstModel, ids: torch.Tensor, *args: Any, **options: Any) -> Any:
+        sizes.append(len(ids))
+        if where == "prefill" and 99 in ids:
+            raise RuntimeError("out of memory")
+        return prefill(model, ids, *args, **options)
+
+    def stepping(model: FirstModel, decoding: Any, last: torch.Tensor) -> torch.Tensor:
+        if where == "decode_step" and decoding is bad.request.decoding:
+            raise RuntimeError("out of memory")
+        return step(model, decoding, last)
+
+    monkeypatch.setattr(firstlm.scheduler, "prefill", watched)
+    monkeypatch.setattr(firstlm.scheduler, "decode_step", stepping)
+    scheduler = Scheduler(model, batch_size=4, engine="hf")
+    policy = RunAll()
+    asks = [
+        Ask(ids, policy=policy, max_new_tokens=30, eos_token_ids=()) for ids in ([5, 6], [7], [8])
+    ]
+    with scheduler._wake:  # so that all are there when it looks
+        good = [Client(scheduler, ask) for ask in asks[:2]]
+        bad = Client(scheduler, Ask([99], policy=policy, max_new_tokens=30, eos_token_ids=()))
+        good.append(Client(scheduler, asks[2]))
+    assert bad.wait()[-1].error == "RuntimeError: out of memory"
+    assert [ids_of(client.wait()) for client in good] == [alone(model, ask)[0] for ask in asks]
+    assert sizes == [1, 1, 1, 1]  # no prompt runs twice
+    assert scheduler.close(10)
+
+
+def test_rows_that_are_decoded_do_not_wait_for_all_that_come(
+    model: FirstModel, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[str] = []
+    prefill, step = firstlm.scheduler.prefill, FastBatch.step
+
+    def starting(*args: Any, **options: Any) -> Any:
+        turns.append("prompts")
+        return prefill(*args, **options)
+
+    def stepping(batch: FastBatch, ids: torch.Tensor) -> torch.Tensor:
+        turns.append("step")
+        return step(batch, ids)
+
+    monkeypatch.setattr(firstlm.scheduler, "prefill", starting)
+    monkeypatch.setattr(FastBatch, "step", stepping)
+    with scheduler._wake:
+        row = Client(scheduler, Ask([5, 6], max_new_tokens=40, eos_token_ids=()))
+        short = [Client(scheduler, Ask([5, 6], max_new_tokens=1)) for _ in range(30)]
+    for client in (row, *short):
+        client.wait()
+    assert turns.count("prompts") >= 10
+    assert "prompts prompts" not in " ".join(turns)
+
+
+def test_a_long_prompt_pads_no_crowd_of_short_ones(
+    model: FirstModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    prefill = firstlm.scheduler.prefill
+
+    def watched(model: FirstModel, ids: torch.Tensor, *args: Any, **options: Any) -> Any:
+        shapes.append(tuple(ids.shape))
+        return prefill(model, ids, *args, **options)
+
+    monkeypatch.setattr(firstlm.scheduler, "prefill", watched)
+    monkeypatch.setattr(firstlm.scheduler, "GROUP_TOKENS", 64)
+    scheduler = Scheduler(model, batch_size=16)
+    lengths = [5, 6, 5, 100, 5, 5, 20, 20, 20, 20]
+    with scheduler._wake:
+        clients = [Client(scheduler, Ask([7] * n, max_new_tokens=9)) for n in lengths]
+    for client in clients:
+        client.wait()
+    scheduler.close()
+    assert shapes == [(3, 6), (1, 100), (3, 20), (3, 20)]
+
+
+def test_policies_that_let_layers_go_are_answered_side_by_side() -> None:
+    policy = Baseline("skip_decode", 4, (0, 1, 2, 3), 0.25, answers=(0, 1, 2, 3))
+    first = FirstModel.from_base(tiny_llama())
+    ask = Ask([5, 6, 7], max_new_tokens=6, eos_token_ids=())
+    stepped = replace(ask, policy=policy.at())
+    fast = Scheduler(first, batch_size=2)
+    with pytest.raises(ConfigError, match="engine='hf'"):
+        fast.submit(stepped, print)
+    fast.close()
+    first.baseline = policy
+    scheduler = Scheduler(first, batch_size=2)
+    assert ids_of(Client(scheduler, ask).wait()) == alone(first, ask)[0] == alone(first, stepped)[0]
+    scheduler.close()

@@ -21,9 +21,10 @@ from firstlm.errors import ConfigError, FirstError
 from firstlm.generate import Decoding, check_sampling, decode_step, end_ids, pick, prefill
 from firstlm.inputs import pad_left
 from firstlm.model import FirstModel
-from firstlm.policies import Policy
+from firstlm.policies import Policy, SteppedPolicy
 
 LOG = logging.getLogger(__name__)
+GROUP_TOKENS = 4096  # of prompts that run together, padding among them
 
 
 class QueueFullError(FirstError):
@@ -128,8 +129,8 @@ class Scheduler:
         model: a routed model; nothing else may use it meanwhile.
         batch_size: rows that are decoded together.
         queue_size: requests that may wait.
-        engine: "fast" or "hf"; without the fast engine requests are answered side by side, each by
-            itself.
+        engine: "fast" or "hf"; without the fast engine, or where the artifact's policy lets layers
+            go with each step, requests are answered side by side, each by itself.
         weights: number format of "fast".
     """
 
@@ -145,8 +146,10 @@ class Scheduler:
             raise ConfigError(
                 f"batch_size is {batch_size} and queue_size {queue_size}; expected 1 or more each."
             )
+        if isinstance(model.policy_for(), SteppedPolicy):
+            engine = "hf"  # the fast one knows masks for whole answers only
         # Nothing else may use the model while an engine is made, so it is made now.
-        model.engine_for(engine, weights, max(batch_size, 2))
+        self._fast = model.engine_for(engine, weights, max(batch_size, 2)) is not None
         self.model = model
         self.batch_size, self.queue_size = batch_size, queue_size
         self.engine, self.weights = engine, weights
@@ -206,7 +209,11 @@ class Scheduler:
                 f"for; the model takes {longest} in all."
             )
         one = torch.ones(1, 1, dtype=torch.long)
-        self.model.new_state(one, ask.policy, ask.skip_rate, ask.prefill, input_ids=one)
+        state = self.model.new_state(one, ask.policy, ask.skip_rate, ask.prefill, input_ids=one)
+        if state.stepped and self._fast:
+            raise ConfigError(
+                "A policy that lets layers go with each step needs a scheduler with engine='hf'."
+            )
 
     def cancel(self, request: Request) -> None:
         """Let a request go; one that has ended stays as it is."""
@@ -268,7 +275,8 @@ class Scheduler:
     def _turn(self) -> None:
         """Let go of who left, take who fits, and go one token on."""
         self._drop_cancelled()
-        while group := self._next_group():
+        # One group a turn: those that are being decoded shall not wait for all that come.
+        if group := self._next_group():
             try:
                 self._admit(group)
             except Exception as error:
@@ -281,7 +289,12 @@ class Scheduler:
         for request in list(self.alone):
             assert request.decoding is not None
             last = torch.tensor([request.last], device=self.model.device)
-            if not self._note([request], decode_step(self.model, request.decoding, last)):
+            try:
+                going = self._note([request], decode_step(self.model, request.decoding, last))
+            except Exception as error:
+                self._fail([request], error)
+                going = []
+            if not going:
                 self.alone.remove(request)
 
     def _drop_cancelled(self) -> None:
@@ -296,15 +309,20 @@ class Scheduler:
     def _next_group(self) -> list[Request]:
         """Take those that came first and want the same of their prompts, as many as fit."""
         group: list[Request] = []
+        longest = 0
         with self._wake:
             room = self.batch_size - self.active
-            while self.waiting and len(group) < room:
+            # Rows that end cannot leave where no engine decodes, so each starts by itself.
+            most = room if self._fast else min(room, 1)
+            while self.waiting and len(group) < most:
                 ask, other = self.waiting[0].ask, group[0].ask if group else None
                 alike = other is None or (
                     ask.policy is other.policy
                     and (ask.skip_rate, ask.prefill) == (other.skip_rate, other.prefill)
                 )
-                if not alike:
+                longest = max(longest, len(ask.ids))
+                small = (len(group) + 1) * longest <= GROUP_TOKENS
+                if not alike or (group and not small):
                     break
                 group.append(self.waiting.popleft())
             self.starting = group
@@ -331,11 +349,8 @@ class Scheduler:
         )
         for request, keep in zip(group, decoding.state.keep, strict=True):
             request.keep = keep
-        if decoding.cache.engine is None:
-            if len(group) > 1:  # each for itself: rows that end cannot leave
-                for request in group:
-                    self._admit([request])
-            elif self._note(group, decoding.logits):
+        if not self._fast:
+            if self._note(group, decoding.logits):
                 group[0].decoding = decoding
                 self.alone.append(group[0])
             return
