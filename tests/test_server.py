@@ -7,6 +7,7 @@ import asyncio
 import concurrent.futures
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -27,11 +28,11 @@ from firstlm import FirstModel, FixedMask
 from firstlm.command_config import ServeConfig
 from firstlm.policies import RunAll
 from firstlm.pretrained import load_base
-from firstlm.scheduler import Scheduler
+from firstlm.scheduler import Ask, Piece, Request, Scheduler
 
 openai = pytest.importorskip("openai", reason="pip install 'firstlm[dev]'")
 uvicorn = pytest.importorskip("uvicorn", reason="pip install 'firstlm[serve]'")
-from firstlm.api import TextSoFar  # noqa: E402
+from firstlm.api import Answer, Form, TextSoFar  # noqa: E402
 from firstlm.server import Server, create_app  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -189,6 +190,75 @@ def test_text_that_may_still_change_is_held_back() -> None:
     ids = tokenizer("xstop", add_special_tokens=False)["input_ids"]
     assert [held.add(token, False) for token in ids] == ["x", "", "", "", ""]
     assert held.stopped
+
+
+def test_text_is_that_of_all_tokens_and_each_is_decoded_but_a_few_times() -> None:
+    tokenizer = make_byte_tokenizer()
+    decoded: list[int] = []
+
+    class Watched:
+        def decode(self, ids: list[int], **options: Any) -> str:
+            decoded.append(len(ids))
+            return tokenizer.decode(ids, **options)
+
+    rng = random.Random(0)
+    letters = tokenizer("häuser €5 und 木, " * 40, add_special_tokens=False)["input_ids"]
+    for ids in ([rng.randrange(259) for _ in range(400)], letters):
+        text = TextSoFar(Watched(), [])
+        told = "".join(text.add(token, False) for token in ids) + text.add(None, True)
+        assert told == text.text == tokenizer.decode(ids, skip_special_tokens=True)
+    assert max(decoded[-2 * len(letters) :]) < 8
+
+
+def answer_of(ids: list[int], stops: list[str], tokenizer: Any) -> tuple[Answer, list[int], str]:
+    """Return an answer of these tokens, and the offsets and the text that its stream tells."""
+    request = Request(Ask([5, 6]), print, frozenset(), count=len(ids) + 7)  # it runs ahead
+    answer = Answer(0, request, TextSoFar(tokenizer, stops), 1)
+    form = Form(False, "tiny", tokenizer)
+    offsets, text = [], ""
+    for place, token in enumerate(ids):
+        new = answer.take(Piece(token, "length" if place == len(ids) - 1 else None, -1.0))
+        if new or answer.finish:
+            choice = form.part(answer, new)["choices"][0]
+            offsets += (choice["logprobs"] or {"text_offset": []})["text_offset"]
+            text += choice["text"]
+        if answer.finish:
+            break
+    return answer, offsets, text
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "offsets"),
+    [
+        ("éa€b", [], [0, 0, 1, 2, 2, 2, 3]),
+        ("xabd", ["bc"], [0, 1, 3]),
+        ("xabcd", ["bc"], [0, 1, 2]),
+        ("qaaab", ["aab"], [0, 1, 2, 2]),
+    ],
+)
+def test_offsets_say_where_each_token_begins(
+    text: str, stops: list[str], offsets: list[int]
+) -> None:
+    tokenizer = make_byte_tokenizer(merges=[("a", "b")])
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    answer, streamed, told = answer_of(ids, stops, tokenizer)
+    whole = Form(False, "tiny", tokenizer).whole([answer], 2)
+    choice = whole["choices"][0]
+    assert choice["logprobs"]["text_offset"] == streamed == offsets
+    assert told == choice["text"]
+
+
+def test_what_runs_ahead_of_a_stop_text_is_not_counted() -> None:
+    tokenizer = make_byte_tokenizer()
+    ids = tokenizer("xstops", add_special_tokens=False)["input_ids"]
+    answer, _, _ = answer_of(ids, ["stop"], tokenizer)
+    answer.request.keep = torch.tensor([True, False])
+    answer.request.first = answer.ended - 1
+    whole = Form(False, "tiny", tokenizer).whole([answer], 2)
+    assert whole["usage"]["completion_tokens"] == len(answer.pieces) == 5
+    about = whole["choices"][0]["firstlm"]
+    assert about["kv_bytes"] == 2 + 5
+    assert about["tpot_ms"] == pytest.approx(250)
 
 
 @pytest.mark.parametrize(

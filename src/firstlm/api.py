@@ -6,7 +6,7 @@ Text and JSON only; `server` connects them with the scheduler.
 
 from __future__ import annotations
 
-import itertools
+import bisect
 import time
 import uuid
 from collections.abc import Sequence
@@ -91,29 +91,50 @@ class TextSoFar:
     Args:
         tokenizer: decodes.
         stops: texts that end the answer, and are no part of it.
+
+    Attributes:
+        text: of all tokens so far, up to a stop.
+        offsets: how many characters of it come before each token.
+        told: how many characters were told.
+        stopped: whether a stop has come.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
         self.tokenizer, self.stops = tokenizer, stops
         self.ids: list[int] = []
         self.text = ""
+        self.offsets: list[int] = []
         self.told = 0
         self.stopped = False
+        self._settled = 0  # characters that no later token changes
+        self._from, self._to = 0, 0  # tokens: the last that made some, and those after them
 
     def add(self, token: int | None, last: bool) -> str:
         """Take a token, or the end; returns text that is certain and was not told yet."""
         if token is not None:
             self.ids.append(token)
-            self.text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        found = [place for stop in self.stops if (place := self.text.find(stop, 0)) >= 0]
+            self.offsets.append(self._settled)
+            self._decode()
+        # No stop begins in what was told: what may become one is held back.
+        found = [place for stop in self.stops if (place := self.text.find(stop, self.told)) >= 0]
         if found:
             self.text, self.stopped = self.text[: min(found)], True
+            self.offsets = [min(offset, len(self.text)) for offset in self.offsets]
         end = len(self.text)
         if not (last or self.stopped):
             end -= self._uncertain()
         new = self.text[self.told : end]
         self.told = max(self.told, end)
         return new
+
+    def _decode(self) -> None:
+        """Add what the last token says; the tokens before it say whether a space comes first."""
+        known = self.tokenizer.decode(self.ids[self._from : self._to], skip_special_tokens=True)
+        found = self.tokenizer.decode(self.ids[self._from :], skip_special_tokens=True)
+        self.text = self.text[: self._settled] + found[len(known) :]
+        if len(found) > len(known) and not found.endswith("\ufffd"):
+            self._settled = len(self.text)
+            self._from, self._to = self._to, len(self.ids)
 
     def _uncertain(self) -> int:
         """Return how many characters at the end may turn into others, or into a stop."""
@@ -129,15 +150,50 @@ class TextSoFar:
 
 @dataclass
 class Answer:
-    """One choice of a response while it comes."""
+    """One choice of a response while it comes.
+
+    Attributes:
+        index: of the choice.
+        request: whose tokens these are; it may be some tokens ahead.
+        text: of the answer.
+        kv_token_bytes: bytes that a layer stores of a token.
+        pieces: its tokens, without the one that ended it.
+        shown: how many of them a stream has told.
+        count: tokens so far, with the one that ended it.
+        finish: how it ended; None while it goes on.
+        ended: when, on `time.perf_counter`'s clock.
+    """
 
     index: int
     request: Request
     text: TextSoFar
-    kv_token_bytes: int  # of a layer
-    begun: bool = False
+    kv_token_bytes: int
     pieces: list[Piece] = field(default_factory=list)
+    shown: int = 0
+    begun: bool = False
+    count: int = 0
     finish: str | None = None
+    ended: float | None = None
+
+    def take(self, piece: Piece) -> str:
+        """Take a piece; returns text that is certain and was not told yet."""
+        # The token that ends an answer is no part of it.
+        token = None if piece.finish == "stop" else piece.token
+        new = self.text.add(token, piece.finish is not None)
+        self.count += piece.token is not None
+        if token is not None:
+            self.pieces.append(piece)
+        self.finish = "stop" if self.text.stopped else piece.finish
+        if self.finish:
+            self.ended = self.request.finished or time.perf_counter()
+        return new
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds a token after the first, of an answer that ended with two or more."""
+        if self.ended is None or self.request.first is None or self.count < 2:
+            return None
+        return (self.ended - self.request.first) / (self.count - 1)
 
     def about(self) -> dict[str, Any]:
         """Return what we tell beyond OpenAI's form."""
@@ -149,9 +205,9 @@ class Answer:
             "skip_rate": None if keep is None else 1 - float(keep.float().mean()),
             "kv_bytes": None
             if keep is None
-            else int(keep.sum()) * (len(request.ask.ids) + request.count) * self.kv_token_bytes,
+            else int(keep.sum()) * (len(request.ask.ids) + self.count) * self.kv_token_bytes,
             "ttft_ms": None if first is None else 1e3 * first,
-            "tpot_ms": None if request.tpot is None else 1e3 * request.tpot,
+            "tpot_ms": None if self.tpot is None else 1e3 * self.tpot,
         }
 
 
@@ -197,14 +253,17 @@ class Form:
         choice = {"index": answer.index, "delta": delta, "finish_reason": None}
         return {**self.head(part=True), "choices": [choice]}
 
-    def part(self, answer: Answer, text: str, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """Return a chunk of a stream."""
+    def part(self, answer: Answer, text: str) -> dict[str, Any]:
+        """Return a chunk of a stream: text, and the tokens that begin in it or before."""
         choice: dict[str, Any] = {"index": answer.index, "finish_reason": answer.finish}
         if self.chat:
             choice["delta"] = {"content": text} if text or not answer.finish else {}
         else:
             choice["text"] = text
-        choice["logprobs"] = self.logprobs(pieces, answer.text.told - len(text))
+        offsets, told = answer.text.offsets, answer.text.told
+        end = len(offsets) if answer.finish else bisect.bisect_left(offsets, told)
+        choice["logprobs"] = self.logprobs(answer, answer.shown, end)
+        answer.shown = end
         # Layers are known from the first chunk on, times at the last.
         more = {} if answer.begun and not answer.finish else {"firstlm": answer.about()}
         answer.begun = True
@@ -220,24 +279,19 @@ class Form:
                 choice["message"] = {"role": "assistant", "content": text}
             else:
                 choice["text"] = text
-            choice["logprobs"] = self.logprobs(answer.pieces)
+            choice["logprobs"] = self.logprobs(answer, 0, len(answer.pieces))
             choices.append(choice | {"firstlm": answer.about()})
-        tokens = sum(answer.request.count for answer in answers)
+        tokens = sum(answer.count for answer in answers)
         return {
             **self.head(part=False),
             "choices": choices,
             "usage": usage(prompt_tokens, tokens),
         }
 
-    def logprobs(self, pieces: Sequence[Piece], start: int = 0) -> dict[str, Any] | None:
-        """Return log probabilities, or None where none were asked for.
-
-        Args:
-            pieces: with the tokens that are told.
-            start: where their text begins in the answer.
-        """
-        told = [piece for piece in pieces if piece.token is not None and piece.logprob is not None]
-        if not told:
+    def logprobs(self, answer: Answer, start: int, end: int) -> dict[str, Any] | None:
+        """Return log probabilities of some of an answer's tokens, or None where none are known."""
+        told = answer.pieces[start:end]
+        if not told or told[0].logprob is None:
             return None
         if self.chat:
             return {
@@ -250,16 +304,14 @@ class Form:
                 ],
                 "refusal": None,
             }
-        tokens = [self.tokenizer.decode([piece.token]) for piece in told]
-        ends = itertools.accumulate(map(len, tokens), initial=start)
         return {
-            "tokens": tokens,
+            "tokens": [self.tokenizer.decode([piece.token]) for piece in told],
             "token_logprobs": [piece.logprob for piece in told],
             "top_logprobs": [
                 {self.tokenizer.decode([token]): value for token, value in piece.top}
                 for piece in told
             ],
-            "text_offset": list(ends)[:-1],
+            "text_offset": answer.text.offsets[start:end],
         }
 
     def _token(self, token: Any, value: Any) -> dict[str, Any]:

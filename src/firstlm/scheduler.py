@@ -114,13 +114,6 @@ class Request:
     generator: torch.Generator | None = None
     decoding: Decoding | None = None  # where no fast engine decodes
 
-    @property
-    def tpot(self) -> float | None:
-        """Seconds a token after the first, of an answer that ended with two or more."""
-        if self.finished is None or self.first is None or self.count < 2:
-            return None
-        return (self.finished - self.first) / (self.count - 1)
-
 
 class Scheduler:
     """Answers requests in a thread of its own.
@@ -132,6 +125,9 @@ class Scheduler:
         engine: "fast" or "hf"; without the fast engine, or where the artifact's policy lets layers
             go with each step, requests are answered side by side, each by itself.
         weights: number format of "fast".
+
+    Attributes:
+        tokens: of all requests so far, told or not.
     """
 
     def __init__(
@@ -157,6 +153,7 @@ class Scheduler:
         self.starting: list[Request] = []  # whose prompts run now
         self.rows: list[Request] = []  # of the batch, in its order
         self.alone: list[Request] = []  # that no engine decodes
+        self.tokens = 0
         self._batch: FastBatch | None = None
         self._wake = threading.Condition()
         self._closed = False
@@ -386,6 +383,7 @@ class Scheduler:
                 token = int(pick(one, ask.temperature, ask.top_p, request.generator))
             request.last = token
             request.count += 1
+            self.tokens += 1
             if request.first is None:
                 request.first = time.perf_counter()
             finish = None

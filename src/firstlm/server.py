@@ -37,7 +37,7 @@ from firstlm.command_config import ServeConfig
 from firstlm.errors import ConfigError, FirstError
 from firstlm.inputs import kv_token_bytes
 from firstlm.model import FirstModel
-from firstlm.scheduler import Ask, ClosedError, Piece, QueueFullError, Request, Scheduler
+from firstlm.scheduler import Ask, ClosedError, Piece, QueueFullError, Scheduler
 
 LOG = logging.getLogger("firstlm.server")
 RETRY_AFTER = 1  # seconds
@@ -86,13 +86,14 @@ class Metrics:
         ):
             Gauge(name, text, **more).set_function(read)
 
-    def ended(self, request: Request) -> None:
+    def ended(self, answer: Answer) -> None:
         """Count an answer that ended."""
-        self.tokens.inc(request.count)
+        request = answer.request
+        self.tokens.inc(answer.count)
         if request.first is not None:
             self.ttft.observe(request.first - request.arrived)
-        if request.tpot is not None:
-            self.tpot.observe(request.tpot)
+        if answer.tpot is not None:
+            self.tpot.observe(answer.tpot)
         if request.keep is not None:
             self.skip_rate.observe(1 - float(request.keep.float().mean()))
 
@@ -208,10 +209,9 @@ class Server:
 
     async def _parts(
         self, answers: Sequence[Answer], arrived: asyncio.Queue[tuple[int, Piece]]
-    ) -> AsyncIterator[tuple[Answer, str, list[Piece]]]:
+    ) -> AsyncIterator[tuple[Answer, str]]:
         """Yield text as it is certain, until all answers have ended."""
         until = time.monotonic() + self.options.timeout
-        pending: dict[int, list[Piece]] = {answer.index: [] for answer in answers}
         try:
             while any(answer.finish is None for answer in answers):
                 left = until - time.monotonic()
@@ -228,34 +228,24 @@ class Server:
                     raise HTTPException(500, piece.error)
                 if piece.finish == "cancelled":  # not by us: we read no more of what we cancel
                     raise HTTPException(503, "The server has shut down amid this answer.")
-                # The token that ends an answer is no part of it.
-                token = None if piece.finish == "stop" else piece.token
-                new = answer.text.add(token, piece.finish is not None)
-                if token is not None:
-                    answer.pieces.append(piece)
-                    pending[index].append(piece)
-                answer.finish = "stop" if answer.text.stopped else piece.finish
+                new = answer.take(piece)
                 if answer.text.stopped:
                     self.scheduler.cancel(answer.request)
                 if answer.finish:
                     self._ended(answer)
                 if new or answer.finish:
-                    pieces, pending[index] = pending[index], []
-                    yield answer, new, pieces
+                    yield answer, new
         finally:
             self._cancel(answers)
 
     def _ended(self, answer: Answer) -> None:
-        request = answer.request
-        if request.finished is None:
-            request.finished = time.perf_counter()
-        self.metrics.ended(request)
+        self.metrics.ended(answer)
         LOG.info(
             "answer",
             extra={
                 "fields": {
-                    "prompt_tokens": len(request.ask.ids),
-                    "tokens": request.count,
+                    "prompt_tokens": len(answer.request.ask.ids),
+                    "tokens": answer.count,
                     "finish": answer.finish,
                     **{k: v for k, v in answer.about().items() if k != "keep"},
                 }
@@ -275,13 +265,13 @@ class Server:
             for answer in answers:
                 yield _event(form.role(answer))
         try:
-            async for answer, text, pieces in parts:
-                yield _event(form.part(answer, text, pieces))
+            async for answer, text in parts:
+                yield _event(form.part(answer, text))
         except HTTPException as error:
             yield _event(failure(str(error.detail), f"status_{error.status_code}"))
         else:
             if prompt_tokens is not None:
-                tokens = sum(answer.request.count for answer in answers)
+                tokens = sum(answer.count for answer in answers)
                 yield _event(
                     {**form.head(part=True), "choices": [], "usage": usage(prompt_tokens, tokens)}
                 )
