@@ -12,6 +12,7 @@ from training import config, make_examples, make_model, write_run
 
 from firstlm import FirstModel, cli
 from firstlm.baselines import (
+    KEPT,
     Baseline,
     OrderedSkip,
     RandomSkip,
@@ -66,6 +67,13 @@ def test_a_prompt_has_one_mask_alone_batched_and_padded(name: str) -> None:
         assert torch.equal(made.keep[0], batched[i])
     sides = model.decide(right, mask.flip(1).sort(1, descending=True).values, policy).keep
     assert torch.equal(sides, batched)
+
+
+def test_masks_of_all_prompts_that_ever_came_are_not_kept() -> None:
+    policy = RandomSkip(8, 0.3)
+    masks = [policy.mask(key) for key in range(3 * KEPT)]
+    assert len(policy._masks) <= KEPT
+    assert [policy.mask(key) for key in range(3 * KEPT)] == masks
 
 
 def test_which_layers_go() -> None:

@@ -18,6 +18,8 @@ from firstlm.config import BASELINES, UNMEASURED, check_skip_rate
 from firstlm.errors import ConfigError
 from firstlm.policies import Prompts, RunAll
 
+KEPT = 1024  # masks that a policy remembers: of the batch that runs, but not of all that ever ran
+
 
 class CountedSkip:
     """Skips `rate` of the layers on average; subclasses say which ones.
@@ -53,6 +55,8 @@ class CountedSkip:
             whole = int(wanted + 1e-9)
             more = random.Random(f"{self.seed} count {key}").random() < wanted - whole
             gone = set(self.skipped(whole + more, key))
+            if len(self._masks) >= KEPT:
+                self._masks.clear()
             self._masks[key] = [layer not in gone for layer in range(self.layers)]
         return self._masks[key]
 

@@ -89,7 +89,7 @@ class Choices:
         Args:
             policy: "router" (None: that, or what the artifact has in its place), "run_all" or the
                 name of a baseline.
-            skip_rate: share of layers to skip.
+            skip_rate: share of layers to skip; baselines need one.
             keep: [layers] of bool, a mask of its own; goes without the others.
             prefill: prefill mode.
 
@@ -103,7 +103,13 @@ class Choices:
             mask.check(self.layers, frozenset(range(self.layers)) - set(self.free))
             return mask
         if policy == "run_all":
+            if skip_rate:
+                raise ConfigError(
+                    f"run_all skips no layers, but skip_rate is {skip_rate}; leave it out."
+                )
             return RunAll()
         if policy in (None, "router"):
             return self.at(skip_rate, prefill)
-        return self.named(policy, check_skip_rate(skip_rate or 0.0), prefill).at()
+        if skip_rate is None:
+            raise ConfigError(f"The policy {policy!r} needs a skip_rate, such as 0.25.")
+        return self.named(policy, check_skip_rate(skip_rate), prefill).at()
