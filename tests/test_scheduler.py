@@ -191,7 +191,7 @@ def test_a_full_queue_and_bad_asks_are_refused(scheduler: Scheduler, model: Firs
 
     with pytest.raises(QueueFullError):
         come()
-    assert 50 <= len(clients) <= 60
+    assert 54 <= len(clients) <= 60  # those that fit the batch do not wait
     for client in clients:
         scheduler.cancel(client.request)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import http.client
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from firstlm.command_config import ServeConfig
 from firstlm.policies import RunAll
 from firstlm.pretrained import load_base
 from firstlm.scheduler import Ask, Piece, Request, Scheduler
+from firstlm.thresholds import Threshold
 
 openai = pytest.importorskip("openai", reason="pip install 'firstlm[dev]'")
 uvicorn = pytest.importorskip("uvicorn", reason="pip install 'firstlm[serve]'")
@@ -85,6 +87,24 @@ def running() -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def client(running: Running) -> Any:
     return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+
+
+def watch(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """Return the requests that a scheduler takes from now on."""
+    found: list[Request] = []
+    submit = scheduler.submit
+
+    def watched(ask: Ask, tell: Any) -> Request:
+        found.append(submit(ask, tell))
+        return found[-1]
+
+    monkeypatch.setattr(scheduler, "submit", watched)
+    return found
+
+
+@pytest.fixture
+def taken(running: Running, monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    return watch(running.scheduler, monkeypatch)
 
 
 def wanted(running: Running, text: str, tokens: int, policy: Any) -> str:
@@ -166,8 +186,10 @@ def test_probabilities_of_completions_say_where_their_tokens_are(client: Any) ->
     assert all(1 <= len(top) <= 2 for top in told.top_logprobs)  # by text, which two may share
 
 
-def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(running: Running, client: Any) -> None:
-    options = {"model": "tiny", "prompt": "bees", "max_tokens": 40, "temperature": 0}
+def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(
+    running: Running, client: Any, taken: list[Request]
+) -> None:
+    options = {"model": "tiny", "prompt": "bees", "max_tokens": 400, "temperature": 0}
     whole = client.completions.create(**options).choices[0].text
     stop = whole[5:8]
     cut = client.completions.create(**options, stop=["nowhere in it", stop])
@@ -175,8 +197,9 @@ def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(running: Running, clien
     assert cut.choices[0].finish_reason == "stop"
     chunks = list(client.completions.create(**options, stop=stop, stream=True))
     assert "".join(c.choices[0].text for c in chunks) == whole[: whole.index(stop)]
-    while running.scheduler.active:
-        time.sleep(0.01)
+    idle(running)
+    assert [request.cancelled for request in taken] == [False, True, True]
+    assert all(request.count < 400 for request in taken[1:])
 
 
 def test_text_that_may_still_change_is_held_back() -> None:
@@ -274,6 +297,10 @@ def test_what_runs_ahead_of_a_stop_text_is_not_counted() -> None:
         ({"prompt": "a", "skip_rate": 1.5}, 400, "skip_rate"),
         ({"prompt": "a", "skip_rate": 0.25}, 400, "calibrat"),
         ({"prompt": "a", "policy": "magic"}, 400, "policy"),
+        ({"prompt": "a", "policy": "unified"}, 400, "needs a skip_rate"),
+        ({"prompt": "a", "policy": "run_all", "skip_rate": 0.5}, 400, "skips no layers"),
+        ({"prompt": None}, 400, "prompt"),
+        ({"prompt": ["a"] * 8, "n": 8}, 400, "at most 44"),
         ({"prompt": "a", "keep": [True]}, 400, "keep is for 1 layers"),
         ({"prompt": "a", "keep": [True] * 4, "policy": "run_all"}, 400, "leave out policy"),
         ({"prompt": "a" * 3000}, 400, "the model takes"),
@@ -299,36 +326,83 @@ def test_malformed_json_and_bodies_without_a_length(running: Running) -> None:
             yield b"a" * 50_000
 
     assert httpx.post(url, content=endless(), timeout=10).status_code == 413
-    assert httpx.get(f"{running.url}/nowhere").status_code == 404
+    nowhere = httpx.get(f"{running.url}/nowhere")
+    assert (nowhere.status_code, nowhere.json()["error"]["code"]) == (404, "status_404")
+    wrong = httpx.get(url)
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "status_405")
+    assert wrong.headers["Allow"] == "POST"
 
 
-def test_a_client_that_leaves_frees_its_row(running: Running) -> None:
-    url = f"{running.url}/v1/completions"
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_client_that_leaves_frees_its_row(
+    running: Running, taken: list[Request], streams: bool
+) -> None:
     body = {"prompt": "a", "n": 16, "max_tokens": 400, "temperature": 0, "policy": "run_all"}
-    body["logit_bias"] = {}  # fields of others are let be
-    with httpx.stream("POST", url, json={**body, "stream": True}) as response:
-        next(response.iter_lines())
-    count = idle(running)
-    with pytest.raises(httpx.TimeoutException):
-        httpx.post(url, json=body, timeout=0.2)
-    assert idle(running) < count + 16 * 400
+    body |= {"stream": streams, "logit_bias": {}}  # fields of others are let be
+    before = running.scheduler.tokens
+    client = http.client.HTTPConnection(running.url.removeprefix("http://"))
+    client.request(
+        "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+    )
+    while len(taken) < 16:
+        time.sleep(0.001)
+    client.close()
+    idle(running)
+    assert sum(request.cancelled for request in taken) >= 4
+    told = sum(request.count for request in taken)
+    assert running.scheduler.tokens - before == told < 16 * 400
 
 
-def idle(running: Running) -> float:
-    """Wait until nothing is answered; returns how many tokens there were."""
-    end = time.monotonic() + 5
+def idle(running: Running) -> None:
+    """Wait until nothing is answered."""
+    end = time.monotonic() + 60
     while running.scheduler.active or running.scheduler.waiting:
         assert time.monotonic() < end
         time.sleep(0.01)
-    return running.server.metrics.tokens._value.get()
 
 
 def test_too_many_get_429_and_are_told_when_to_come_back(running: Running) -> None:
-    body = {"prompt": ["a"] * 8, "n": 8, "max_tokens": 200, "temperature": 0}
-    response = running.post(**body)
-    assert response.status_code == 429
-    assert int(response.headers["Retry-After"]) >= 1
+    body = {"prompt": ["a"] * 11, "n": 4, "max_tokens": 400, "temperature": 0}
+    with httpx.stream(
+        "POST", f"{running.url}/v1/completions", json={**body, "stream": True}
+    ) as response:
+        assert response.status_code == 200  # as many as may be there at all
+        lines = response.iter_lines()  # kept: without it the stream would be closed
+        next(lines)
+        refused = running.post(**body)
+    assert refused.status_code == 429
+    assert int(refused.headers["Retry-After"]) >= 1
+    idle(running)
     assert running.post(prompt="a", max_tokens=2).status_code == 200
+
+
+def test_what_openai_allows_is_taken(running: Running) -> None:
+    nothing = dict.fromkeys(("n", "temperature", "top_p", "stream", "stop", "echo", "prefill"))
+    response = running.post(prompt="bees", max_tokens=3, seed=1, **nothing)
+    assert response.status_code == 200
+    assert len(response.json()["choices"]) == 1
+    parts = [{"type": "text", "text": "be"}, {"type": "text", "text": "es"}]
+    path, options = "/v1/chat/completions", {"max_tokens": 5, "temperature": 0}
+    texts = []
+    for content in ("bees", parts):
+        messages = [{"role": "user", "content": content}]
+        response = running.post(path, messages=messages, **options)
+        texts.append(response.json()["choices"][0]["message"]["content"])
+    assert texts[0] == texts[1]
+    parts = [{"type": "image_url", "image_url": {"url": "a"}}]
+    response = running.post(path, messages=[{"role": "user", "content": parts}])
+    assert response.status_code == 400
+
+
+def test_roles_that_the_template_refuses_are_the_clients_fault(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{{ raise_exception('Roles must alternate') }}"
+    monkeypatch.setattr(running.model.tokenizer, "chat_template", template)
+    messages = [{"role": "user", "content": "a"}]
+    response = running.post("/v1/chat/completions", messages=messages)
+    assert response.status_code == 400
+    assert "Roles must alternate" in response.json()["error"]["message"]
 
 
 def test_keys_are_asked_for_where_one_is_set() -> None:
@@ -340,6 +414,16 @@ def test_keys_are_asked_for_where_one_is_set() -> None:
                 assert response.status_code == 401
         right = {"Authorization": "Bearer secret"}
         assert httpx.get(f"{one.url}/v1/models", headers=right).status_code == 200
+        for path in ("/nowhere", "/nowhere/else"):
+            httpx.get(one.url + path, headers=right)
+        told = httpx.get(f"{one.url}/metrics", headers=right).text
+        for route, status, count in (
+            ("/v1/models", 401, 3),
+            ("/metrics", 401, 3),
+            ("other", 404, 2),
+        ):
+            line = f'firstlm_requests_total{{route="{route}",status="{status}"}} {count}.0'
+            assert line in told
         assert httpx.get(f"{one.url}/health").status_code == 200
         assert httpx.get(f"{one.url}/").status_code == 200
     finally:
@@ -358,14 +442,15 @@ def test_answers_that_take_too_long_are_ended() -> None:
         one.close()
 
 
-def test_answers_that_the_end_cuts_off_get_503() -> None:
+def test_answers_that_the_end_cuts_off_get_503(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Running(batch_size=1)
+    taken = watch(one.scheduler, monkeypatch)
     try:
         body = {"prompt": "a", "n": 16, "max_tokens": 400, "temperature": 0, "policy": "run_all"}
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             whole = pool.submit(one.post, **body)
             stream = pool.submit(one.post, **body, stream=True)
-            while len(one.scheduler.waiting) < 31:
+            while len(taken) < 32:
                 time.sleep(0.001)
             one.scheduler.close(0.01)
             assert whole.result().status_code == 503
@@ -408,6 +493,32 @@ def test_the_page_shows_both_answers_and_which_layers_ran(running: Running, tmp_
         assert all(name.startswith(running.url) for name in browser.read(outside))
     finally:
         browser.close()
+
+
+@pytest.mark.skipif(not PROGRAM, reason="no Chromium is installed")
+def test_the_page_asks_for_a_key_and_knows_rates_and_answers_that_break_off(tmp_path: Path) -> None:
+    one = Running(api_key="secret")
+    one.model.thresholds.table["skip"] = [Threshold(0.25, -1.0, 0.25), Threshold(0.4, -2.0, 0.402)]
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.open(one.url)
+        browser.wait("document.getElementById('key-row')?.hidden === false")
+        browser.read("document.getElementById('key').value = 'wrong'")
+        change = "document.getElementById('key').dispatchEvent(new Event('change'))"
+        browser.read(change)
+        browser.read("document.getElementById('key').value = 'secret'")
+        browser.read(change)
+        browser.wait("document.querySelectorAll('#routed .strip li').length == 4")
+        browser.read("document.getElementById('rate').value = 50")
+        assert browser.read("document.getElementById('rate').value") == "40"
+        broken = 'data: {"choices": [{"text": "a"}]}\\n\\n'
+        browser.read(f"window.fetch = async () => new Response('{broken}')")
+        browser.read("document.getElementById('go').click()")
+        browser.wait("document.getElementById('status').className == 'bad'")
+        assert "broke off" in browser.read("document.getElementById('status').textContent")
+    finally:
+        browser.close()
+        one.close()
 
 
 def test_metrics_count_what_happened(running: Running) -> None:

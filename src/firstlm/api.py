@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from firstlm.scheduler import Piece, Request
 
@@ -24,6 +24,14 @@ class Options(BaseModel):
     """What completions and chats have in common."""
 
     model_config = ConfigDict(extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        """Let null mean what a field that is left out does, as OpenAI has it."""
+        if isinstance(body, dict):
+            return {name: value for name, value in body.items() if value is not None}
+        return body
 
     model: str | None = Field(None, description="name from /v1/models; may be left out")
     max_tokens: int | None = Field(None, ge=1, le=TOKEN_LIMIT, description="longest answer")
@@ -56,13 +64,27 @@ class CompletionRequest(Options):
     echo: Literal[False] = Field(False, description="not offered")
 
 
+class TextPart(BaseModel):
+    """A part of a message; there are only texts."""
+
+    type: Literal["text"]
+    text: str
+
+
 class Message(BaseModel):
     """A message of a chat."""
 
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """What it says."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
 
 
 class ChatRequest(Options):

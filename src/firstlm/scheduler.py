@@ -183,7 +183,8 @@ class Scheduler:
             if not self.alive:
                 raise ClosedError("The thread that answers has died; restart the server.")
             waiting = sum(not other.cancelled for other in self.waiting)
-            if waiting >= self.queue_size:
+            # Those for whom there is room in the batch do not wait.
+            if waiting >= self.queue_size + self.batch_size - self.active:
                 raise QueueFullError(f"{waiting} requests wait already; try again later.")
             self.waiting.append(request)
             self._wake.notify()

@@ -21,7 +21,9 @@ from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from jinja2 import TemplateError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from firstlm.api import (
     Answer,
@@ -34,7 +36,7 @@ from firstlm.api import (
     usage,
 )
 from firstlm.command_config import ServeConfig
-from firstlm.errors import ConfigError, FirstError
+from firstlm.errors import ConfigError, FirstError, first_line
 from firstlm.inputs import kv_token_bytes
 from firstlm.model import FirstModel
 from firstlm.scheduler import Ask, ClosedError, Piece, QueueFullError, Scheduler
@@ -121,10 +123,15 @@ class Server:
         if isinstance(body, ChatRequest):
             if not getattr(tokenizer, "chat_template", None):
                 raise ConfigError("This model has no chat template; use /v1/completions.")
-            messages = [m.model_dump() for m in body.messages]
-            found = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            messages = [{"role": m.role, "content": m.text} for m in body.messages]
+            try:
+                found = tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=False
+                )
+            except TemplateError as error:
+                raise ConfigError(
+                    f"The model's chat template refuses these messages: {first_line(error)}"
+                ) from error
             return [list(found)]
         prompt: Any = body.prompt
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
@@ -147,8 +154,13 @@ class Server:
             longest = body.max_completion_tokens or longest
             logprobs = (body.top_logprobs or 0) if body.logprobs else None
         longest = min(longest or self.options.default_tokens, self.options.max_tokens)
+        prompts, most = self.prompts(body), self.options.batch_size + self.options.queue_size
+        if len(prompts) * body.n > most:
+            raise ConfigError(
+                f"{body.n} answers to each of {len(prompts)} prompts; at most {most} at once."
+            )
         found = []
-        for ids in self.prompts(body):
+        for ids in prompts:
             for turn in range(body.n):
                 seed = None if body.seed is None else (body.seed + turn) % 2**63
                 ask = Ask(
@@ -317,11 +329,10 @@ def create_app(server: Server) -> FastAPI:
             return JSONResponse(failure(str(error), "unavailable"), 503)
         return JSONResponse(failure(str(error), "invalid_request"), 400)
 
-    @app.exception_handler(HTTPException)
-    async def failed(_: HttpRequest, error: HTTPException) -> JSONResponse:
-        return JSONResponse(
-            failure(str(error.detail), f"status_{error.status_code}"), error.status_code
-        )
+    @app.exception_handler(StarletteHTTPException)  # what there is no route for, too
+    async def failed(_: HttpRequest, error: StarletteHTTPException) -> JSONResponse:
+        body = failure(str(error.detail), f"status_{error.status_code}")
+        return JSONResponse(body, error.status_code, headers=error.headers)
 
     @app.get("/health", responses={503: FAILURES[503]})
     async def health() -> JSONResponse:
@@ -395,7 +406,9 @@ class Guard:
                 refusal = self._too_large()
             await (refusal or self.app)(scope, self._again(body, receive), noting)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            # What is refused here never comes to its route.
+            known = {route.path for route in scope["app"].routes}
+            route = scope["path"] if scope["path"] in known else "other"
             self.server.metrics.requests.labels(route, str(status)).inc()
 
     async def _read(self, receive: Any) -> bytes | None:
