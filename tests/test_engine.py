@@ -411,6 +411,28 @@ def test_a_join_that_fails_leaves_the_rows_that_are_there(
         assert torch.equal(ours.step(ids), untouched.step(ids))
 
 
+def test_a_long_row_that_leaves_takes_its_room_along(llama: FirstModel) -> None:
+    engine = by_operation(llama)
+
+    def start(length: int, room: int) -> FastBatch:
+        ids, mask = batch((length,))
+        return engine.start(prefill(llama, ids, mask, policy=RunAll()).cache, mask, room)
+
+    ours, untouched = start(5, 20), start(5, 20)
+    ours.join([start(100, 200)])
+    assert ours.room == 320
+    for token in range(5, 9):
+        ids = torch.tensor([token, token])
+        assert torch.allclose(ours.step(ids)[:1], untouched.step(ids[:1]), atol=1e-5)
+    ours.select([0])
+    assert (ours.room, ours.kv_bytes) == (32, untouched.kv_bytes)
+    ours.join([start(5, 20) for _ in range(3)])
+    assert ours.kv_bytes == 4 * untouched.kv_bytes
+    for token in range(9, 20):
+        ids = torch.tensor([token] * 4)
+        assert torch.allclose(ours.step(ids)[:1], untouched.step(ids[:1]), atol=1e-5)
+
+
 def resident() -> int:
     """Return the bytes of memory that this process holds."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -287,7 +287,7 @@ class FastBatch:
     Attributes:
         count: rows.
         lengths: [rows] tokens so far.
-        room: tokens that a row may have.
+        room: tokens that a row may have: as many as the longest of them needs.
     """
 
     def __init__(
@@ -301,7 +301,8 @@ class FastBatch:
         self.count = len(attention_mask)
         self.lengths = attention_mask.sum(1)
         self.longest = int(self.lengths.max())
-        self.room = -(-(self.longest + room) // BLOCK) * BLOCK
+        self._needs = [-(-(n + room) // BLOCK) * BLOCK for n in self.lengths.tolist()]
+        self.room = max(self._needs)
         self._span = torch.arange(self.room, device=attention_mask.device)
         self._slabs = [None if s is None else self._allocate(s, attention_mask) for s in stored]
         self._order, self._groups = self._plan(self._slabs, self.count)
@@ -347,12 +348,16 @@ class FastBatch:
         if len(rows) == self.count:
             return
         place = {row: i for i, row in enumerate(rows)}
+        needs = [self._needs[row] for row in rows]
+        room = max(needs, default=0)
         for layer, slab in enumerate(self._slabs):
             if slab is not None:
                 kept = [i for i, row in enumerate(slab.rows) if row in place]
                 names = [place[slab.rows[i]] for i in kept]
-                slab = Stored(slab.keys[kept], slab.values[kept], names) if kept else None
+                keys, values = slab.keys[:, :, :room], slab.values[:, :, :room]
+                slab = Stored(keys[kept], values[kept], names) if kept else None
             self._slabs[layer] = slab
+        self._needs, self.room = needs, room
         self.count = len(rows)
         self.lengths = self.lengths[list(rows)]
         self.longest = int(self.lengths.max()) if rows else 0
@@ -387,6 +392,7 @@ class FastBatch:
         order, groups = self._plan(slabs, len(lengths))
         self._slabs, self._order, self._groups = slabs, order, groups
         self._span = max((batch._span for batch in batches), key=len)
+        self._needs = [need for batch in batches for need in batch._needs]
         self.lengths, self.count, self.room = lengths, len(lengths), room
         self.longest = max(batch.longest for batch in batches)
 
