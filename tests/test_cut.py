@@ -3,33 +3,74 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import families
 import pytest
 import torch
 from conftest import tiny_llama
-from families import make_model
+from families import FAMILIES, make_model
 
 from firstlm import FirstModel
 from firstlm.cut import cut
-from firstlm.errors import ConfigError
+from firstlm.errors import ConfigError, UnsupportedModelError
 from firstlm.layers import decoder_layers
 from firstlm.policies import FixedMask
 
+# Families in which some layers' weights or constants go by their number or by how many there are:
+# without one of these layers, the others cannot move up.
+TIED = {
+    "beam": (0, 1),
+    "diffllama": (0, 1),
+    "flint": (0, 1),
+    "gemma4": (0, 1),
+    "gemma4_shared": (0, 1),
+    "llama4": (0, 1),
+    "minicpm3": (0, 1),
+    **dict.fromkeys(["afmoe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "glm4_moe"], (0,)),
+    "modernbert-decoder": (0,),
+}
 
-@pytest.mark.parametrize(
-    "family", ["llama", "gemma3_text", "gpt2", "qwen2", "gpt_neox", "smollm3", "bloom"]
-)
-def test_it_computes_what_the_mask_does(family: str) -> None:
-    base = make_model(family).eval()
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("gone", [0, 1])
+def test_it_computes_what_the_mask_does_or_is_refused(family: str, gone: int) -> None:
+    base = families.family(family)
     stack = decoder_layers(base)
-    keep = [i % 3 != 1 for i in range(len(stack))]
+    keep = [i != gone or i in stack.locked for i in range(len(stack))]
+    if gone in TIED.get(family, ()):
+        with pytest.raises(UnsupportedModelError, match="goes by its number"):
+            cut(base, stack, keep)
+        return
     short = cut(base, stack, keep)
-    assert len(decoder_layers(short)) == sum(keep) < len(keep)
-    assert "forward" not in vars(decoder_layers(short).modules[0])
+    assert len(decoder_layers(short)) == sum(keep)
+    assert not any(module._forward_hooks for module in stack.modules)
     ids = torch.arange(1, 8)[None]
     routed = FirstModel.from_base(base)
-    wanted = routed.generate(ids, policy=FixedMask(keep), max_new_tokens=5, eos_token_id=None)
-    found = short.generate(ids, max_new_tokens=5, eos_token_id=None, do_sample=False)
-    assert torch.equal(found, wanted.sequences)
+    try:
+        options = {"max_new_tokens": 5, "eos_token_id": None, "do_sample": False}
+        wanted = routed.generate(ids, policy=FixedMask(keep), **options)
+        assert torch.equal(short.generate(ids, **options), wanted.sequences)
+    finally:
+        routed.detach()
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("gpt2", {"scale_attn_by_inverse_layer_idx": True}), ("minicpm3", {"num_hidden_layers": 24})],
+)
+def test_a_constant_that_goes_by_a_layers_number_is_seen(family: str, more: Any) -> None:
+    base = make_model(family, **more)
+    stack = decoder_layers(base)
+    with pytest.raises(UnsupportedModelError, match="other logits"):
+        cut(base, stack, [i != 1 for i in range(len(stack))])
+
+
+def test_it_may_be_cut_while_it_is_routed_or_trains() -> None:
+    base = make_model("gpt2", attn_pdrop=0.5).train()
+    FirstModel.from_base(base)
+    cut(base, decoder_layers(base), [True, False, True, True])
+    assert base.training
 
 
 def test_its_weights_are_those_of_the_whole_model() -> None:

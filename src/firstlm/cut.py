@@ -14,20 +14,23 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
-from firstlm.errors import ConfigError
+from firstlm.errors import ConfigError, UnsupportedModelError, first_line
 from firstlm.layers import LayerStack
+
+ALIKE = 1e-3  # relative difference of logits; the same layers give the same bits, on a GPU nearly
 
 
 def cut(base: Any, stack: LayerStack, keep: Sequence[bool]) -> Any:
     """Return a model of the same class with only the layers that are kept.
 
     Args:
-        base: a transformers model, out of peft's wrapper.
+        base: a transformers model, out of peft's wrapper and without LoRA.
         stack: its layers.
         keep: per layer, True = it stays.
 
     Raises:
         ConfigError: `keep` is not for these layers, keeps none, or leaves out one that others need.
+        UnsupportedModelError: layers that have moved up would not be, or compute, what they did.
     """
     if len(keep) != len(stack):
         raise ConfigError(f"keep is for {len(keep)} layers; the model has {len(stack)}.")
@@ -36,15 +39,60 @@ def cut(base: Any, stack: LayerStack, keep: Sequence[bool]) -> Any:
         needed = ", ".join(map(str, sorted(stack.locked)))
         raise ConfigError(f"keep leaves no layer, or not those that others need ({needed}).")
     weights = renumbered(base.state_dict(), paths(base, stack), kept)
-    with init_empty_weights(include_buffers=False):
-        short = type(base)(_config(base.config, kept))
-    short.load_state_dict(weights, assign=True)
+    try:
+        with init_empty_weights(include_buffers=False):
+            short = type(base)(_config(base.config, kept))
+        short.load_state_dict(weights, assign=True)
+    except Exception as error:  # each model has its own
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise _refusal(base, kept, f"cannot be built ({what})") from error
     short.tie_weights()
     device = base.get_input_embeddings().weight.device
     for buffer in short.buffers():  # those that are no weights
         if buffer.device != device:
             buffer.data = buffer.to(device)
-    return short.requires_grad_(False).eval()
+    short.requires_grad_(False).eval()
+    difference = _difference(base, stack, keep, short)
+    if not difference <= ALIKE:
+        raise _refusal(base, kept, f"gives other logits (relative difference {difference:.4f})")
+    return short
+
+
+def _refusal(base: Any, kept: Sequence[int], what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(base).__name__} cut to its layers {', '.join(map(str, kept))} {what}: what a layer "
+        "is goes by its number, or by how many there are. Leave out others, or use the whole model "
+        "with this mask as its policy."
+    )
+
+
+@torch.no_grad()
+def _difference(base: Any, stack: LayerStack, keep: Sequence[bool], short: Any) -> float:
+    """Return how far a short model's logits are from those of the whole one with its mask."""
+    device = base.get_input_embeddings().weight.device
+    vocab = base.config.get_text_config(decoder=True).vocab_size
+    ids = torch.arange(1, 11, device=device)[None] * 7919 % vocab
+    hooks = [
+        module.register_forward_hook(_bypass, with_kwargs=True)
+        for module, runs in zip(stack.modules, keep, strict=True)
+        if not runs
+    ]
+    was_training = base.training
+    try:
+        base.eval()
+        wanted = base(input_ids=ids, use_cache=False).logits.double()
+    finally:
+        base.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    found = short(input_ids=ids, use_cache=False).logits.double()
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def _bypass(_module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    """Give back what a layer was given; a hook, because other policies may hold its forward."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def paths(base: Any, stack: LayerStack) -> list[str]:

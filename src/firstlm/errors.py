@@ -19,7 +19,7 @@ class ArtifactError(FirstError):
 
 
 class UnsupportedModelError(FirstError):
-    """A model whose layers firstlm cannot route, or its fast engine cannot run."""
+    """A model whose layers firstlm cannot route or cut, or its fast engine cannot run."""
 
 
 def first_line(error: BaseException) -> str:
