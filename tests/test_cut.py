@@ -83,6 +83,14 @@ def test_its_weights_are_those_of_the_whole_model() -> None:
     assert base.config.num_hidden_layers == 4
 
 
+def test_it_ends_answers_where_the_whole_model_does() -> None:
+    base = tiny_llama()
+    base.generation_config.eos_token_id = [2, 7]
+    short = cut(base, decoder_layers(base), [True, False, True, True])
+    assert short.generation_config.eos_token_id == [2, 7]
+    assert short.generation_config is not base.generation_config
+
+
 def test_a_mask_that_does_not_fit_is_refused() -> None:
     base = tiny_llama()
     for keep in ([True], [False] * 4):

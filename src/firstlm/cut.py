@@ -52,6 +52,7 @@ def cut(base: Any, stack: LayerStack, keep: Sequence[bool]) -> Any:
         if buffer.device != device:
             buffer.data = buffer.to(device)
     short.requires_grad_(False).eval()
+    short.generation_config = copy.deepcopy(base.generation_config)
     difference = _difference(base, stack, keep, short)
     if not difference <= ALIKE:
         raise _refusal(base, kept, f"gives other logits (relative difference {difference:.4f})")
