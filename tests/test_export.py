@@ -8,17 +8,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_byte_tokenizer, tiny_llama
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from firstlm import FirstModel, FixedMask
+from firstlm import FirstModel, FixedMask, RouterConfig
 from firstlm.cli import main
 from firstlm.errors import ConfigError
-from firstlm.export import arranged
+from firstlm.export import arranged, with_lora, write_folder
 from firstlm.pretrained import load_base
 
 LAYERS = 6
@@ -81,6 +82,60 @@ def test_lora_that_is_not_merged_stands_beside_it(folder: Path, tmp_path: Path) 
         both = PeftModel.from_pretrained(plain, output / "adapter")(IDS).logits
     torch.testing.assert_close(both, wanted(folder), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(bare, both)
+    named = PeftConfig.from_pretrained(output / "adapter").base_model_name_or_path
+    assert named == str(output)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "layers": {"layers_to_transform": [2, 3]},
+    "paths": {"target_modules": [f"model.layers.{i}.self_attn.q_proj" for i in (2, 3)]},
+    "far paths": {"target_modules": ["model.layers.5.self_attn.q_proj"]},
+    "ranks": {"rank_pattern": {r"layers\.3\.self_attn\.q_proj": 8}},
+    "scales": {"alpha_pattern": {r"layers\.3\.self_attn\.q_proj": 64}},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_lora_with_settings_by_layer_has_to_be_merged(name: str, tmp_path: Path) -> None:
+    def model() -> FirstModel:
+        options = {"r": 4, "target_modules": ["q_proj"], **SETTINGS[name]}
+        torch.manual_seed(0)
+        wrapped = get_peft_model(tiny_llama(layers=LAYERS), LoraConfig(**options))
+        for name_, weight in wrapped.named_parameters():
+            if "lora_B" in name_:
+                weight.data.normal_(0, 0.5)
+        return FirstModel.from_base(wrapped)
+
+    with torch.no_grad():
+        wanted = model()(IDS, policy=FixedMask(KEPT))[0].logits
+    with pytest.raises(ConfigError, match="--merge-lora"):
+        write_folder(model(), str(tmp_path / "small"), KEPT, False, {})
+    assert list(tmp_path.iterdir()) == []
+    write_folder(model(), str(tmp_path / "small"), KEPT, True, {})
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "small")(IDS).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    # Layers before the first that is left out keep their numbers.
+    front = [True] * 4 + [False] * 2
+    if name in ("layers", "paths"):
+        write_folder(model(), str(tmp_path / "front"), front, False, {})
+        with torch.no_grad():
+            wanted = model()(IDS, policy=FixedMask(front))[0].logits
+            plain = AutoModelForCausalLM.from_pretrained(tmp_path / "front")
+            found = PeftModel.from_pretrained(plain, tmp_path / "front" / "adapter")(IDS).logits
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_lora_with_weights_missing_or_too_many_is_refused() -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    adapter = get_peft_model_state_dict(get_peft_model(tiny_llama(), config))
+    name = next(iter(adapter))
+    for wrong in (
+        {key: value for key, value in adapter.items() if key != name},
+        {**adapter, name.replace("q_proj", "k_proj"): adapter[name]},
+    ):
+        with pytest.raises(ConfigError, match=r"lora_A"):
+            with_lora(tiny_llama(), config, wrong, {})
 
 
 def test_bad_input_is_refused_and_nothing_is_lost(
@@ -102,6 +157,48 @@ def test_bad_input_is_refused_and_nothing_is_lost(
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert export(folder, tmp_path / "again", "--mask", "0-2") == 0
     assert export(folder, tmp_path / "again", "--mask", "0-3") == 0  # one export takes the place
+
+
+def test_what_an_export_is_made_from_is_not_replaced(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "base.gguf"
+    file.write_bytes(b"weights")
+    words = ["export", str(folder / "artifact"), "--mask", "0-2"]
+    assert main([*words, "--model", str(file), "--output", str(file)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert file.read_bytes() == b"weights"
+    small = tmp_path / "small"
+    assert export(folder, small, "--mask", "0-5", "--merge-lora") == 0
+    (tmp_path / "link").symlink_to(small)
+    (tmp_path / "firstlm_export.json").write_text("{}")
+    for model, output in (
+        (small, small),
+        (small, tmp_path / "link"),
+        (tmp_path / "link", small),
+        (small, tmp_path),
+    ):
+        assert main([*words, "--model", str(model), "--output", str(output)]) == 2
+        assert "what is to be exported" in capsys.readouterr().err
+    assert AutoModelForCausalLM.from_pretrained(small).config.num_hidden_layers == 6
+
+
+@pytest.mark.parametrize("output", ["small", "small.gguf"])
+def test_only_whole_layers_can_be_left_out(
+    output: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base, tokenizer = load_base(str(folder / "base"))
+    model = FirstModel.from_base(base, RouterConfig(unit="mlp"), tokenizer)
+    model.save_pretrained(str(tmp_path / "artifact"))
+    monkeypatch.setattr("firstlm.export.gguf_file", lambda name: tmp_path / "base.gguf")
+    words = ["export", str(tmp_path / "artifact"), "--model", str(folder / "base")]
+    assert main([*words, "--output", str(tmp_path / output), "--mask", "0-2"]) == 2
+    assert "switches mlp units" in capsys.readouterr().err
+    assert not (tmp_path / output).exists()
 
 
 def test_rows_of_queries_are_put_as_llama_cpp_has_them() -> None:

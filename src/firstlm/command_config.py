@@ -207,7 +207,10 @@ class ExportConfig(ArtifactOptions):
     """Write a plain smaller model, for engines that know nothing of routers: one mask for good."""
 
     output: str = option(
-        REQUIRED, path=True, help="folder for the model; a name that ends in .gguf: a GGUF file"
+        REQUIRED,
+        path=True,
+        help="folder for the model, new or of an export, which is replaced; a name that ends in "
+        ".gguf: a GGUF file, which must not be there yet",
     )
     mask: str = option(
         "majority",

@@ -103,21 +103,21 @@ def paths(base: Any, stack: LayerStack) -> list[str]:
 
 
 def renumbered(
-    weights: Mapping[str, torch.Tensor], paths: Sequence[str], kept: Sequence[int]
-) -> dict[str, torch.Tensor]:
+    weights: Mapping[str, Any], paths: Sequence[str], kept: Sequence[int]
+) -> dict[str, Any]:
     """Return weights by the names that they have where only some layers are left.
 
     Args:
-        weights: of the whole model, by name.
+        weights: of the whole model, by name; or whatever else its modules have.
         paths: see `paths`.
         kept: the layers that stay.
     """
     moved = {paths[old]: paths[new] for new, old in enumerate(kept)}
     found = {}
-    for name, tensor in weights.items():
+    for name, value in weights.items():
         path = next((path for path in paths if name.startswith(path)), "")
         if not path or path in moved:
-            found[moved.get(path, "") + name.removeprefix(path)] = tensor
+            found[moved.get(path, "") + name.removeprefix(path)] = value
     return found
 
 

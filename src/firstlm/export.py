@@ -6,6 +6,7 @@ What is lost is the choice by prompt. Layers are sliced here and nowhere else.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from gguf.quants import dequantize
 from firstlm import artifact_files
 from firstlm.command_config import ExportConfig
 from firstlm.cut import cut, paths, renumbered
-from firstlm.errors import ConfigError
+from firstlm.errors import ConfigError, first_line
 from firstlm.layers import decoder_layers
 from firstlm.lora import lora_layers
 from firstlm.model import FirstModel
@@ -29,14 +30,15 @@ from firstlm.short_gguf import shorter_gguf
 
 EXPORT_FILE = "firstlm_export.json"  # says where the model came from, and that it may be replaced
 ADAPTER = "base_model.model."  # what peft puts before names
+ADAPTER_NAME = "default"  # what peft calls an adapter that was given no name
 ALIKE = 1e-2  # relative difference of weights that are the same but for their number format
 
 
 def run(options: ExportConfig) -> int:
     """Write the model or the file."""
     is_file = options.output.endswith(".gguf")
-    _check_target(options, is_file)
     name = options.model or artifact_files.base_id(options.artifact)
+    _check_target(options, name or "", is_file)
     source = gguf_file(name or "")
     if is_file and source is None:
         raise ConfigError(
@@ -47,6 +49,11 @@ def run(options: ExportConfig) -> int:
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )
+    if model.router_config.unit != "block":
+        raise ConfigError(
+            f"The artifact switches {model.router_config.unit} units, and an export leaves whole "
+            "layers out, which is another model. Export an artifact with unit 'block'."
+        )
     keep = mask_of(model, options)
     record = {
         "artifact": portable(options.artifact),
@@ -66,11 +73,23 @@ def run(options: ExportConfig) -> int:
     return 0
 
 
-def _check_target(options: ExportConfig, is_file: bool) -> None:
-    """Refuse to replace what is no export."""
+def _check_target(options: ExportConfig, base: str, is_file: bool) -> None:
+    """Refuse to replace what is no export, or what this one is made from."""
     folder = Path(options.output).expanduser()
+    named = [Path(name).expanduser().resolve() for name in (base, options.artifact) if name]
+    sources = [path for path in named if path.exists()]  # others are hub ids
     if is_file:
         check_file(folder)
+        if folder.exists():  # nothing in it would say whose it is
+            raise ConfigError(
+                f"{options.output} is there already, and no export replaces a GGUF file. Name a "
+                "new file, or remove that one first."
+            )
+    elif any(folder.resolve() in (source, *source.parents) for source in sources):
+        raise ConfigError(
+            f"{options.output} is, or holds, what is to be exported, and would be replaced. Name "
+            "another folder."
+        )
     elif folder.is_dir() and any(folder.iterdir()) and not (folder / EXPORT_FILE).is_file():
         raise ConfigError(
             f"{options.output} holds other files, and an export replaces its folder whole. "
@@ -112,28 +131,73 @@ def write_folder(
     tokenizer = model.tokenizer
     base: Any = model.detach()
     adapter: dict[str, torch.Tensor] = {}
+    scales: dict[str, Any] = {}
     peft_config: Any = None
     if hasattr(base, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        peft_config = base.peft_config["default"]
-        adapter = {} if merge else get_peft_model_state_dict(base)
+        peft_config = base.peft_config[ADAPTER_NAME]
+        adapter = {} if merge else get_peft_model_state_dict(base, save_embedding_layers=False)
+        scales = _scales(base)
         base = base.merge_and_unload() if merge else base.unload()
     stack = decoder_layers(base)
     short = cut(base, stack, keep)
+    short.name_or_path = output  # LoRA beside it says so of its base model
     with atomic_dir(output) as folder:
         short.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_json(folder / EXPORT_FILE, record)
         if adapter:
-            from peft import get_peft_model, set_peft_model_state_dict
-
             kept = [i for i, stays in enumerate(keep) if stays]
             begins = [ADAPTER + path for path in paths(base, stack)]
-            wrapped = get_peft_model(short, peft_config)
-            set_peft_model_state_dict(wrapped, renumbered(adapter, begins, kept))
-            wrapped.save_pretrained(folder / artifact_files.ADAPTER_DIR)
+            moved = (renumbered(part, begins, kept) for part in (adapter, scales))
+            wrapped = with_lora(short, peft_config, *moved)
+            target = folder / artifact_files.ADAPTER_DIR
+            wrapped.save_pretrained(target, save_embedding_layers=False)
+
+
+def _scales(model: Any) -> dict[str, Any]:
+    """Return what each module's LoRA is multiplied by, by the module's name in peft's wrapper."""
+    return {name: m.scaling for name, m in model.named_modules() if hasattr(m, "lora_A")}
+
+
+def with_lora(
+    short: Any, peft_config: Any, adapter: Mapping[str, Any], scales: Mapping[str, Any]
+) -> Any:
+    """Return a short model with the LoRA that the whole one has on the layers that stay.
+
+    Args:
+        short: see `cut`.
+        peft_config: of the whole model's LoRA.
+        adapter: its weights, by their names in the short model; peft's own.
+        scales: what each module's LoRA is multiplied by, by the module's name likewise.
+
+    Raises:
+        ConfigError: by the config other layers would have LoRA, or LoRA of another kind.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    config = copy.copy(peft_config)
+    config.base_model_name_or_path = None
+    try:
+        wrapped: Any = get_peft_model(short, config)
+        found = set_peft_model_state_dict(wrapped, dict(adapter))
+    except (RuntimeError, ValueError) as error:  # no such layers, or other ranks
+        wrong = first_line(error)
+    else:
+        mine = [name for name in found.missing_keys if f".{ADAPTER_NAME}" in name]
+        wrong = ", ".join([*mine, *found.unexpected_keys])
+        scaled = _scales(wrapped)
+        wrong = wrong or ", ".join(
+            n for n in {**scaled, **scales} if scaled.get(n) != scales.get(n)
+        )
+    if wrong:
+        raise ConfigError(
+            f"LoRA's settings go by the numbers of layers, which change ({wrong}). Add it to the "
+            "weights instead: --merge-lora."
+        )
+    return wrapped
 
 
 def write_gguf(model: FirstModel, source: Path, target: Path, keep: list[bool]) -> None:
