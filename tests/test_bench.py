@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from firstlm.bench import bandwidth, row_of
 from firstlm.cells import Cell, at_random, count_bytes, count_compute, evenly
 from firstlm.cli import main
 from firstlm.command_config import BenchConfig
+from firstlm.peers import PeerMaker
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,9 @@ def test_every_combination_is_measured_and_the_last_line_is_json(
         )
         assert row["kv_bytes"] * 6 == full["kv_bytes"] * kept
         assert (row["realised_over_ideal"] is None) == (row is full)
+        # MB over GB/s are ms.
+        assert row["roofline_ms"] == pytest.approx(row["step_mb"] / found["bandwidth_gb_s"])
     assert 0 < found["router_overhead"] < 1
-    assert found["bandwidth_gb_s"] > 0
     assert found["provenance"]["torch"]
 
 
@@ -89,7 +92,8 @@ def test_the_cut_model_mixed_masks_and_peers_run_beside(
     more += ["--compare", "cut", "mixed", "--peers", "transformers", "economize", "llama_cpp"]
     assert call(folder, *more, "--peer-rounds", "2", "--peer-tokens", "4") == 0
     out = capsys.readouterr().out
-    assert "llama_cpp is left out" in out
+    assert "llama_cpp is left out at a skip rate of 0.5: it needs a model" in out
+    assert "pip install" not in out
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert {(r["engine"], r["masks"], r["batch"]) for r in rows if r["skip_rate_asked"]} == {
         *((engine, "shared", batch) for engine in ("fast", "cut") for batch in (1, 3)),
@@ -116,6 +120,22 @@ def test_the_cut_model_mixed_masks_and_peers_run_beside(
     same = next(r for r in rows if r["engine"] == "fast" and r["batch"] == 3 and r is not mixed)
     assert mixed["layer_calls"] > 3  # of layers that some row keeps
     assert mixed["kv_bytes"] * 2 == same["kv_bytes"]
+
+
+def test_a_peer_that_fails_loses_no_rows(
+    report: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = report
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the peer's own")
+
+    monkeypatch.setattr(PeerMaker, "economize", fail)
+    more = ["--engines", "hf", "--skip-rates", "0.5", "--peers", "economize"]
+    with pytest.raises(RuntimeError, match="the peer's own"):
+        call(folder, *more, "--output", str(tmp_path / "out.json"))
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["skip_rate"] for row in rows] == [0.0, 0.5]
 
 
 def test_ideal_is_the_share_of_bytes_and_realised_is_what_was_saved() -> None:

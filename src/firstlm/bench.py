@@ -8,7 +8,6 @@ prompt's compute. Beside it what a user would pick instead (`peers`), in the sam
 from __future__ import annotations
 
 import random
-import resource
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from firstlm.cells import Cell, evenly, make_cells, measure, prompts, timed
 from firstlm.command_config import BenchConfig
 from firstlm.config import RouterConfig
 from firstlm.decisions import RoutingState
+from firstlm.errors import FirstError
 from firstlm.model import FirstModel
 from firstlm.peers import Peer, PeerMaker, ours
 from firstlm.policies import RouterPolicy
@@ -39,21 +39,22 @@ def run(options: BenchConfig) -> int:
     measure(model, cells, options)
     bytes_per_s = bandwidth(model.device)
     rows = [row_of(cell, cells, options, bytes_per_s) for cell in cells]
-    overhead = router_overhead(model, options)
-    rows += race(model, options)
-    show(rows)
     report = {
         "rows": rows,
-        "router_overhead": overhead,
+        "router_overhead": router_overhead(model, options),
         "bandwidth_gb_s": bytes_per_s / 1e9,
-        "peak_memory_mb": peak_memory(model.device) / 1e6,
         "rounds": options.rounds,
         "prompt_tokens": options.prompt_tokens,
         "threads": torch.get_num_threads(),
         "provenance": provenance(options.seed),
     }
     if options.output:
-        write_json(options.output, report)
+        write_json(options.output, report)  # peers are others' code, and may end this process
+    if options.peers:
+        rows += race(model, options)
+        if options.output:
+            write_json(options.output, report)
+    show(rows)
     print(to_json(report))
     return 0
 
@@ -215,19 +216,12 @@ def bandwidth(device: torch.device, megabytes: int = 256, rounds: int = 7) -> fl
     return numbers.nbytes / min(seconds)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has held: on the GPU, or else in all."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-
-
 def race(model: FirstModel, options: BenchConfig) -> list[dict[str, Any]]:
     """Let peers and the fast engine answer the same prompt in turns; returns a row per peer."""
     gguf = None if options.random_init else gguf_file(options.model)
     maker = PeerMaker(model.plain_base, model.routing.stack, gguf)
     runners: list[tuple[float, Peer]] = []
-    for rate in sorted({0.0, *options.skip_rates}) if options.peers else []:
+    for rate in sorted({0.0, *options.skip_rates}):
         total = model.layer_count
         keep = evenly(round(rate * total), model.free_layers, total)
         runners += [(rate, ours(model, keep, weights)) for weights in options.weights]
@@ -236,10 +230,12 @@ def race(model: FirstModel, options: BenchConfig) -> list[dict[str, Any]]:
                 runners += [(rate, peer) for peer in maker.make(name, keep)]
             except ImportError as error:
                 print(f"{name} is left out ({error}); pip install 'firstlm[peers]'.")
+            except FirstError as error:
+                print(f"{name} is left out at a skip rate of {rate}: {error}")
     generator = torch.Generator().manual_seed(options.seed)
     ids = prompts(model, 1, options.prompt_tokens, generator)
     rng = random.Random(options.seed)
-    for turn in tqdm(range(options.peer_rounds + 1 if runners else 0), "racing", unit="round"):
+    for turn in tqdm(range(options.peer_rounds + 1), "racing", unit="round"):
         for _, peer in rng.sample(runners, len(runners)):
             seconds = peer.answer(ids, options.peer_tokens)
             if turn:  # the first compiles

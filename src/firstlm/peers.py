@@ -18,6 +18,7 @@ import torch
 from transformers import CompileConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from firstlm.cut import cut
+from firstlm.errors import ConfigError
 from firstlm.generate import stream
 from firstlm.layers import LayerStack
 from firstlm.model import FirstModel
@@ -140,6 +141,7 @@ class PeerMaker:
 
         Raises:
             ImportError: a package is missing.
+            FirstError: it cannot run this model, or not with this mask.
         """
         return getattr(self, name)(keep)
 
@@ -195,10 +197,10 @@ class PeerMaker:
 
     def llama_cpp(self, keep: torch.Tensor) -> list[Peer]:
         """llama.cpp, on the file's own number format and on bfloat16."""
+        if self.gguf is None:  # first: no package mends it
+            raise ConfigError("it needs a model that comes as a .gguf file")
         import llama_cpp  # pyright: ignore[reportMissingImports]
 
-        if self.gguf is None:
-            raise ImportError("llama_cpp needs a model that comes as a .gguf file")
         peers = []
         for bfloat16 in (False, True):
             folder = tempfile.TemporaryDirectory(prefix="firstlm-")
