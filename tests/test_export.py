@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_byte_tokenizer, tiny_llama
+from families import make_model
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from firstlm import FirstModel, FixedMask, RouterConfig
 from firstlm.cli import main
-from firstlm.errors import ConfigError
-from firstlm.export import arranged, with_lora, write_folder
+from firstlm.errors import ConfigError, UnsupportedModelError
+from firstlm.export import arranged, with_lora, write_folder, write_gguf
 from firstlm.pretrained import load_base
 
 LAYERS = 6
@@ -199,6 +200,18 @@ def test_only_whole_layers_can_be_left_out(
     assert main([*words, "--output", str(tmp_path / output), "--mask", "0-2"]) == 2
     assert "switches mlp units" in capsys.readouterr().err
     assert not (tmp_path / output).exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "message"), [("gemma3", "kind of attention"), ("diffllama", "other logits")]
+)
+def test_a_gguf_file_in_which_layers_would_be_others_is_not_written(
+    family: str, message: str, tmp_path: Path
+) -> None:
+    model = FirstModel.from_base(make_model(family))
+    with pytest.raises(UnsupportedModelError, match=message):
+        write_gguf(model, Path("unread"), tmp_path / "small.gguf", [True, False, True, True])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_of_queries_are_put_as_llama_cpp_has_them() -> None:

@@ -20,7 +20,7 @@ from gguf.quants import dequantize
 from firstlm import artifact_files
 from firstlm.command_config import ExportConfig
 from firstlm.cut import cut, paths, renumbered
-from firstlm.errors import ConfigError, first_line
+from firstlm.errors import ConfigError, UnsupportedModelError, first_line
 from firstlm.layers import decoder_layers
 from firstlm.lora import lora_layers
 from firstlm.model import FirstModel
@@ -201,11 +201,27 @@ def with_lora(
 
 
 def write_gguf(model: FirstModel, source: Path, target: Path, keep: list[bool]) -> None:
-    """Write a GGUF file; matrices that LoRA changed are in bfloat16, the rest as in the source."""
+    """Write a GGUF file; matrices that LoRA changed are in bfloat16, the rest as in the source.
+
+    Raises:
+        UnsupportedModelError: layers that have moved up would not be what they were.
+    """
+    other = dict(_merged(model, source)) if model.has_adapter else {}
+    base: Any = model.detach()
+    base = base.merge_and_unload() if hasattr(base, "peft_config") else base
+    cut(base, decoder_layers(base), keep)  # raises where a shorter one is another model
+    kinds = getattr(base.config.get_text_config(decoder=True), "layer_types", None) or []
+    kept = [kind for kind, stays in zip(kinds, keep, strict=False) if stays]
+    if kept != list(kinds[: len(kept)]):
+        raise UnsupportedModelError(
+            "llama.cpp knows each layer's kind of attention (full or sliding) by its number, and "
+            "layers that move up would change theirs. Leave out others, or export a folder for "
+            "transformers (--output without .gguf)."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.tmp")
     try:
-        shorter_gguf(source, part, keep, other=dict(_merged(model, source)))
+        shorter_gguf(source, part, keep, other=other)
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
