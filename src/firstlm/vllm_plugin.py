@@ -107,6 +107,7 @@ def _choices(folder: str, hidden_size: int) -> Any:
 
 def _wrap_requests() -> None:
     """Check what requests ask for where they are admitted, and keep masks apart in the cache."""
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
     from firstlm.vllm_wishes import wish
@@ -121,7 +122,7 @@ def _wrap_requests() -> None:
             try:
                 found = wish(request.sampling_params.extra_args, choices, prefill_of(hf))
             except ConfigError as error:
-                raise ValueError(str(error)) from error
+                raise VLLMValidationError(str(error)) from error
             salt = found.salt or uuid.uuid4().hex
             request.cache_salt = f"{salt} {request.cache_salt or ''}"
             return request

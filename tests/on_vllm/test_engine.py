@@ -134,14 +134,10 @@ def test_a_model_that_was_compiled_whole_is_refused(
 ) -> None:
     llm = engine(made[0])
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
-    whole = model.model.forward
-    traced = dict.fromkeys(range(6))
-    monkeypatch.setattr(
-        model.model, "forward", lambda ids, *rest: model.model.embed_tokens(ids) + 0 * len(traced)
-    )
-    with pytest.raises(Exception, match=r"6 of 6 layers ran without asking|EngineDead|Engine"):
+    # What a trace of the whole model would do: layers run, and nothing in Python does.
+    monkeypatch.setattr(model.model, "forward", lambda ids, *rest: model.model.embed_tokens(ids))
+    with pytest.raises(RuntimeError, match="6 of 6 layers ran without asking"):
         answers(llm, PROMPTS[:1], ASKS[:1])
-    assert whole is not None
 
 
 @pytest.mark.parametrize(
@@ -200,9 +196,7 @@ def test_two_ranks_decide_as_one(made: tuple[str, FirstModel], tmp_path: Path) -
         same_as_reference(Output(tokens, keep), made[1], prompt, ask)
 
 
-def test_vllms_own_server_serves_an_artifact(
-    made: tuple[str, FirstModel], tmp_path: Path
-) -> None:
+def test_vllms_own_server_serves_an_artifact(made: tuple[str, FirstModel], tmp_path: Path) -> None:
     port = 8000 + os.getpid() % 1000
     words = ["--model", made[0], "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     words += ["--max-model-len", "256", "--max-num-seqs", "8", "--served-model-name", "first"]
