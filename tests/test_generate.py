@@ -178,6 +178,11 @@ def test_pick_takes_the_likeliest_tokens_that_make_up_the_share():
     assert colder[0] == pytest.approx(0.25 / 0.365, abs=0.03)
 
 
+@pytest.mark.parametrize("top_p", [5e-324, 1e-40, 1e-9])
+def test_next_to_no_share_leaves_the_likeliest_token(top_p: float) -> None:
+    assert pick(torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 2.9]]), 1.0, top_p).tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-38, 1e-6, 1e-4])
 def test_next_to_no_temperature_takes_the_likeliest_token(temperature: float) -> None:
     logits = torch.tensor([[1e3, 1.0, -1e3], [-1e3, -30.0, -2e3]])

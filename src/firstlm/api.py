@@ -13,11 +13,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
 
 from firstlm.scheduler import Piece, Request
 
 TOKEN_LIMIT = 2**31 - 1
+NUMBERS = (
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "top_p",
+    "n",
+    "seed",
+    "skip_rate",
+    "top_logprobs",
+)
+
+
+def _no_bool(value: Any) -> Any:
+    """Take neither true nor "1" for the number 1."""
+    if isinstance(value, bool | str):
+        raise ValueError("expected a number")
+    return value
 
 
 class Options(BaseModel):
@@ -33,6 +50,8 @@ class Options(BaseModel):
             return {name: value for name, value in body.items() if value is not None}
         return body
 
+    _numbers = field_validator(*NUMBERS, mode="before", check_fields=False)(_no_bool)
+
     model: str | None = Field(None, description="name from /v1/models; may be left out")
     max_tokens: int | None = Field(None, ge=1, le=TOKEN_LIMIT, description="longest answer")
     temperature: float = Field(1.0, ge=0, le=2)
@@ -40,13 +59,15 @@ class Options(BaseModel):
     n: int = Field(1, ge=1, le=16, description="answers to each prompt")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: str | list[str] | None = Field(None, description="texts that end an answer, up to 16")
-    stream: bool = False
+    stream: StrictBool = False
     stream_options: dict[str, Any] | None = None
     skip_rate: float | None = Field(None, ge=0, lt=1, description="share of layers to skip")
     policy: Literal["router", "run_all", "majority", "unified", "random"] | None = Field(
         None, description="what decides which layers run"
     )
-    keep: list[bool] | None = Field(None, description="per layer, whether it runs: a mask of yours")
+    keep: list[StrictBool] | None = Field(
+        None, description="per layer, whether it runs: a mask of yours"
+    )
     prefill: Literal["skip", "full"] = Field("skip", description="whether the prompt skips, too")
 
     @property
@@ -61,6 +82,8 @@ class CompletionRequest(Options):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens to tell")
+
+    _also_a_number = field_validator("logprobs", mode="before")(_no_bool)
     echo: Literal[False] = Field(False, description="not offered")
 
 
@@ -92,7 +115,7 @@ class ChatRequest(Options):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=TOKEN_LIMIT)
-    logprobs: bool = False
+    logprobs: StrictBool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
 

@@ -241,8 +241,10 @@ def pick(
     shares = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = shares.sort(-1, descending=True)
-        # A token stays if those before it do not make up the share yet; so the first always does.
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
+        # A token stays if those before it do not make up the share yet.
+        gone = ordered.cumsum(-1) - ordered >= top_p
+        gone[..., 0] = False  # in float32 a share may be too small to be above 0
+        ordered = ordered.masked_fill(gone, 0.0)
         shares = torch.zeros_like(shares).scatter(-1, order, ordered)
     return torch.multinomial(shares, 1, generator=generator).squeeze(-1)
 

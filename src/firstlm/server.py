@@ -57,6 +57,12 @@ FAILURES: dict[int | str, dict[str, Any]] = {
         504: "the answer took too long",
     }.items()
 }
+ANSWERS = FAILURES | {
+    200: {
+        "description": "the answer; with `stream`, its parts as they come",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
 
 
 class Metrics:
@@ -359,12 +365,12 @@ def create_app(server: Server) -> FastAPI:
         one = {"id": server.name, "object": "model", "created": 0, "owned_by": "firstlm"}
         return {"object": "list", "data": [one | {"firstlm": about}]}
 
-    @app.post("/v1/completions", responses=FAILURES, response_model=None)
+    @app.post("/v1/completions", responses=ANSWERS, response_model=None)
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         """Go on with a text."""
         return await server.answer(body, http)
 
-    @app.post("/v1/chat/completions", responses=FAILURES, response_model=None)
+    @app.post("/v1/chat/completions", responses=ANSWERS, response_model=None)
     async def chats(body: ChatRequest, http: HttpRequest) -> Response:
         """Answer a chat."""
         return await server.answer(body, http)
