@@ -20,6 +20,10 @@ from torch import nn
 from firstlm.decisions import RoutingState
 from firstlm.vllm_wishes import Decisions
 
+# Up to so many tokens a layer costs what its weights cost: tokens that skip it ride along, and what
+# they get is thrown away. Taking them out would need attention metadata for each set of requests.
+RIDE_ALONG = 16
+
 
 @dataclass(frozen=True)
 class Row:
@@ -46,12 +50,14 @@ class Part:
         rows: the requests they belong to, by their place in the step.
         counts: how many of each request's tokens run, from its first one on.
         index: their places in the step's row [tokens].
+        runs: which of the step's tokens they are [all tokens, 1]; only where others ride along.
         metadata: attention metadata and slots by attention group, as far as built.
     """
 
     rows: list[int]
     counts: list[int]
     index: torch.Tensor
+    runs: torch.Tensor | None = None
     metadata: dict[int, tuple[Any, torch.Tensor]] = field(default_factory=dict)
 
 
@@ -62,6 +68,7 @@ class Step:
         self.rows, self.device = rows, device
         self.visited: set[int] = set()
         self._whole = tuple(row.tokens for row in rows)
+        self._tokens = sum(self._whole)
         self._parts: dict[tuple[int, ...], Part] = {}
 
     def part(self, layer: int, states: Callable[[], torch.Tensor]) -> Part | None:
@@ -83,7 +90,11 @@ class Step:
                 for place in range(self.rows[i].begin, self.rows[i].begin + counts[i])
             ]
             index = torch.tensor(places, dtype=torch.long, device=self.device)
-            self._parts[counts] = Part(rows, [counts[i] for i in rows], index)
+            part = Part(rows, [counts[i] for i in rows], index)
+            if self._tokens <= RIDE_ALONG:
+                runs = torch.zeros(self._tokens, 1, dtype=torch.bool, device=self.device)
+                part.runs = runs.index_fill_(0, index, True)
+            self._parts[counts] = part
         return self._parts[counts]
 
     def _count(self, row: Row, layer: int, states: Callable[[], torch.Tensor]) -> int:
@@ -182,7 +193,10 @@ class LayerRouting:
             return run(positions, hidden, residual)
         if not part.rows:
             return hidden, residual
-        index = part.index
+        index, runs = part.index, part.runs
+        if runs is not None and len(runs) == len(hidden):
+            new_hidden, new_residual = run(positions, hidden.clone(), residual.clone())
+            return torch.where(runs, new_hidden, hidden), torch.where(runs, new_residual, residual)
         with self._attending(layer, part):
             new_hidden, new_residual = run(positions[index], hidden[index], residual[index])
         return hidden.index_copy(0, index, new_hidden), residual.index_copy(0, index, new_residual)
@@ -213,9 +227,15 @@ class LayerRouting:
                 return value.index_select(1, index) if packed else value
             return tuple(map(pick, value)) if isinstance(value, tuple) else value
 
-        with self._attending(layer, part):
-            output = run(*map(pick, args), **{name: pick(value) for name, value in kwargs.items()})
-        new = hidden.index_copy(1, index, output[0] if size else output)
+        runs = part.runs
+        if runs is not None and len(runs) == tokens:
+            output = run(*args, **kwargs)
+            new = torch.where(runs, output[0] if size else output, hidden)
+        else:
+            with self._attending(layer, part):
+                picked = {name: pick(value) for name, value in kwargs.items()}
+                output = run(*map(pick, args), **picked)
+            new = hidden.index_copy(1, index, output[0] if size else output)
         return (new, *([None] * (size - 1))) if size else new
 
     def _part(self, layer: int, states: Callable[[], torch.Tensor]) -> Part | None:

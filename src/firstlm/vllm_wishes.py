@@ -108,6 +108,7 @@ class Decisions:
         self.choices, self.prefill, self.locked = choices, prefill, locked
         self.agree = agree
         self._states: dict[str, RoutingState] = {}
+        self._made: dict[str, list[bool]] = {}
 
     def of(
         self,
@@ -144,11 +145,14 @@ class Decisions:
     def made(self, request: str) -> list[bool] | None:
         """Return which layers a request runs; None before all are decided."""
         state = self._states.get(request)
-        return state.keep[0].tolist() if state is not None and state.complete else None
+        if state is not None and state.complete and request not in self._made:
+            self._made[request] = state.keep[0].tolist()
+        return self._made.get(request)
 
     def forget(self, request: str) -> None:
         """Drop a request that ended."""
         self._states.pop(request, None)
+        self._made.pop(request, None)
 
     def __len__(self) -> int:
         return len(self._states)

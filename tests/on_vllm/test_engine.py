@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` has it")
 
 from test_masks import ASKS, MASK
+from vllm.exceptions import VLLMValidationError
 from vllm_answers import PROMPTS, answers, engine, make_artifact, same_as_reference
 
 from firstlm import FirstModel
@@ -46,7 +47,11 @@ def run(llm: Any, asked: dict[str, tuple[list[int], dict, int]], rng: random.Ran
     return done
 
 
-def test_64_requests_that_come_at_random_times(made: tuple[str, FirstModel]) -> None:
+@pytest.mark.parametrize("ride", [0, 16])
+def test_64_requests_that_come_at_random_times(
+    made: tuple[str, FirstModel], ride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firstlm.vllm_routing.RIDE_ALONG", ride)
     rng = random.Random(0)
     asked = {
         f"r{i}": (
@@ -106,7 +111,7 @@ def test_prompts_in_chunks_are_pooled_whole(made: tuple[str, FirstModel]) -> Non
     prompts = [(prompt * 4)[:150] for prompt in PROMPTS[2:]]
     for output, prompt, ask in zip(answers(llm, prompts, ASKS[:6]), prompts, ASKS, strict=False):
         same_as_reference(output, made[1], prompt, {**ask, "prefill": "full"})
-    with pytest.raises(ValueError, match="reads them in chunks"):
+    with pytest.raises(VLLMValidationError, match="reads them in chunks"):
         answers(llm, prompts[:1], [{"prefill": "skip"}])
 
 

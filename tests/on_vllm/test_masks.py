@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` has it")
 
+from vllm.exceptions import VLLMValidationError
 from vllm_answers import LAYERS, PROMPTS, answers, engine, make_artifact, same_as_reference
 
 from firstlm import FirstModel
@@ -80,6 +81,6 @@ def test_what_cannot_be_had_is_refused_and_others_are_answered(
     served: tuple[Any, FirstModel], ask: dict[str, Any], why: str
 ) -> None:
     llm, model = served
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises(VLLMValidationError, match=why):
         answers(llm, PROMPTS[:1], [ask])
     same_as_reference(answers(llm, PROMPTS[:1], ASKS[:1])[0], model, PROMPTS[0], ASKS[0])
