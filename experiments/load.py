@@ -138,8 +138,26 @@ async def streamed(
     return text, keep
 
 
-async def vandal(http: httpx.AsyncClient, known: Sequence[Case], seen: Seen, end: float) -> None:
-    """Send what is wrong, and leave amid answers; each must get its status."""
+async def leaver(http: httpx.AsyncClient, known: Sequence[Case], seen: Seen, end: float) -> None:
+    """Leave amid answers, and before them."""
+    rng = random.Random(2)
+    while time.time() < end:
+        body = {**rng.choice(known).body, "max_tokens": 64, "stream": True}
+        try:
+            async with asyncio.timeout(rng.uniform(1, 20)):
+                async with http.stream("POST", "/v1/completions", json=body) as found:
+                    async for _ in found.aiter_lines():
+                        break
+            seen.statuses["left amid"] += 1
+        except TimeoutError:
+            seen.statuses["left before"] += 1
+        except httpx.HTTPError:
+            pass
+        await asyncio.sleep(0.3)
+
+
+async def vandal(http: httpx.AsyncClient, seen: Seen, end: float) -> None:
+    """Send what is wrong; each must get its status."""
     bad: list[tuple[str, dict[str, Any], int]] = [
         ("malformed", {"content": b'{"prompt": "x'}, 400),
         ("huge", {"content": b'{"prompt": "' + b"x" * 2_000_000 + b'"}'}, 413),
@@ -147,9 +165,9 @@ async def vandal(http: httpx.AsyncClient, known: Sequence[Case], seen: Seen, end
         ("no such rate", {"json": {"prompt": "x", "skip_rate": 0.89}}, 400),
         ("wrong key", {"json": {"prompt": "x"}, "headers": {"Authorization": "Bearer no"}}, 401),
     ]
-    rng, turns = random.Random(1), itertools.cycle(bad)
-    while time.time() < end:
-        name, what, status = next(turns)
+    for name, what, status in itertools.cycle(bad):
+        if time.time() >= end:
+            return
         try:
             found = await http.post("/v1/completions", **what)
             seen.statuses[f"{name} {found.status_code}"] += 1
@@ -157,14 +175,6 @@ async def vandal(http: httpx.AsyncClient, known: Sequence[Case], seen: Seen, end
                 seen.wrong.append(f"{name}: {found.status_code}, expected {status}")
         except httpx.HTTPError as error:  # a body that is refused before it is read
             seen.statuses[f"{name} {type(error).__name__}"] += 1
-        try:
-            body = {**rng.choice(known).body, "max_tokens": 64, "stream": True}
-            async with http.stream("POST", "/v1/completions", json=body) as found:
-                async for _ in found.aiter_lines():
-                    break
-            seen.statuses["left amid"] += 1
-        except httpx.HTTPError:
-            pass
         await asyncio.sleep(0.3)
 
 
@@ -187,7 +197,8 @@ async def load(url: str, pid: int, known: Sequence[Case], clients: int, seconds:
                 await asyncio.sleep(min(5, seconds / 10))
 
         tasks = [client(http, known, seen, end, i) for i in range(clients)]
-        await asyncio.gather(*tasks, vandal(http, known, seen, end), watch())
+        others = [vandal(http, seen, end), *(leaver(http, known, seen, end) for _ in range(3))]
+        await asyncio.gather(*tasks, *others, watch())
         health = (await http.get("/health")).status_code
     return seen, memory, health
 
