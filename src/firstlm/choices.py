@@ -35,13 +35,12 @@ class Choices:
     free: tuple[int, ...]
 
     @classmethod
-    def read(cls, folder: Path, hidden_size: int, locked: frozenset[int] = frozenset()) -> Choices:
-        """Read those of an artifact.
+    def read(cls, folder: Path, hidden_size: int) -> Choices:
+        """Read those of an artifact all of whose layers may be skipped.
 
         Args:
             folder: the artifact.
             hidden_size: of its base model.
-            locked: layers that always run.
         """
         config = artifact_files.read_config(folder)
         router_config, table, baseline = artifact_files.parse(config, folder)
@@ -50,8 +49,7 @@ class Choices:
         tensors = artifact_files.read_routers(folder)
         artifact_files.check_routers(tensors, layers, width, folder)
         routers.fill(tensors)
-        free = tuple(i for i in range(layers) if i not in locked)
-        return cls(routers, Thresholds(table), baseline, layers, free)
+        return cls(routers, Thresholds(table), baseline, layers, tuple(range(layers)))
 
     def at(self, skip_rate: float | None = None, prefill: str = "skip") -> Policy:
         """Return the policy that meets a wanted skip rate (None: what was trained for)."""

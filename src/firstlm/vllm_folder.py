@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from firstlm import artifact_files
+from firstlm.choices import Choices
 from firstlm.config import PREFILL_MODES
 from firstlm.errors import ConfigError
 from firstlm.model import FirstModel
@@ -35,6 +36,12 @@ def prefill_of(config: Any) -> str:
     if found not in PREFILL_MODES:
         raise ConfigError(f"{PREFILL} is {found!r}; expected one of {', '.join(PREFILL_MODES)}.")
     return found
+
+
+def choices_in(model_config: Any) -> Choices:
+    """Return what can decide, as the folder says that vLLM's model config names."""
+    width = model_config.hf_config.get_text_config().hidden_size
+    return Choices.read(Path(model_config.model) / ROUTERS_DIR, width)
 
 
 def folder_for(artifact: str, dtype: str = "auto") -> Path:

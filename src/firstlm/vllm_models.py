@@ -9,7 +9,6 @@ it would hold the first batch's masks for good. Llama's layers are compiled one 
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,22 +20,21 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
-from firstlm.choices import Choices
 from firstlm.layers import LIST_NAMES
-from firstlm.vllm_folder import RETURNS, ROUTERS_DIR, prefill_of
+from firstlm.vllm_folder import RETURNS, choices_in, prefill_of
 from firstlm.vllm_routing import LayerRouting
 from firstlm.vllm_wishes import Decisions
 
 
 def routing_of(config: VllmConfig, layers: Any) -> LayerRouting:
     """Return what routes a model's layers by the artifact in its folder."""
-    hf = config.model_config.hf_config
-    folder = Path(config.model_config.model) / ROUTERS_DIR
-    choices = Choices.read(folder, hf.get_text_config().hidden_size)
+    choices = choices_in(config.model_config)
     device = torch.device(config.device_config.device or "cpu")
     choices.routers.to(device).requires_grad_(False)
     agree = _as_rank_0 if config.parallel_config.tensor_parallel_size > 1 else None
-    return LayerRouting(Decisions(choices, prefill_of(hf), agree), list(layers), device)
+    return LayerRouting(
+        Decisions(choices, prefill_of(config.model_config.hf_config), agree), list(layers), device
+    )
 
 
 def _as_rank_0(answer: torch.Tensor) -> torch.Tensor:

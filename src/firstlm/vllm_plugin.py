@@ -11,12 +11,11 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Mapping
-from functools import lru_cache, wraps
-from pathlib import Path
+from functools import wraps
 from typing import Any
 
 from firstlm.errors import ConfigError
-from firstlm.vllm_folder import ARCHITECTURES, ROUTERS_DIR, folder_for, is_artifact, prefill_of
+from firstlm.vllm_folder import ARCHITECTURES, choices_in, folder_for, is_artifact, prefill_of
 
 REPORT = "first"  # name, in an answer's kv_transfer_params, of which layers ran
 MADE = "first_made"  # attribute of a step's output: request id -> layers that run
@@ -98,13 +97,6 @@ def _wrap_engine() -> None:
     _wrap(EngineArgs, "create_model_config", create)
 
 
-@lru_cache(maxsize=4)
-def _choices(folder: str, hidden_size: int) -> Any:
-    from firstlm.choices import Choices
-
-    return Choices.read(Path(folder) / ROUTERS_DIR, hidden_size)
-
-
 def _wrap_requests() -> None:
     """Check what requests ask for where they are admitted, and keep masks apart in the cache."""
     from vllm.exceptions import VLLMValidationError
@@ -117,10 +109,11 @@ def _wrap_requests() -> None:
             request = before(self, *args, **kwargs)
             if not _ours(self) or request.sampling_params is None:
                 return request
-            hf = self.model_config.hf_config
-            choices = _choices(self.model_config.model, hf.get_text_config().hidden_size)
+            if not hasattr(self, "first_choices"):
+                self.first_choices = choices_in(self.model_config)
+            prefill = prefill_of(self.model_config.hf_config)
             try:
-                found = wish(request.sampling_params.extra_args, choices, prefill_of(hf))
+                found = wish(request.sampling_params.extra_args, self.first_choices, prefill)
             except ConfigError as error:
                 raise VLLMValidationError(str(error)) from error
             salt = found.salt or uuid.uuid4().hex

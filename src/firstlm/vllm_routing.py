@@ -217,8 +217,6 @@ class LayerRouting:
         part = self._part(layer, lambda: hidden[0])
         if part is None:
             return run(*args, **kwargs)
-        if not part.rows:
-            return (hidden, *([None] * (size - 1))) if size else hidden
         tokens, index = hidden.shape[1], part.index
 
         def pick(value: Any) -> Any:
@@ -228,7 +226,9 @@ class LayerRouting:
             return tuple(map(pick, value)) if isinstance(value, tuple) else value
 
         runs = part.runs
-        if runs is not None and len(runs) == tokens:
+        if not part.rows:
+            new = hidden
+        elif runs is not None and len(runs) == tokens:
             output = run(*args, **kwargs)
             new = torch.where(runs, output[0] if size else output, hidden)
         else:

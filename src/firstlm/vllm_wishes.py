@@ -95,7 +95,6 @@ class Decisions:
         choices: what can decide.
         prefill: mode of requests that do not say.
         agree: makes what a policy answered the same on all ranks.
-        locked: layers that always run.
     """
 
     def __init__(
@@ -103,10 +102,8 @@ class Decisions:
         choices: Choices,
         prefill: str = "skip",
         agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        locked: frozenset[int] = frozenset(),
     ) -> None:
-        self.choices, self.prefill, self.locked = choices, prefill, locked
-        self.agree = agree
+        self.choices, self.prefill, self.agree = choices, prefill, agree
         self._states: dict[str, RoutingState] = {}
         self._made: dict[str, list[bool]] = {}
 
@@ -137,7 +134,6 @@ class Decisions:
                 torch.ones(1, length, dtype=torch.bool),
                 self.choices.layers,
                 asked.prefill,
-                locked=self.locked,
                 prompt_ids=ids,
             )
         return state
