@@ -22,6 +22,7 @@ FLOORS = {
     "options": "ground",
     "config": "ground",
     "command_config": "ground",
+    "processes": "mechanism",
     "layers": "mechanism",
     "cut": "mechanism",
     "routers": "mechanism",

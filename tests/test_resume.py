@@ -162,17 +162,6 @@ def test_short_runs_log_too(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in log] == [3]
 
 
-def test_several_processes_are_refused(tmp_path: Path, byte_tokenizer) -> None:
-    folder, data = write_run(tmp_path, byte_tokenizer)
-    words = f"-m firstlm train --model {folder} --data {data} --output {tmp_path / 'out'}"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launch += ["--master-port", "29611", *words.split(), "--warm-start", "0"]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode != 0
-    assert "2 processes train together" in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
 def weights(path: Path) -> dict[str, torch.Tensor]:
     model = FirstModel.from_pretrained(str(path))
     return {n: p.detach() for n, p in model.named_parameters() if "lora_" in n or "routers." in n}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import firstlm
+from firstlm import processes
 from firstlm.artifact_files import (
     ADAPTER_DIR,
     ADAPTER_FILE,
@@ -86,12 +87,30 @@ def save(
     }
     tensors = {}
     for i, router in enumerate(model.routers):
-        tensors[f"{i}.weight"] = router.weight.detach().float().cpu().contiguous()
-        tensors[f"{i}.bias"] = router.bias.detach().float().cpu().contiguous()
+        weight, bias = (processes.whole(p.detach()).float() for p in (router.weight, router.bias))
+        tensors[f"{i}.weight"] = weight.cpu().contiguous()
+        tensors[f"{i}.bias"] = bias.cpu().reshape(())
+    lora = {
+        name: processes.whole(p.detach()).to(model.adapter_dtype or p.dtype).cpu()
+        for name, p in lora_parameters(model.base).items()
+    }
+    with processes.first_alone() as first:
+        if first:
+            _write_all(model, path, (config, tensors, lora), more_from, more or {})
+
+
+def _write_all(
+    model: FirstModel,
+    path: str | Path,
+    parts: tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]],
+    more_from: Path | None,
+    more: Mapping[str, str],
+) -> None:
+    """Write a new folder and swap it in; `parts` are config, routers and LoRA."""
     try:
         with atomic_dir(path) as folder:
-            _write(model, config, tensors, folder)
-            for name, text in (more or {}).items():
+            _write(model, *parts, folder)
+            for name, text in more.items():
                 (folder / name).write_text(text, encoding="utf-8")
             for item in more_from.iterdir() if more_from else ():
                 if (folder / item.name).exists():
@@ -106,17 +125,17 @@ def save(
 
 
 def _write(
-    model: FirstModel, config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path
+    model: FirstModel,
+    config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    lora: dict[str, torch.Tensor],
+    folder: Path,
 ) -> None:
     write_json(folder / ARTIFACT_FILE, config)
     save_file(tensors, folder / ROUTERS_FILE)
     if model.has_adapter:
         for peft_config in model.base.peft_config.values():
             peft_config.base_model_name_or_path = hub_id(model.base_id)
-        lora = {
-            name: p.detach().to(model.adapter_dtype or p.dtype).cpu()
-            for name, p in lora_parameters(model.base).items()
-        }
         model.base.save_pretrained(  # "auto" would ask the hub whether the vocabulary grew
             str(folder / ADAPTER_DIR), state_dict=lora, save_embedding_layers=False
         )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from tqdm.auto import tqdm
 
-from firstlm import artifact, artifact_files
+from firstlm import artifact, artifact_files, processes
 from firstlm.command_config import CalibrateConfig
 from firstlm.config import RATES
 from firstlm.data import check_room, draw, encode_prompt, prompt_batches
@@ -69,7 +69,8 @@ def find_offsets(
     skipped: dict[float, tuple[float, ...]] = {}
     was_training = model.training
     model.eval()
-    with tqdm(disable=not progress, desc=f"calibrating {prefill}", unit="pass") as bar:
+    hidden = not (progress and processes.is_first())
+    with tqdm(disable=hidden, desc=f"calibrating {prefill}", unit="pass") as bar:
         measure = _full_skips(model, batches, bar) if prefill == "full" else None
 
         def rate_at(offset: float) -> float:
@@ -160,7 +161,7 @@ def serve_by_default(model: FirstModel, rate: float, prefill: str = "skip") -> N
     """
     shift = model.thresholds.offset(rate, prefill)
     for router in model.routers:
-        router.bias.add_(shift)
+        processes.put(router.bias, processes.whole(router.bias) + shift)
     for mode, rows in model.thresholds.table.items():
         model.thresholds.table[mode] = [row._replace(offset=row.offset - shift) for row in rows]
 

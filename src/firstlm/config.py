@@ -221,7 +221,7 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
     lora_rank: int = count_option(8, "rank of the LoRA matrices")
     lora_alpha: int = count_option(16, "scale of the LoRA matrices")
     lora_dropout: float = option(0.0, at_least=0, below=1, help="dropout on the LoRA input")
-    batch_size: int = count_option(16, "examples per forward pass")
+    batch_size: int = count_option(16, "examples per forward pass, of each process")
     grad_accum: int = count_option(1, "forward passes per optimizer step")
     gradient_checkpointing: bool = option(False, help="save memory by recomputing activations")
     warmup: float = option(

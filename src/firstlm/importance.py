@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from firstlm import processes
 from firstlm.data import Collator, Encoded
 from firstlm.losses import FullDepth, answer_logits, answer_pass
 from firstlm.model import FirstModel
@@ -64,6 +65,7 @@ def removal_order(
         desc="finding layers that matter least",
         unit="pass",
         leave=False,
+        disable=not processes.is_first(),
     ) as bar:
         for candidates in measured:
             cheapest = sorted(known, key=known.__getitem__)[:candidates]

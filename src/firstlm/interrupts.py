@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+
+from firstlm import processes
 
 
 class Interrupts(TrainerCallback):
@@ -23,7 +26,8 @@ class Interrupts(TrainerCallback):
         self.asked = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop if Ctrl-C was pressed; Trainer calls this."""
+        """Save and stop if Ctrl-C was pressed in any process; Trainer calls this."""
+        self.asked = bool(processes.total(torch.tensor(self.asked, device=args.device).int()))
         if self.asked:
             control.should_save = control.should_training_stop = True
 

@@ -92,6 +92,7 @@ class FullDepth:
         logits: torch.Tensor,
         labels: torch.Tensor,
         mask: torch.Tensor,
+        weights: tuple[torch.Tensor | float, torch.Tensor | float] = (1.0, 1.0),
     ) -> torch.Tensor:
         """Return how far a pass over the same batch is from this one: 0 where they are equal.
 
@@ -100,9 +101,11 @@ class FullDepth:
             logits: those of its answers [batch, tokens, vocab].
             labels: of the answers [batch, tokens], -100 where there is no loss.
             mask: [batch, tokens] of `states`; padding is left out.
+            weights: of the part that states have, and of the part that answers have.
         """
-        distance = state_distance(states, self.states, mask)
-        return distance + DIVERGENCE * answer_divergence(logits, self.logits, labels)
+        distance = weights[0] * state_distance(states, self.states, mask)
+        divergence = answer_divergence(logits, self.logits, labels)
+        return distance + DIVERGENCE * weights[1] * divergence
 
 
 def state_distance(states: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

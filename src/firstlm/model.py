@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from firstlm import artifact
+from firstlm import artifact, processes
 from firstlm.baselines import Baseline
 from firstlm.cache import SkipCache, StaticSkipCache, make_cache, take_cache
 from firstlm.choices import Choices
@@ -193,6 +193,11 @@ class FirstModel(nn.Module):
                 "artifact again."
             )
         return self.base.disable_adapter() if self.has_adapter else nullcontext()
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the layers' classes: what FSDP splits one by one (accelerate asks)."""
+        return sorted({type(layer).__name__ for layer in self.routing.stack.modules})
 
     @property
     def plain_base(self) -> Any:
@@ -376,7 +381,7 @@ class FirstModel(nn.Module):
         )
         state = self.new_state(mask, policy, skip_rate, prefill, input_ids=input_ids)
         base = self.plain_base
-        with self.routing.tracing(state):
+        with self.routing.tracing(state), processes.gathered(self):
             base.base_model(
                 input_ids=input_ids,
                 attention_mask=mask,

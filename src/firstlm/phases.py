@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import TrainerState, TrainingArguments, set_seed
 
+from firstlm import processes
 from firstlm.config import TrainConfig
 from firstlm.data import Collator, Encoded, draw, encode, prompt_batches
 from firstlm.errors import ConfigError, DataError
@@ -80,7 +81,7 @@ def train_joint(
     config = config or TrainConfig()
     train, validation = _begin(model, train, validation, config, resume)
     model.requires_grad_(False)
-    for parameter in (*_lora(model, config), *model.routers.parameters()):
+    for parameter in (*lora_to_train(model, config), *model.routers.parameters()):
         parameter.requires_grad_(True)
     return _fit_routers(model, train, validation, config, "joint", resume)
 
@@ -128,7 +129,7 @@ def train_lora(
     config = config or TrainConfig()
     train, validation = _begin(model, train, validation, config, resume)
     model.requires_grad_(False)
-    for parameter in _lora(model, config):
+    for parameter in lora_to_train(model, config):
         parameter.requires_grad_(True)
     fit = partial(_fit, model, train, validation, config, "lora", resume=resume)
     if config.skip_rate == 0:
@@ -138,7 +139,7 @@ def train_lora(
         return fit(driver, model.baseline.at)
     driver.alpha = max((routers or {}).get("alpha") or config.alpha, 0.0)
     if config.skip_rate is not None:
-        driver.hold(first_offsets(model, train, config))
+        driver.hold(processes.same(first_offsets(model, train, config)))
     policy = RouterPolicy(model.routers, driver.offset(config.skip_rate))
     before = _decisions(model, validation, policy, config)
     record = fit(driver, _routed(model, driver))
@@ -174,7 +175,7 @@ def _encoded(model: FirstModel, examples: Sequence[Any], config: TrainConfig) ->
     return [encode(example, model.tokenizer, config.max_length) for example in examples]
 
 
-def _lora(model: FirstModel, config: TrainConfig) -> list[torch.nn.Parameter]:
+def lora_to_train(model: FirstModel, config: TrainConfig) -> list[torch.nn.Parameter]:
     """Return the LoRA matrices to train, in float32: steps are smaller than bfloat16 resolves."""
     if not model.has_adapter:
         add_lora(model, config)
@@ -233,10 +234,11 @@ def _fit(
     steps = getattr(config, STEPS[phase])
     work = work_folder(config)
     folder, log = work / "checkpoints" / phase, work / f"log_{phase}.jsonl"
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-        log.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    with processes.first_alone() as first:
+        if first and not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+            log.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     interrupts = Interrupts()
     with _checkpointed(model, config), _logs_in(work / "logs" / phase):
         trainer = FirstTrainer(
@@ -259,11 +261,13 @@ def _fit(
         with interrupts.caught():
             _train(trainer, steps, last_checkpoint(folder) if resume else None)
         if interrupts.asked:
-            print(f"\nInterrupted at step {trainer.state.global_step} of {steps} ({phase}).")
+            if processes.is_first():
+                print(f"\nInterrupted at step {trainer.state.global_step} of {steps} ({phase}).")
             raise KeyboardInterrupt
         curve = _curve([{"step": 0, **before}, *trainer.state.log_history])
         after = trainer.evaluate()
     model.eval()
+    processes.scatter(model)
     return {
         "steps": trainer.state.global_step,
         "ce_before": before["eval_loss"],
@@ -346,12 +350,8 @@ def _arguments(
         label_names=["labels"],
         use_cpu=model.device.type == "cpu",
         dataloader_pin_memory=model.device.type == "cuda",
+        ddp_find_unused_parameters=True,  # layers that all rows of a process skip
     )
-    if arguments.world_size > 1:
-        raise ConfigError(
-            f"{arguments.world_size} processes train together, but skip rates and the best "
-            "checkpoint are measured in one; start `firstlm train` once, without a launcher."
-        )
     if arguments.device.type == "cuda":  # DataParallel would split a batch from its decisions
         torch.cuda.set_device(model.device)
         arguments._n_gpu = 1

@@ -24,6 +24,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from firstlm import processes
 from firstlm.errors import ConfigError, UnsupportedModelError
 from firstlm.layers import LIST_NAMES
 from firstlm.lora import is_lora
@@ -227,7 +228,8 @@ def resolve_device(device: str) -> torch.device:
     """Return the device that a name stands for, after checking that it is there."""
     if device == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            # Of several processes on a machine, each has a GPU of its own.
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         found = torch.device(device)
@@ -329,7 +331,7 @@ def _middle_matrix(model: nn.Module) -> torch.Tensor | None:
 def _signs(weight: torch.Tensor | None) -> str:
     if weight is None or weight.device.type == "meta" or not weight.is_floating_point():
         return "-"
-    flat = weight.detach().reshape(-1)
+    flat = processes.whole(weight.detach()).reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, SIGNS, dtype=torch.float64).long()
     bits = torch.signbit(flat[places.to(flat.device)]).tolist()
     return f"{sum(bit << i for i, bit in enumerate(bits)):0{SIGNS // 4}x}"

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from firstlm import processes
+
 
 class Router(nn.Module):
     """Scores one layer from the mean of the prompt's hidden states.
@@ -28,7 +30,7 @@ class Router(nn.Module):
     def __init__(self, width: int, init_bias: float = 2.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
-        self.bias = nn.Parameter(torch.tensor(float(init_bias)))
+        self.bias = nn.Parameter(torch.tensor([float(init_bias)]))  # FSDP2 shards no scalars
         self.register_buffer("center", None, persistent=False)
         self.register_buffer("scale", None, persistent=False)
 
@@ -60,9 +62,10 @@ class Router(nn.Module):
         """Put the standardisation into weight and bias; the logits stay the same."""
         if self.center is None or self.scale is None:
             return
-        weight = self.weight * self.scale
-        self.bias.sub_((weight * self.center).sum())
-        self.weight.copy_(weight)
+        weight = processes.whole(self.weight) * self.scale
+        bias = processes.whole(self.bias) - (weight * self.center).sum()
+        processes.put(self.weight, weight)
+        processes.put(self.bias, bias)
         self.center = self.scale = None
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from firstlm.cache import SkipCache
@@ -199,6 +200,8 @@ class Routing:
             return original(*args, **kwargs)
         size = self.stack.tuple_sizes[layer]
         if len(rows) == 0:
+            if torch.is_grad_enabled() and isinstance(self.stack.modules[layer], FSDPModule):
+                bypass = bypass + self._no_gradient(layer)
             return (bypass, *([None] * (size - 1))) if size else bypass
         state.count_call()
         pick = partial(_take_rows, rows=rows, count=state.row_count)
@@ -210,6 +213,15 @@ class Routing:
         return _replace_hidden(
             output, lambda out: bypass.index_copy(0, rows, out.reshape(shape)), size
         )
+
+    def _no_gradient(self, layer: int) -> torch.Tensor | float:
+        """Return a zero that gives what a skipped unit trains gradients of zero.
+
+        Processes that share a layer (FSDP2) reduce its gradients together: all must have some. Adam
+        moves by them, as it does not where layers are whole and have no gradient.
+        """
+        parameters = self.stack.units[layer].parameters()
+        return 0.0 * sum(p.sum() for p in parameters if p.requires_grad)
 
 
 def _replace_hidden(output: Any, change: Any, drop_rest: int = 0) -> Any:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import set_seed
 
-from firstlm import artifact, artifact_files
+from firstlm import artifact, artifact_files, processes
 from firstlm.baselines import Baseline
 from firstlm.calibration import calibrate, serve_by_default
 from firstlm.config import PREFILL_MODES, RATES, RouterConfig, TrainConfig
@@ -31,6 +32,7 @@ from firstlm.options import load_yaml, to_dict, to_yaml
 from firstlm.phases import (
     RUN_FILE,
     add_lora,
+    lora_to_train,
     train_joint,
     train_lora,
     train_routers,
@@ -54,10 +56,16 @@ def run(config: TrainConfig) -> int:
     if not config.data:
         raise ConfigError("Nothing to train on: name a file or a hub dataset with --data.")
     artifact_files.check_target(config.output)
+    processes.join(resolve_device(config.device))
     model, train, validation = prepare(config)
     model.baseline = _baseline(model, train, config)
+    if processes.shards() and config.stage != "routers":
+        set_seed(config.seed)
+        lora_to_train(model, config)  # what comes after layers are split would be left out
     hashes = _data_hash(config)
-    _claim(config, hashes)
+    with processes.first_alone() as first:
+        if first:
+            _claim(config, hashes)
     record: dict[str, Any] = {
         "run": to_dict(config),
         "provenance": provenance(seed=config.seed, data=hashes),
@@ -81,12 +89,14 @@ def run(config: TrainConfig) -> int:
             )
     except KeyboardInterrupt:
         again = "the same command" if config.resume else "the command without --no-resume"
-        print(f"Run {again} again to go on; checkpoints are in {work_folder(config)}.")
+        if processes.is_first():
+            print(f"Run {again} again to go on; checkpoints are in {work_folder(config)}.")
         raise
     finish(model, draw(validation, CALIBRATION_PROMPTS, config.seed), config)
     model.training_record, model.results = record, {}
     artifact.save(model, config.output, more={RUN_FILE: to_yaml(config)})
-    print(f"Saved the artifact to {config.output}; logs are in {work_folder(config)}.")
+    if processes.is_first():
+        print(f"Saved the artifact to {config.output}; logs are in {work_folder(config)}.")
     return 0
 
 
@@ -96,19 +106,21 @@ def _once(
     """Train a phase, or take what it trained from where an earlier call left it."""
     done = work_folder(config) / "checkpoints" / phase / "done"
     if done.is_dir():
-        print(f"The phase {phase!r} is done ({done}); going on.")
+        if processes.is_first():
+            print(f"The phase {phase!r} is done ({done}); going on.")
         tensors = load_file(done / WEIGHTS_FILE)
         if not model.has_adapter and any(map(is_lora, tensors)):
             add_lora(model, config)
         take_weights(model, tensors)
         return json.loads((done / RECORD_FILE).read_text(encoding="utf-8"))
     record = train()
-    with atomic_dir(done) as folder:
-        trained = {n: p for n, p in model.named_parameters() if is_lora(n) or "routers." in n}
-        save_file(
-            {n: p.detach().cpu().contiguous() for n, p in trained.items()}, folder / WEIGHTS_FILE
-        )
-        write_json(folder / RECORD_FILE, record)
+    trained = {n: p for n, p in model.named_parameters() if is_lora(n) or "routers." in n}
+    tensors = {n: processes.whole(p.detach()).cpu().contiguous() for n, p in trained.items()}
+    with processes.first_alone() as first:
+        if first:
+            with atomic_dir(done) as folder:
+                save_file(tensors, folder / WEIGHTS_FILE)
+                write_json(folder / RECORD_FILE, record)
     return record
 
 

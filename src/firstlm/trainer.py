@@ -22,6 +22,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from firstlm import processes
 from firstlm.data import IGNORE
 from firstlm.decisions import RoutingState
 from firstlm.errors import FirstError
@@ -30,6 +31,7 @@ from firstlm.losses import (
     answer_cross_entropy,
     answer_pass,
     non_skip_penalty,
+    row_losses,
 )
 from firstlm.model import FirstModel
 from firstlm.policies import Policy
@@ -41,19 +43,21 @@ DRIVER_FILE = "driver.json"
 
 
 class EpochSampler(LengthGroupedSampler):
-    """Groups rows of similar length; an epoch's order depends on seed and epoch alone."""
+    """Groups rows of similar length; an epoch's order depends on seed and epoch alone.
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+    It asks for the epoch: Trainer's call of `set_epoch` does not reach through all that wraps a
+    sampler when a run of several processes is resumed.
+    """
+
+    def __init__(
+        self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]
+    ) -> None:
         super().__init__(batch_size, lengths=lengths)
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next; Trainer calls this."""
-        self.epoch = epoch
+        self.seed, self.epoch = seed, epoch
 
     def __iter__(self) -> Iterator[int]:
         """Yield row numbers."""
-        self.generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+        self.generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch())
         return super().__iter__()
 
 
@@ -104,8 +108,8 @@ class FirstTrainer(Trainer):
         gate: str,
         scope: ExitStack,
         train: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, RoutingState]:
-        """Return a batch's answer cross-entropy, its distance to the full depth, and decisions."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, RoutingState]:
+        """Return a batch's answer logits, their labels, its distance to full depth, decisions."""
         full = None
         if train and self.distill:
             with mixed_precision(self.first):
@@ -130,8 +134,9 @@ class FirstTrainer(Trainer):
         logits, distance = output.logits, None
         if full is not None:
             states, mask = output.hidden_states[-1], inputs["attention_mask"]
-            distance = full.distance(states, logits, labels, mask)
-        return answer_cross_entropy(logits, labels), distance, state
+            weights = processes.weight(mask), processes.weight(labels[:, 1:] != IGNORE)
+            distance = full.distance(states, logits, labels, mask, weights)
+        return logits, labels, distance, state
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Do one forward and backward pass within the scope of its decisions."""
@@ -143,44 +148,51 @@ class FirstTrainer(Trainer):
     ) -> torch.Tensor:
         """Return CE + lambda * ||w||^2 + alpha * sum_i rho_i (the paper's equation 4).
 
-        `distill` adds the distance to what all layers compute.
+        `distill` adds the distance to what all layers compute. The mean of several processes'
+        losses is that of one with all their rows.
         """
         rate = self.driver.sample() if self.driver else None
-        ce, distance, state = self._run(inputs, rate, self.gate, self._scope, train=True)
+        logits, labels, distance, state = self._run(
+            inputs, rate, self.gate, self._scope, train=True
+        )
+        ce = processes.weight(labels[:, 1:] != IGNORE) * answer_cross_entropy(logits, labels)
         loss = ce if distance is None else ce + self.distill * distance
-        skip = 1 - state.keep.float().mean(0)
+        terms = {"ce": ce} if distance is None else {"ce": ce, "distance": distance}
         rho = state.rho
         if self.driver is not None and rho is not None:
             loss = loss + self.driver.alpha * non_skip_penalty(rho)
+            terms["mean_rho"] = rho.mean()
             if self.l2:
                 loss = loss + self.l2 * self.first.routers.squared_norm()
+        found, skip = self._mean({**terms, "loss": loss}, 1 - state.keep.float().mean(0))
+        if self.driver is not None and rho is not None:
             self.driver.update(rate, float(skip.mean()))
-        if not math.isfinite(float(loss.detach())):
+        if not math.isfinite(found["loss"]):
             raise FirstError(
-                f"Training diverged: the loss is {float(loss.detach())} at step "
+                f"Training diverged: the loss is {found['loss']} at step "
                 f"{self.state.global_step + 1}. Lower the learning rate, and start over from the "
                 "last checkpoint or with --no-resume."
             )
-        self._note(rate, float(ce.detach()), skip, rho, distance)
+        self._note(rate, found, skip)
         if not loss.requires_grad:  # every row of the batch skips every layer that has LoRA
             loss = loss + 0.0 * sum(p.sum() for p in self.first.parameters() if p.requires_grad)
         return loss
 
-    def _note(
-        self,
-        rate: float | None,
-        ce: float,
-        skip: torch.Tensor,
-        rho: torch.Tensor | None,
-        distance: torch.Tensor | None,
-    ) -> None:
+    def _mean(
+        self, terms: dict[str, torch.Tensor], skip: torch.Tensor
+    ) -> tuple[dict[str, float], torch.Tensor]:
+        """Return a step's terms and its skip rates [layers] as means over all processes."""
+        values = torch.stack([term.detach().float() for term in terms.values()])
+        values = torch.cat([values, skip.to(values.device)])
+        values = (processes.total(values) / processes.count()).cpu()
+        return dict(zip(terms, values.tolist(), strict=False)), values[len(terms) :]
+
+    def _note(self, rate: float | None, terms: dict[str, float], skip: torch.Tensor) -> None:
         primary = self.driver is None or rate == self.driver.primary
         name = "" if primary else f"_at_{rate}"
-        values = {f"ce{name}": ce, f"skip_rate{name}": float(skip.mean())}
-        if rho is not None and primary:
-            values["mean_rho"] = float(rho.detach().mean())
-        if primary and distance is not None:
-            values["distance"] = float(distance.detach())
+        values = {f"ce{name}": terms["ce"], f"skip_rate{name}": float(skip.mean())}
+        if primary:
+            values |= {name: terms[name] for name in ("mean_rho", "distance") if name in terms}
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
             self._sums[f"#{key}"] = self._sums.get(f"#{key}", 0.0) + 1
@@ -203,9 +215,10 @@ class FirstTrainer(Trainer):
                 "mostly_skipped": mostly,
                 "skip_rate_by_layer": [round(x, 3) for x in by_layer.tolist()],
             }
-            with self.log_path.open("a", encoding="utf-8") as file:
-                file.write(to_json(line) + "\n")
-            if self.driver is not None and not self.args.disable_tqdm:
+            if processes.is_first():
+                with self.log_path.open("a", encoding="utf-8") as file:
+                    file.write(to_json(line) + "\n")
+            if self.driver is not None and processes.is_first() and not self.args.disable_tqdm:
                 self._say(f"layers mostly skipped: {mostly}")
             self._sums.clear()
             self._skipped.zero_()
@@ -221,26 +234,28 @@ class FirstTrainer(Trainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """Measure the hard cross-entropy and skip rate at the primary rate."""
         prefix = kwargs.get("metric_key_prefix", "eval")
-        total, tokens, skips, count = 0.0, 0, 0.0, 0
+        found: list[list[torch.Tensor]] = []
         self.first.eval()
         rate = self.driver.primary if self.driver else None
         with torch.no_grad():
             for inputs in dataloader:
                 inputs = self._prepare_inputs(inputs)
                 with ExitStack() as scope:
-                    ce, _, state = self._run(inputs, rate, "hard", scope)
-                weight = int((inputs["labels"] != IGNORE).sum())
-                total, tokens = total + float(ce) * weight, tokens + weight
-                skips, count = (
-                    skips + float((~state.keep).float().mean(1).sum()),
-                    count + len(state.keep),
-                )
+                    logits, labels, _, state = self._run(inputs, rate, "hard", scope)
+                skipped = 1 - state.keep.float().mean(1)
+                row = (*row_losses(logits, labels), skipped.to(logits.device))
+                # Of all processes, without rows that fill up the last batch.
+                found.append([part.cpu() for part in self.accelerator.gather_for_metrics(row)])
+        sums, tokens, skips = (torch.cat(parts).double() for parts in zip(*found, strict=True))
         self.first.train()
-        metrics = {f"{prefix}_loss": total / tokens, f"{prefix}_skip_rate": skips / count}
+        metrics = {
+            f"{prefix}_loss": float(sums.sum() / tokens.sum()),
+            f"{prefix}_skip_rate": float(skips.mean()),
+        }
         from transformers.trainer_utils import EvalLoopOutput
 
         nothing = np.empty(0)
-        return EvalLoopOutput(nothing, label_ids=None, metrics=metrics, num_samples=count)
+        return EvalLoopOutput(nothing, label_ids=None, metrics=metrics, num_samples=len(sums))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build AdamW; a router's weights step such that its logit moves by about the rate."""
@@ -265,19 +280,25 @@ class FirstTrainer(Trainer):
         data: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(item.prompt_ids) + len(item.answer_ids) for item in data]
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochSampler(batch, lengths, self.args.data_seed or 0)
+        batch *= processes.count()  # the rows of a step, however many processes share them
+        seed = self.args.data_seed or 0
+        return EpochSampler(batch, lengths, seed, lambda: int(self.state.epoch or 0))
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what trains, whole and once, however many processes have shards of it."""
         tensors = {
-            name: p.detach().cpu().contiguous()
+            name: processes.whole(p.detach()).cpu().contiguous()
             for name, p in self.first.named_parameters()
             if p.requires_grad
         }
-        save_file(tensors, folder / WEIGHTS_FILE)
-        if self.driver is not None:
-            (folder / DRIVER_FILE).write_text(json.dumps(self.driver.state_dict()))
+        folder = Path(output_dir or str(self.args.output_dir))
+        with processes.first_alone() as first:
+            if not first:
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / WEIGHTS_FILE)
+            if self.driver is not None:
+                (folder / DRIVER_FILE).write_text(json.dumps(self.driver.state_dict()))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -290,7 +311,9 @@ class FirstTrainer(Trainer):
 
     def _forget_after(self, step: int) -> None:
         """Drop what an interrupted run logged of steps that come again."""
-        if self.log_path.exists():
+        with processes.first_alone() as first:
+            if not first or not self.log_path.exists():
+                return
             lines = self.log_path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [
                 line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
@@ -312,12 +335,11 @@ class FirstTrainer(Trainer):
         take_weights(self.first, load_file(folder / WEIGHTS_FILE))
 
 
-@torch.no_grad()
 def take_weights(first: FirstModel, tensors: dict[str, torch.Tensor]) -> None:
     """Put saved tensors into the model's parameters of the same names."""
     parameters = dict(first.named_parameters())
     for name, tensor in tensors.items():
-        parameters[name].copy_(tensor)
+        processes.put(parameters[name], tensor)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
