@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from training import config, make_examples, make_model
 
+from firstlm.config import TrainConfig
 from firstlm.data import Collator
 from firstlm.losses import FullDepth, answer_divergence, answer_pass, state_distance
 from firstlm.model import FirstModel
-from firstlm.phases import add_lora, train_lora, train_routers
+from firstlm.phases import add_lora, train_adapt, train_lora, train_routers, work_folder
 from firstlm.policies import FixedMask, RunAll
 
 
@@ -42,6 +44,11 @@ def test_the_full_depth_has_no_dropout_and_leaves_the_mode_as_it_was(tmp_path: P
     assert not first.states.requires_grad
     assert not first.logits.requires_grad
     assert model.training
+
+
+def log_of(settings: TrainConfig, phase: str) -> list[dict]:
+    lines = (work_folder(settings) / f"log_{phase}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def skipping(layer: int) -> FirstModel:
@@ -74,6 +81,48 @@ def learnt(tmp_path: Path, **changes) -> torch.Tensor:
     plain = {"router_steps": 4, "max_grad_norm": 1e9}
     train_routers(model, examples, examples[:16], config(tmp_path, **{**plain, **changes}))
     return torch.stack([router.weight.detach() for router in model.routers])
+
+
+def test_lora_is_taught_by_the_model_as_it_was_with_all_layers(tmp_path: Path) -> None:
+    """What is taught stays closer to that model, whose own LoRA learns along otherwise."""
+    examples, found, states = make_examples(64, seed=1), [], []
+    held = Collator(0)(make_examples(16, seed=2))
+    for weight in (0.0, 20.0):
+        model = skipping(1)
+        settings = config(tmp_path / str(weight), adapt_steps=20, lora_steps=30, teach=weight)
+        train_adapt(model, examples, examples[:16], settings)
+        before = FullDepth.of(model, held)
+        record = train_lora(model, examples, examples[:16], settings)
+        state = model.new_state(held["prompt_mask"])
+        with torch.no_grad():
+            output, labels = answer_pass(model, held, state, output_hidden_states=True)
+        last = output.hidden_states[-1]
+        found.append(before.distance(last, output.logits, labels, held["attention_mask"]).item())
+        states.append(before.states)
+        assert ("distance" in log_of(settings, "lora")[-1]) == (weight > 0)
+        assert record["steps"] == 30
+    assert torch.equal(*states)  # both were taught by the same
+    assert found[1] < 0.7 * found[0]
+
+
+def test_the_teacher_stands_still(tmp_path: Path, monkeypatch) -> None:
+    model, examples, seen = skipping(1), make_examples(32, seed=1), []
+    settings = config(tmp_path, adapt_steps=2, lora_steps=4, teach=1.0)
+    train_adapt(model, examples, examples[:16], settings)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+    def noted(cls, first, inputs):
+        seen.append({n: p.detach().clone() for n, p in first.named_parameters() if n in before})
+        return measure(first, inputs)
+
+    measure = FullDepth.of
+    monkeypatch.setattr(FullDepth, "of", classmethod(noted))
+    train_lora(model, examples, examples[:16], settings)
+    assert len(seen) == 4
+    for weights in seen:
+        assert all(torch.equal(weights[name], p) for name, p in before.items())
+    now = dict(model.named_parameters())
+    assert not all(torch.equal(now[name], p) for name, p in before.items())
 
 
 def test_routers_learn_from_the_distance_too(tmp_path: Path) -> None:

@@ -202,6 +202,18 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         help="weight, in phase 1, of staying close to what all layers compute: every token of a "
         "row says what a layer is worth, not only the answer's",
     )
+    adapt_steps: int = option(
+        0,
+        at_least=0,
+        help="optimizer steps of LoRA with all layers before the routers train, so that layers are "
+        "ranked, and skipped, in a model that knows the task",
+    )
+    teach: float = option(
+        0.0,
+        at_least=0,
+        help="weight, in phase 2, of staying close to what all layers computed when it began: pays "
+        "where LoRA knew the task by then (--adapt-steps, or --artifact of a run without skips)",
+    )
     warm_start: int = option(
         16,
         at_least=0,
@@ -278,6 +290,17 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
                 f"clusters={self.clusters} ranks layers for groups of prompts, but nothing is "
                 "ranked here; expected policy router, a stage that trains routers, a skip_rate and "
                 "a warm_start above 0."
+            )
+        skips = self.skip_rate != 0
+        if self.teach and not (skips and self.stage in ("both", "lora")):
+            raise ConfigError(
+                f"teach={self.teach:g} is for LoRA that learns to do without layers; expected "
+                "stage both or lora, and a skip_rate above 0."
+            )
+        if self.adapt_steps and not (skips and self.stage != "routers"):
+            raise ConfigError(
+                f"adapt_steps={self.adapt_steps} come before LoRA learns to do without layers; "
+                "expected a stage that trains LoRA, and a skip_rate above 0."
             )
         if self.distill and not (self.policy == "router" and self.stage in ("routers", "both")):
             raise ConfigError(

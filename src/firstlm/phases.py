@@ -34,7 +34,37 @@ from firstlm.trainer import FirstTrainer, last_checkpoint, mixed_precision
 RUN_FILE = "run.yaml"  # in a work folder that `firstlm train` has claimed
 DECISION_PROMPTS = 64  # on which it is counted how many decisions LoRA flips
 CURVES = {"ce", "skip_rate", "eval_loss", "eval_skip_rate"}  # that a run's record keeps
-STEPS = {"routers": "router_steps", "lora": "lora_steps", "joint": "lora_steps"}
+STEPS = {
+    "adapt": "adapt_steps",
+    "routers": "router_steps",
+    "lora": "lora_steps",
+    "joint": "lora_steps",
+}
+BESIDE_ROUTERS = ("adapt", "lora")  # phases of which the best checkpoint is kept
+AFTER = 1 << 20  # added to the seed of rows where an artifact's LoRA has learnt from some before
+# Whose rows come in an order of their own: no phase shall begin with what was learnt just before.
+ORDERS = {"routers": 0, "lora": 1, "joint": 1, "adapt": 2}
+
+
+def train_adapt(
+    model: FirstModel,
+    train: Sequence[Any],
+    validation: Sequence[Any],
+    config: TrainConfig | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train LoRA with all layers for `adapt_steps`, before any is skipped.
+
+    The checkpoint with the lowest validation cross-entropy is kept. Arguments and return as for
+    `train_routers`.
+    """
+    config = config or TrainConfig()
+    train, validation = _begin(model, train, validation, config, resume)
+    model.requires_grad_(False)
+    for parameter in lora_to_train(model, config):
+        parameter.requires_grad_(True)
+    policy_at = lambda _: RunAll()  # noqa: E731
+    return _fit(model, train, validation, config, "adapt", None, policy_at, resume)
 
 
 def train_routers(
@@ -131,7 +161,8 @@ def train_lora(
     model.requires_grad_(False)
     for parameter in lora_to_train(model, config):
         parameter.requires_grad_(True)
-    fit = partial(_fit, model, train, validation, config, "lora", resume=resume)
+    teacher = [(p, p.detach().clone()) for p in lora_to_train(model, config) if config.teach]
+    fit = partial(_fit, model, train, validation, config, "lora", resume=resume, teacher=teacher)
     if config.skip_rate == 0:
         return fit(None, lambda _: RunAll())
     driver = RateDriver(config)
@@ -229,6 +260,7 @@ def _fit(
     driver: RateDriver | None,
     policy_at: Callable[[float | None], Policy],
     resume: bool,
+    teacher: Sequence[tuple[torch.nn.Parameter, torch.Tensor]] = (),
 ) -> dict[str, Any]:
     """Run Trainer over what requires gradients; an interrupted run is resumed."""
     steps = getattr(config, STEPS[phase])
@@ -245,11 +277,12 @@ def _fit(
             model,
             driver,
             policy_at,
-            gate="hard" if phase == "lora" else config.gate,
+            gate="hard" if phase in BESIDE_ROUTERS else config.gate,
             prefill=config.prefill,
             router_lr=config.router_lr,
-            l2=0.0 if phase == "lora" else config.l2,
-            distill=config.distill if phase == "routers" else 0.0,
+            l2=0.0 if phase in BESIDE_ROUTERS else config.l2,
+            distill={"routers": config.distill, "lora": config.teach}.get(phase, 0.0),
+            teacher=teacher,
             log_path=log,
             args=_arguments(model, config, phase, steps, folder),
             train_dataset=train,
@@ -333,14 +366,13 @@ def _arguments(
         warmup_steps=config.warmup,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
-        # Rows in an order of the phase's own: the next phase shall not begin with rows just learnt.
-        data_seed=2 * config.seed + lora,
+        data_seed=2 * config.seed + ORDERS[phase] + (AFTER if config.artifact else 0),
         eval_strategy="steps",
         eval_steps=config.eval_steps,
         save_strategy="steps",
         save_steps=config.eval_steps if lora else config.save_steps,
         save_total_limit=2,
-        load_best_model_at_end=phase == "lora",  # where routers move, few skips would win
+        load_best_model_at_end=phase in BESIDE_ROUTERS,  # where routers move, few skips would win
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=min(config.logging_steps, max(steps, 1)),

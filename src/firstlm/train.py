@@ -33,6 +33,7 @@ from firstlm.phases import (
     RUN_FILE,
     add_lora,
     lora_to_train,
+    train_adapt,
     train_joint,
     train_lora,
     train_routers,
@@ -60,6 +61,11 @@ def run(config: TrainConfig) -> int:
     model, train, validation = prepare(config)
     model.baseline = _baseline(model, train, config)
     if processes.shards() and config.stage != "routers":
+        if config.teach:
+            raise ConfigError(
+                "teach keeps LoRA as it was beside LoRA as it is, which parameters that are split "
+                "among processes (FSDP) cannot do; leave it out, or train with DDP."
+            )
         set_seed(config.seed)
         lora_to_train(model, config)  # what comes after layers are split would be left out
     hashes = _data_hash(config)
@@ -72,6 +78,10 @@ def run(config: TrainConfig) -> int:
     }
     arguments = (model, train, validation, config)
     try:
+        if config.adapt_steps:
+            record["adapt"] = _once(
+                model, config, "adapt", lambda: train_adapt(*arguments, resume=True)
+            )
         if config.stage in ("both", "routers") and model.baseline is None:
             record["routers"] = _once(
                 model, config, "routers", lambda: train_routers(*arguments, resume=True)

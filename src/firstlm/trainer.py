@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from firstlm import processes
 from firstlm.data import IGNORE
 from firstlm.decisions import RoutingState
 from firstlm.errors import FirstError
+from firstlm.lora import swapped
 from firstlm.losses import (
     FullDepth,
     answer_cross_entropy,
@@ -73,6 +74,8 @@ class FirstTrainer(Trainer):
         router_lr: learning rate of routers, where they train; everything else has that of `args`.
         l2: weight of the squared router weights.
         distill: weight of the distance to what all layers compute (`FullDepth`); 0 leaves it out.
+        teacher: parameters, and the values with which all layers are to compute that; those that
+            are not named compute with what they have learnt so far.
         log_path: JSON lines with every logged step, per-layer skip rates included.
         kwargs: as for transformers' Trainer; datasets are lists of `Encoded`.
     """
@@ -87,6 +90,7 @@ class FirstTrainer(Trainer):
         router_lr: float,
         l2: float,
         distill: float,
+        teacher: Sequence[tuple[nn.Parameter, torch.Tensor]],
         log_path: Path,
         **kwargs: Any,
     ) -> None:
@@ -94,7 +98,7 @@ class FirstTrainer(Trainer):
         self.policy_at = policy_at
         self.prefill, self.log_path = prefill, log_path
         self.router_lr, self.l2 = router_lr, l2
-        self.distill = distill
+        self.distill, self.teacher = distill, teacher
         self._sums: dict[str, float] = {}
         self._skipped = torch.zeros(first.layer_count)
         self._batches = 0
@@ -112,7 +116,7 @@ class FirstTrainer(Trainer):
         """Return a batch's answer logits, their labels, its distance to full depth, decisions."""
         full = None
         if train and self.distill:
-            with mixed_precision(self.first):
+            with mixed_precision(self.first), swapped(self.teacher):
                 full = FullDepth.of(self.first, inputs)
         state = self.first.new_state(
             inputs["prompt_mask"],
