@@ -187,9 +187,9 @@ def parser() -> argparse.ArgumentParser:
         ("answer-sigma", 0.8, "of the logarithm of answers' lengths"),
         ("answer-most", 2048, "tokens, at most"),
         ("load", 0.7, "share of the requests served at saturation with all layers"),
-        ("seconds", 60.0, "for which requests arrive"),
-        ("warmup", 30.0, "seconds at the start that do not count"),
-        ("seeds", 5, "each draws other requests and masks"),
+        ("seconds", 40.0, "for which requests arrive"),
+        ("warmup", 20.0, "seconds at the start that do not count"),
+        ("seeds", 3, "each draws other requests and masks"),
     ):
         made.add_argument(f"--{name}", type=type(value), default=value, help=what)
     made.add_argument(

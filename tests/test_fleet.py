@@ -203,8 +203,10 @@ def test_what_is_asked_is_as_stated():
     assert requests.answer.max() == 60
     assert (requests.keep.sum(1) == 4).all()
     assert requests.keep[:, [0, -1]].all()
-    assert len(np.unique(requests.keep, axis=0)) <= 8
-    assert len(np.unique(asked(masks="one").keep, axis=0)) == 1
+    for masks, distinct in (("one", 1), ("few", 8), ("own", 200)):
+        keep = draw(0, 100.0, 2.0, PROMPT, ANSWER, 32, 0.25, masks).keep
+        assert (keep.sum(1) == 24).all()
+        assert len(np.unique(keep, axis=0)) == distinct
     other = asked(rate=500.0, seconds=20.0, masks="own", skip_rate=0.17)
     for name in ("arrival", "prompt", "answer"):
         assert (getattr(other, name) == getattr(requests, name)).all()
@@ -240,6 +242,11 @@ def test_a_machine_that_is_as_the_model_says_is_found(overlap):
     for dtype in ("bfloat16", "int8", "int4"):
         rows = [row for row in report["rows"] if row["dtype"] == dtype]
         shape, length = step_model.smollm2(rows)
+        if dtype == "bfloat16":
+            plain = step_model.llama(30, 576, 1536, 9, 3, 49152, tied=True)
+            assert shape.layer_bytes == pytest.approx(plain.layer_bytes, rel=1e-3)
+            assert shape.rest_bytes == pytest.approx(plain.rest_bytes, rel=1e-3)
+            assert length == pytest.approx(128 + 200 / 2, abs=1)
         seconds = {}
         for row in rows:
             batch, skipped = row["batch"], round(30 * row["skip_rate"])
