@@ -60,7 +60,7 @@ def draw(
     skip_rate: float,
     masks: str,
 ) -> Requests:
-    """Return requests; those of a seed and rate differ in their masks alone.
+    """Return requests; lengths depend on the seed alone, not on rates or masks.
 
     Args:
         seed: of all that is drawn.
@@ -72,11 +72,11 @@ def draw(
         skip_rate: share of layers that each request skips, rounded to whole layers.
         masks: how many there are, by a name of `GROUPS`. The first and the last layer always run.
     """
-    rng = np.random.default_rng([seed, 0])
-    arrival = np.cumsum(rng.exponential(1 / rate, max(1, round(rate * seconds))))
+    rngs = [np.random.default_rng([seed, what]) for what in range(4)]  # so more begin with fewer
+    arrival = np.cumsum(rngs[0].exponential(1 / rate, max(1, round(rate * seconds))))
     count = len(arrival)
-    lengths = prompt.draw(rng, count), answer.draw(rng, count)
-    rng = np.random.default_rng([seed, 1])
+    lengths = prompt.draw(rngs[1], count), answer.draw(rngs[2], count)
+    rng = rngs[3]
     groups = GROUPS[masks] or count
     order = rng.random((groups, layers))
     order[:, [0, -1]] = 2.0

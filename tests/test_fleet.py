@@ -210,6 +210,9 @@ def test_what_is_asked_is_as_stated():
     other = asked(rate=500.0, seconds=20.0, masks="own", skip_rate=0.17)
     for name in ("arrival", "prompt", "answer"):
         assert (getattr(other, name) == getattr(requests, name)).all()
+    more = asked(rate=700.0, seconds=20.0)
+    for name in ("prompt", "answer"):  # fewer requests are the beginning of more
+        assert (getattr(more, name)[: len(other.prompt)] == getattr(other, name)).all()
 
 
 def test_llama_3_8b_has_its_size():
