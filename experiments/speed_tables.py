@@ -17,7 +17,7 @@ def _by_kind(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
-def _markdown(names: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+def markdown(names: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     """Return a table."""
     rows = [names, ["---"] * len(names), *lines]
     return [f"| {' | '.join(row)} |" for row in rows]
@@ -50,7 +50,7 @@ def bench_table(report: dict, batch: int) -> list[str]:
         for row in less:
             line += [f"{row['tpot_ratio']:.3f}x the time", _between(row, "realised_over_ideal")]
         lines.append(line)
-    return _markdown(names, lines)
+    return markdown(names, lines)
 
 
 def cut_table(report: dict) -> list[str]:
@@ -72,7 +72,7 @@ def cut_table(report: dict) -> list[str]:
         ]
         for (_, dtype), (full, *less) in _by_kind(rows).items()
     ]
-    return _markdown(names, lines)
+    return markdown(names, lines)
 
 
 def mixed_table(report: dict) -> list[str]:
@@ -90,7 +90,7 @@ def mixed_table(report: dict) -> list[str]:
         if row["masks"] == "mixed"
     ]
     names = ["rows", "engine, weights", "skipped", "layers that some row runs"]
-    return _markdown([*names, "time over one mask for all", "time over all layers"], lines)
+    return markdown([*names, "time over one mask for all", "time over all layers"], lines)
 
 
 def peers_table(report: dict) -> list[str]:
@@ -107,7 +107,7 @@ def peers_table(report: dict) -> list[str]:
         }
         cells = [f"{_between(alike[name], 'tpot_ratio')}x" for name in formats]
         lines.append([f"{row['engine']}, {row['dtype']}", f"{row['skip_rate']:.1%}", *cells])
-    return _markdown(names, lines)
+    return markdown(names, lines)
 
 
 def profile_table(report: dict) -> list[str]:
@@ -124,7 +124,7 @@ def profile_table(report: dict) -> list[str]:
     ]
     base = report["rows"][0]["total_ms"]
     total = [f"{row['total_ms'] / base:.2f}x" for row in report["rows"]]
-    return _markdown(names, [*lines, ["time in all", *total]])
+    return markdown(names, [*lines, ["time in all", *total]])
 
 
 def throughput_table(reports: Sequence[dict]) -> list[str]:
@@ -145,7 +145,7 @@ def throughput_table(reports: Sequence[dict]) -> list[str]:
         for report in reports
         for row in report["rows"][1:]
     ]
-    return _markdown(["prompts", "masks of", "skipped", "masks", "tokens/s over all layers"], lines)
+    return markdown(["prompts", "masks of", "skipped", "masks", "tokens/s over all layers"], lines)
 
 
 def bench_text(report: dict) -> list[str]:
@@ -180,7 +180,7 @@ def prompt_text(report: dict) -> list[str]:
         lines.append(line)
     share = f"{report['router_overhead']:.2%}"
     return [
-        *_markdown(names, lines),
+        *markdown(names, lines),
         "",
         f"Routers take {share} of a {report['prompt_tokens']}-token prefill.",
     ]

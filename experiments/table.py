@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import capacity_tables
 from speed_tables import (
     bench_table,
     bench_text,
@@ -190,6 +191,7 @@ def pages() -> dict[Path, str]:
         parts += [*full_table(section, rows), ""]
     return {
         readme: _filled(readme, [text().rstrip()]),
+        ROOT / "docs" / "capacity.md": capacity_page(ROOT / "docs" / "capacity.md"),
         ROOT / "docs" / "speed.md": speed_page(ROOT / "docs" / "speed.md"),
         adaptivity: _filled(
             adaptivity, ["\n".join(adaptivity_table())], ["\n".join(headroom_table())]
@@ -210,6 +212,34 @@ def speed_page(file: Path) -> str:
     tables += [profile_table(profile)]
     made = [f"- `{command(report)}`" for report in (bench, prompts, profile, *many)]
     return _filled(file, *(["\n".join(lines)] for lines in (*tables, made)))
+
+
+FLEETS = {  # results/fleet_*.json, and what each assumes
+    "llama3_8b": "as above",
+    "llama3_8b_partial": "mixed layers take 1.15x as long",
+    "llama3_8b_no_overlap": "reading and computing add up",
+    "llama3_8b_long": "answers four times as long",
+}
+
+
+def capacity_page(file: Path) -> str:
+    """Return the page on capacity."""
+    bench = json.loads((RESULTS / "bench_smollm2.json").read_text())
+    fleets = [
+        (what, json.loads((RESULTS / f"fleet_{name}.json").read_text()))
+        for name, what in FLEETS.items()
+    ]
+    off, fits = capacity_tables.validation_tables(bench)
+    tables = [
+        capacity_tables.throughput_table(bench),
+        capacity_tables.memory_table(bench),
+        capacity_tables.fleet_table(fleets[0][1]),
+        capacity_tables.variants_table(fleets),
+        off,
+        fits,
+        [f"- `{command(report)}`" for report in (bench, *(report for _, report in fleets))],
+    ]
+    return _filled(file, *(["\n".join(lines)] for lines in tables))
 
 
 def _filled(file: Path, *tables: list[str]) -> str:

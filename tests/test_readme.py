@@ -62,7 +62,7 @@ def test_the_tables_are_the_results() -> None:
     finally:
         sys.path.pop(0)
     found = pages()
-    names = {"README.md", "results.md", "adaptivity.md", "speed.md"}
+    names = {"README.md", "results.md", "adaptivity.md", "speed.md", "capacity.md"}
     assert {file.name for file in found} == names
     for file, content in found.items():
         assert file.read_text(encoding="utf-8") == content
