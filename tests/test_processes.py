@@ -10,11 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from training import write_run
+from transformers import TrainerControl
+
+from firstlm import processes
+from firstlm.interrupts import Interrupts
 
 HERE = Path(__file__).parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -64,7 +69,9 @@ def losses(output: Path) -> list[list[float]]:
                     [
                         v
                         for k, v in line.items()
-                        if k.startswith(("loss", "ce", "skip_rate_a")) and isinstance(v, float)
+                        if k.startswith(("loss", "ce", "skip_rate"))
+                        and "by_layer" not in k
+                        and isinstance(v, float)
                     ]
                 )
     return found
@@ -89,7 +96,7 @@ def setting(tmp_path_factory, byte_tokenizer) -> tuple[Path, Path, Path]:
 def test_two_processes_train_what_others_do(setting, way):
     base, data, folder = setting
     output = folder / ("alone" if way == ALONE else "sharded")
-    more = {"ACCELERATE_USE_FSDP": "true"} if way == FSDP else {}
+    more = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if way == FSDP else {}
     finished(start(base, data, output, way, **more))
     alone, two = losses(output), losses(folder / "two")
     assert len(two) == 22  # steps, each logged once
@@ -164,3 +171,37 @@ def test_the_shipped_configuration_starts(setting):
     assert "gnored" not in text
     assert "nknown" not in text
     assert tensors(folder / "configured").keys() == tensors(folder / "two").keys()
+
+
+def test_ctrl_c_while_processes_agree_is_not_lost(monkeypatch):
+    interrupts, control = Interrupts(), TrainerControl()
+    state = SimpleNamespace(device=torch.device("cpu"))
+
+    def pressed_meanwhile(values):
+        interrupts.asked = True
+        return values
+
+    monkeypatch.setattr(processes, "total", pressed_meanwhile)
+    interrupts.on_step_end(state, None, control)
+    interrupts.on_step_end(state, None, control)
+    assert control.should_training_stop
+
+
+@pytest.mark.parametrize(
+    ("version", "more", "match"),
+    [
+        ("1", "", "fsdp_version: 2"),
+        ("2", "--adapt-steps 2", "FSDP splits"),
+        ("2", "--teach 1", "FSDP"),
+    ],
+)
+def test_what_sharded_training_cannot_do_is_refused(setting, monkeypatch, version, more, match):
+    base, data, folder = setting
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    words = f"train --model {base} --data {data} --output {folder / 'refused'} {more}".split()
+    ran = subprocess.run(
+        [sys.executable, "-m", "firstlm", *words], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode != 0
+    assert match in ran.stderr

@@ -76,8 +76,10 @@ def find_offsets(
         def rate_at(offset: float) -> float:
             if offset not in known:
                 skip = measure(offset) if measure else _closed_loop_skips(model, batches, offset)
-                known[offset] = float(skip.mean())
-                skipped[offset] = tuple(round(share, 4) for share in skip.mean(0).tolist())
+                # What comes next depends on it, and processes must take the same passes.
+                shares = processes.same(skip.mean(0).tolist())
+                known[offset] = sum(shares) / len(shares)
+                skipped[offset] = tuple(round(share, 4) for share in shares)
                 bar.update()
             return known[offset]
 

@@ -27,9 +27,13 @@ class Interrupts(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop if Ctrl-C was pressed in any process; Trainer calls this."""
-        self.asked = bool(processes.total(torch.tensor(self.asked, device=args.device).int()))
-        if self.asked:
+        if self.agreed(args.device):
+            self.asked = True  # never taken back: Ctrl-C may come while processes agree
             control.should_save = control.should_training_stop = True
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether Ctrl-C was pressed in any process; all of them must ask."""
+        return bool(processes.total(torch.tensor(int(self.asked), device=device)))
 
     @contextmanager
     def caught(self) -> Iterator[None]:

@@ -293,7 +293,7 @@ def _fit(
         before = trainer.evaluate()
         with interrupts.caught():
             _train(trainer, steps, last_checkpoint(folder) if resume else None)
-        if interrupts.asked:
+        if interrupts.agreed(trainer.args.device):
             if processes.is_first():
                 print(f"\nInterrupted at step {trainer.state.global_step} of {steps} ({phase}).")
             raise KeyboardInterrupt

@@ -18,9 +18,16 @@ from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from firstlm.errors import ConfigError
+
 
 def join(device: torch.device) -> None:
     """Meet the other processes of a launch before anything is written."""
+    if shards() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError(
+            "FSDP of version 1 would save a part of what is trained; expected version 2, as in "
+            "deploy/fsdp2.yaml (fsdp_version: 2)."
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=device.type == "cpu")
 
