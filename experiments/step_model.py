@@ -9,12 +9,13 @@ their sum where they do not, and a fixed time for being called at all.
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+from firstlm import cells
 
 Row = Mapping[str, Any]
 BENCH_SEED = 0  # of the masks that `firstlm bench` draws for rows of other masks
@@ -226,18 +227,12 @@ def _whole(shape: Shape, machine: Machine, batch: int, length: float) -> float:
 
 def evenly(skipped: int, layers: int) -> np.ndarray:
     """Return a mask [layers] as `firstlm bench` makes it for all rows."""
-    keep = np.ones(layers, dtype=bool)
-    inner = range(1, layers - 1)
-    keep[[inner[(2 * i + 1) * len(inner) // (2 * skipped)] for i in range(skipped)]] = False
-    return keep
+    return cells.evenly(skipped, range(layers), layers).numpy()
 
 
 def at_random(skipped: int, layers: int, rows: int, seed: int) -> np.ndarray:
     """Return masks [rows, layers] as `firstlm bench` draws them for rows of other masks."""
-    rng, keep = random.Random(seed), np.ones((rows, layers), dtype=bool)
-    for row in keep:
-        row[rng.sample(range(1, layers - 1), skipped)] = False
-    return keep
+    return cells.at_random(skipped, range(layers), layers, rows, seed).numpy()
 
 
 def validation(report: Mapping[str, Any], overlap: bool) -> list[dict[str, Any]]:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,28 +96,25 @@ def save(
         for name, p in lora_parameters(model.base).items()
     }
     with processes.first_alone() as first:
-        if first:
-            _write_all(model, path, (config, tensors, lora), more_from, more or {})
-
-
-def _write_all(
-    model: FirstModel,
-    path: str | Path,
-    parts: tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]],
-    more_from: Path | None,
-    more: Mapping[str, str],
-) -> None:
-    """Write a new folder and swap it in; `parts` are config, routers and LoRA."""
-    try:
-        with atomic_dir(path) as folder:
-            _write(model, *parts, folder)
-            for name, text in more.items():
+        if not first:
+            return
+        with _new_folder(path) as folder:
+            _write(model, config, tensors, lora, folder)
+            for name, text in (more or {}).items():
                 (folder / name).write_text(text, encoding="utf-8")
             for item in more_from.iterdir() if more_from else ():
                 if (folder / item.name).exists():
                     continue
                 copy = shutil.copytree if item.is_dir() else shutil.copy2
                 copy(item, folder / item.name)
+
+
+@contextmanager
+def _new_folder(path: str | Path) -> Iterator[Path]:
+    """Give a folder to write to, which takes the place of `path` when all of it is there."""
+    try:
+        with atomic_dir(path) as folder:
+            yield folder
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
             f"{path} cannot be written ({error}); what was there before is whole. "

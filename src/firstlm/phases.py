@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -60,11 +60,8 @@ def train_adapt(
     """
     config = config or TrainConfig()
     train, validation = _begin(model, train, validation, config, resume)
-    model.requires_grad_(False)
-    for parameter in lora_to_train(model, config):
-        parameter.requires_grad_(True)
-    policy_at = lambda _: RunAll()  # noqa: E731
-    return _fit(model, train, validation, config, "adapt", None, policy_at, resume)
+    _train_only(model, lora_to_train(model, config))
+    return _fit(model, train, validation, config, "adapt", None, _all_layers, resume)
 
 
 def train_routers(
@@ -90,8 +87,7 @@ def train_routers(
     """
     config = config or TrainConfig()
     train, validation = _begin(model, train, validation, config, resume)
-    model.requires_grad_(False)
-    model.routers.requires_grad_(True)
+    _train_only(model, model.routers.parameters())
     return _fit_routers(model, train, validation, config, "routers", resume)
 
 
@@ -110,9 +106,7 @@ def train_joint(
     """
     config = config or TrainConfig()
     train, validation = _begin(model, train, validation, config, resume)
-    model.requires_grad_(False)
-    for parameter in (*lora_to_train(model, config), *model.routers.parameters()):
-        parameter.requires_grad_(True)
+    _train_only(model, [*lora_to_train(model, config), *model.routers.parameters()])
     return _fit_routers(model, train, validation, config, "joint", resume)
 
 
@@ -158,13 +152,12 @@ def train_lora(
     """
     config = config or TrainConfig()
     train, validation = _begin(model, train, validation, config, resume)
-    model.requires_grad_(False)
-    for parameter in lora_to_train(model, config):
-        parameter.requires_grad_(True)
-    teacher = [(p, p.detach().clone()) for p in lora_to_train(model, config) if config.teach]
+    lora = lora_to_train(model, config)
+    _train_only(model, lora)
+    teacher = [(p, p.detach().clone()) for p in lora if config.teach]
     fit = partial(_fit, model, train, validation, config, "lora", resume=resume, teacher=teacher)
     if config.skip_rate == 0:
-        return fit(None, lambda _: RunAll())
+        return fit(None, _all_layers)
     driver = RateDriver(config)
     if model.baseline is not None:
         return fit(driver, model.baseline.at)
@@ -204,6 +197,18 @@ def _encoded(model: FirstModel, examples: Sequence[Any], config: TrainConfig) ->
     if isinstance(examples[0], Encoded):
         return list(examples)
     return [encode(example, model.tokenizer, config.max_length) for example in examples]
+
+
+def _train_only(model: FirstModel, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Let nothing of a model train but some parameters."""
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+
+def _all_layers(_rate: float | None) -> Policy:
+    """Decide in the place of routers, where nothing is to be skipped."""
+    return RunAll()
 
 
 def lora_to_train(model: FirstModel, config: TrainConfig) -> list[torch.nn.Parameter]:
@@ -294,8 +299,9 @@ def _fit(
         with interrupts.caught():
             _train(trainer, steps, last_checkpoint(folder) if resume else None)
         if interrupts.agreed(trainer.args.device):
-            if processes.is_first():
-                print(f"\nInterrupted at step {trainer.state.global_step} of {steps} ({phase}).")
+            processes.say(
+                f"\nInterrupted at step {trainer.state.global_step} of {steps} ({phase})."
+            )
             raise KeyboardInterrupt
         curve = _curve([{"step": 0, **before}, *trainer.state.log_history])
         after = trainer.evaluate()

@@ -8,7 +8,7 @@ and thresholds, rows of a step are split between them, and the first writes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,12 @@ def count() -> int:
 def is_first() -> bool:
     """Whether this process is the one that writes."""
     return count() == 1 or distributed.get_rank() == 0
+
+
+def say(text: str) -> None:
+    """Print a line once, not from every process."""
+    if is_first():
+        print(text)
 
 
 @contextmanager
@@ -103,6 +109,11 @@ def scatter(module: nn.Module) -> None:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor whose shards lie in several processes (FSDP2) as one; all must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def on_cpu(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return parameters by name, whole, as they are saved; all processes must ask for it."""
+    return {name: whole(p.detach()).cpu().contiguous() for name, p in parameters}
 
 
 @torch.no_grad()

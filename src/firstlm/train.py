@@ -99,14 +99,12 @@ def run(config: TrainConfig) -> int:
             )
     except KeyboardInterrupt:
         again = "the same command" if config.resume else "the command without --no-resume"
-        if processes.is_first():
-            print(f"Run {again} again to go on; checkpoints are in {work_folder(config)}.")
+        processes.say(f"Run {again} again to go on; checkpoints are in {work_folder(config)}.")
         raise
     finish(model, draw(validation, CALIBRATION_PROMPTS, config.seed), config)
     model.training_record, model.results = record, {}
     artifact.save(model, config.output, more={RUN_FILE: to_yaml(config)})
-    if processes.is_first():
-        print(f"Saved the artifact to {config.output}; logs are in {work_folder(config)}.")
+    processes.say(f"Saved the artifact to {config.output}; logs are in {work_folder(config)}.")
     return 0
 
 
@@ -116,16 +114,15 @@ def _once(
     """Train a phase, or take what it trained from where an earlier call left it."""
     done = work_folder(config) / "checkpoints" / phase / "done"
     if done.is_dir():
-        if processes.is_first():
-            print(f"The phase {phase!r} is done ({done}); going on.")
+        processes.say(f"The phase {phase!r} is done ({done}); going on.")
         tensors = load_file(done / WEIGHTS_FILE)
         if not model.has_adapter and any(map(is_lora, tensors)):
             add_lora(model, config)
         take_weights(model, tensors)
         return json.loads((done / RECORD_FILE).read_text(encoding="utf-8"))
     record = train()
-    trained = {n: p for n, p in model.named_parameters() if is_lora(n) or "routers." in n}
-    tensors = {n: processes.whole(p.detach()).cpu().contiguous() for n, p in trained.items()}
+    trained = [(n, p) for n, p in model.named_parameters() if is_lora(n) or "routers." in n]
+    tensors = processes.on_cpu(trained)
     with processes.first_alone() as first:
         if first:
             with atomic_dir(done) as folder:

@@ -222,8 +222,8 @@ class FirstTrainer(Trainer):
             if processes.is_first():
                 with self.log_path.open("a", encoding="utf-8") as file:
                     file.write(to_json(line) + "\n")
-            if self.driver is not None and processes.is_first() and not self.args.disable_tqdm:
-                self._say(f"layers mostly skipped: {mostly}")
+                if self.driver is not None and not self.args.disable_tqdm:
+                    self._say(f"layers mostly skipped: {mostly}")
             self._sums.clear()
             self._skipped.zero_()
             self._batches = 0
@@ -290,11 +290,8 @@ class FirstTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what trains, whole and once, however many processes have shards of it."""
-        tensors = {
-            name: processes.whole(p.detach()).cpu().contiguous()
-            for name, p in self.first.named_parameters()
-            if p.requires_grad
-        }
+        trained = [(name, p) for name, p in self.first.named_parameters() if p.requires_grad]
+        tensors = processes.on_cpu(trained)
         folder = Path(output_dir or str(self.args.output_dir))
         with processes.first_alone() as first:
             if not first:
