@@ -76,6 +76,7 @@ FLOORS = {
     "train": "work",
     "eval_policies": "work",
     "evaluate": "work",
+    "balance": "work",
     "eval_command": "work",
     "peers": "work",
     "cells": "work",

@@ -236,6 +236,56 @@ arms:
 """
 
 
+BALANCED = """
+data: {data}
+train: {{model: {model}, skip_rate: 0.34, batch_size: 16, lora_steps: 30, lora_lr: 0.02}}
+eval: {{max_new_tokens: 2, limit: 4, task: qa, skip_rates: [0.34], policies: [router]}}
+arms:
+  mix: {{data: [{data}, {other}], test: {data}, train: {{warm_start: 2, router_steps: 1}}}}
+  balanced:
+    test: {data}
+    train: "arm:mix"
+    balance: {{limit: 16, levels: [0.1, 0.4], max_new_tokens: 2}}
+  balanced_other: {{train: "arm:balanced", test: {other}}}
+"""
+
+
+def test_an_arm_scores_what_balancing_makes_of_another(words, tmp_path, capsys):
+    data, other = tmp_path / "set", tmp_path / "other"
+    other.mkdir()
+    for split in ("train", "validation", "test"):
+        rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+        for folder, turned in ((data, 1), (other, -1)):  # a constant answer is soon learnt
+            lines = [{"prompt": row["prompt"][::turned], "completion": "n"} for row in rows]
+            (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    file = Path(words[2]) / "tiny.yaml"
+    file.write_text(BALANCED.format(data=data, other=other, model=tmp_path / "base"))
+    assert cli.main([*words, "--only", "tiny-balanced_other"]) == 0  # makes what it needs
+    runs, folder = tmp_path / "runs", tmp_path / "results"
+    assert sorted(f.name for f in runs.glob("tiny-*-0")) == ["tiny-balanced-0", "tiny-mix-0"]
+    assert cli.main(words) == 0
+    reports = {f.stem: json.loads(f.read_text()) for f in folder.glob("tiny-*.json")}
+    hashes = {name: report["inputs"]["artifact_sha256"] for name, report in reports.items()}
+    assert hashes["tiny-balanced-0"] == hashes["tiny-balanced_other-0"] != hashes["tiny-mix-0"]
+    said = reports["tiny-balanced_other-0"]["training"]["balance"]
+    assert [one["data"] for one in said["sets"]] == [
+        str(d / "validation.jsonl") for d in (data, other)
+    ]
+    capsys.readouterr()
+    assert cli.main([words[0], "list", *words[2:]]) == 0
+    assert capsys.readouterr().out.count(" scored\n") == 3
+    file.write_text(file.read_text().replace("[0.1, 0.4]", "[0.2, 0.4]"))
+    assert cli.main([words[0], "list", *words[2:]]) == 0
+    assert capsys.readouterr().out.count("made with other options: levels") == 2
+    file.write_text(file.read_text().replace("[0.2, 0.4]", "[0.1, 0.4]"))
+    mended = runs / "tiny-mix-0" / "first_config.json"
+    config = json.loads(mended.read_text())
+    config["thresholds"]["skip"] = config["thresholds"]["skip"][1:]
+    mended.write_text(json.dumps(config))
+    assert cli.main([words[0], "list", *words[2:]]) == 0
+    assert capsys.readouterr().out.count("with another tiny-mix-0 than is there now") == 2
+
+
 def test_an_arm_trains_on_several_sets_and_is_scored_on_each(words, tmp_path):
     data, other = tmp_path / "set", tmp_path / "other"
     other.mkdir()
@@ -439,6 +489,12 @@ def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
             '{policy: majority, majority_of: "arm:first"}',
             "arm:majority",
             "'majority', which trains",
+        ),
+        ("{router_steps: 2, warm_start: 4}", "{}\n    balance: {}", 'no train: "arm:NAME" to bal'),
+        (
+            '{policy: majority, majority_of: "arm:first"}',
+            '"arm:first"\n    balance: {level: [0.1]}',
+            "unknown option 'level' in .*arm majority",
         ),
     ],
 )

@@ -54,6 +54,11 @@ COMMANDS = {
         "firstlm.command_config.CalibrateConfig",
         "measure thresholds for asked skip rates on your prompts",
     ),
+    "balance": Command(
+        "firstlm.balance",
+        "firstlm.command_config.BalanceConfig",
+        "let each of several tasks skip what its metric bears",
+    ),
     "eval": Command(
         "firstlm.eval_command",
         "firstlm.command_config.EvalConfig",

@@ -15,7 +15,8 @@ import torch
 from firstlm.importance import order_logits
 from firstlm.inputs import pad_left
 from firstlm.model import FirstModel
-from firstlm.policies import FixedMask, Prompts, router_input
+from firstlm.policies import FixedMask, Prompts, RouterPolicy, router_input
+from firstlm.routers import Router
 
 BATCH = 16
 DEPTH = 1 / 3  # of the layers, before the one whose router's input tells groups apart
@@ -126,18 +127,59 @@ def start_from_orders(
     """
     wanted = torch.stack([order_logits(o, model.layer_count, skip_rate) for o in orders])[labels]
     for layer, states in enumerate(router_inputs(model, prompts, wanted >= 0, prefill)):
-        router, target = model.routers[layer], wanted[:, layer]
-        router.bias.fill_(float(target.mean()))
-        router.weight.zero_()
-        device = router.weight.device
-        router.standardise(states.mean(0).to(device), states.std(0).to(device))
-        assert router.center is not None
-        assert router.scale is not None
-        # In float64, which no autocast around it rounds to bfloat16.
-        rows = ((states - router.center.cpu()) * router.scale.cpu()).double()
-        width = rows.shape[1]
-        alike = rows @ rows.T / width + RIDGE * torch.eye(len(rows), dtype=rows.dtype)
-        wish = (target - target.mean()).double()
-        weight = rows.T @ torch.linalg.solve(alike, wish) / width
+        router, (weight, bias) = model.routers[layer], _linear_fit(states, wanted[:, layer])
         router.weight.copy_(weight)
-        router.fold()
+        router.bias.fill_(bias)
+
+
+@torch.no_grad()
+def shift_groups(
+    model: FirstModel,
+    prompts: Sequence[Sequence[int]],
+    labels: torch.Tensor,
+    shifts: Sequence[float],
+    prefill: str = "skip",
+) -> None:
+    """Add a number of its group's own to all logits of a prompt, fitted as in `start_from_orders`.
+
+    Args:
+        model: a routed model.
+        prompts: token ids.
+        labels: the group of each prompt [prompts].
+        shifts: of each group; above 0, its prompts run more layers.
+        prefill: "skip" or "full".
+    """
+    keep = torch.ones(len(prompts), model.layer_count, dtype=torch.bool)
+    for i, shift in enumerate(shifts):
+        policy = RouterPolicy(model.routers, shift)
+        for picked in (labels == i).nonzero().flatten().split(BATCH):
+            batch = pad_left([prompts[row] for row in picked.tolist()], model.pad_id)
+            keep[picked] = model.decide(*batch, policy, prefill=prefill).keep.cpu()
+    wanted = torch.tensor(shifts)[labels]
+    seen = router_inputs(model, prompts, keep, prefill)
+    for router, states in zip(model.routers, seen, strict=True):
+        weight, bias = _linear_fit(states, wanted)
+        router.weight.add_(weight.to(router.weight.device))
+        router.bias.add_(bias)
+
+
+def _linear_fit(states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return weight [width] and bias of the ridge regression of `wanted` [rows] on states.
+
+    Args:
+        states: [rows, width], what a router reads.
+        wanted: [rows], what it is to say.
+    """
+    fresh = Router(states.shape[1])
+    fresh.standardise(states.mean(0), states.std(0))
+    assert fresh.center is not None
+    assert fresh.scale is not None
+    # In float64, which no autocast around it rounds to bfloat16.
+    rows = ((states - fresh.center) * fresh.scale).double()
+    width = rows.shape[1]
+    alike = rows @ rows.T / width + RIDGE * torch.eye(len(rows), dtype=rows.dtype)
+    wish = (wanted - wanted.mean()).double()
+    fresh.weight.copy_(rows.T @ torch.linalg.solve(alike, wish) / width)
+    fresh.bias.fill_(float(wanted.mean()))
+    fresh.fold()
+    return fresh.weight, float(fresh.bias)

@@ -174,6 +174,38 @@ class CalibrateConfig(ArtifactOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BalanceConfig(AnswerOptions):
+    """Let each of several tasks skip as many layers as its own metric bears."""
+
+    data: list[str] = option(
+        REQUIRED,
+        path=True,
+        help="validation data, two sets or more, one a task: .jsonl, .jsonl.gz, or a hub dataset "
+        "id (id:split)",
+    )
+    template: str | None = template_option()
+    limit: int | None = count_option(256, "use N examples of each set only, drawn at random")
+    skip_rate: float | None = option(
+        None, help="share of layers to skip on average over the sets (none: what was trained)"
+    )
+    levels: list[float] = option(
+        [0.1, 0.2, 0.3, 0.4], help="skip rates to score each set at, all within what is calibrated"
+    )
+    batch_size: int = count_option(16, "prompts per batch")
+    max_new_tokens: int = count_option(32, "longest answer, in tokens")
+    output: str = option(REQUIRED, path=True, help="folder for the balanced artifact")
+
+    def __post_init__(self) -> None:
+        """Refuse a single set: there is nothing to balance."""
+        super().__post_init__()
+        if len(self.data) < 2:
+            raise ConfigError(
+                f"data names {len(self.data)} set; expected two or more, one a task. With one "
+                "there is nothing to balance: see firstlm calibrate."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeConfig(ArtifactOptions):
     """Serve an artifact by OpenAI's protocol, with a page to look at."""
 

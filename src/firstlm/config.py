@@ -53,7 +53,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse wrong types, choices, numbers and skip rates."""
-        for name in ("skip_rate", "skip_rates", "rates"):
+        for name in ("skip_rate", "skip_rates", "rates", "levels"):
             found = getattr(self, name, None)
             for rate in found if isinstance(found, list) else [found]:
                 if rate is not None:

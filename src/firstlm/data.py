@@ -21,6 +21,7 @@ from torch import Tensor
 from firstlm.errors import ConfigError, DataError
 from firstlm.examples import Example, load_examples
 from firstlm.inputs import pad_left
+from firstlm.results import to_json
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -135,6 +136,12 @@ def scored_examples(
     """
     found = load_examples(source, template=template, tokenizer=tokenizer)
     return [found[i] for i in sorted(draw(list(range(len(found))), limit))]
+
+
+def items_hash(examples: Sequence[Example]) -> str:
+    """Return a hash of what is scored: prompts and references, by id."""
+    rows = [[example.id, example.prompt, example.references] for example in examples]
+    return hashlib.sha256(to_json(rows).encode()).hexdigest()
 
 
 def spread_by_length(prompts: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:

@@ -16,7 +16,7 @@ from firstlm import artifact_files
 from firstlm.bertscore import BertScore
 from firstlm.command_config import EvalConfig
 from firstlm.config import RATED, TASKS
-from firstlm.data import scored_examples
+from firstlm.data import items_hash, scored_examples
 from firstlm.errors import ConfigError
 from firstlm.eval_policies import choose, own_policy, run_name
 from firstlm.evaluate import encode_rows, evaluate
@@ -116,7 +116,7 @@ def _start(
         "weights": str(model.base.dtype),
         "data": portable(options.data),
         "data_sha256": _data_hash(options.data, examples),
-        "items_sha256": _items_hash(examples),
+        "items_sha256": items_hash(examples),
     }
     report = {
         "task": task.name,
@@ -207,9 +207,4 @@ def _model_hash(model: FirstModel) -> str:
 
 
 def _data_hash(source: str, examples: Sequence[Example]) -> str:
-    return sha256_of(source) if Path(source).is_file() else _items_hash(examples)
-
-
-def _items_hash(examples: Sequence[Example]) -> str:
-    rows = [[example.id, example.prompt, example.references] for example in examples]
-    return hashlib.sha256(to_json(rows).encode()).hexdigest()
+    return sha256_of(source) if Path(source).is_file() else items_hash(examples)

@@ -57,7 +57,7 @@ def run(options: ExperimentConfig) -> int:
         if changed := job.changed:
             raise ConfigError(
                 f"What is there of {job.name} was made with other options than its file has now "
-                f"({', '.join(changed)}). Remove {job.train.output}, its -run folder and "
+                f"({', '.join(changed)}). Remove {job.artifact}, its -run folder and "
                 f"{job.score.output}, or name other folders with --runs and --results."
             )
     if options.action == "summary":

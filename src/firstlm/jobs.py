@@ -4,7 +4,8 @@
 A file that is `like` another takes over what that says and it does not, `train` and `eval` option
 by option; its `arms` are its own, or a list of those to take over. An arm may have `data` of its
 own to train on (several sets are mixed) and a `test` set of its own. One whose `train` is
-"arm:NAME" trains nothing: it scores that arm's artifact on other data or under other policies.
+"arm:NAME" trains nothing: it scores that arm's artifact on other data or under other policies, or,
+with `balance`, what `firstlm balance` makes of it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from firstlm import artifact_files, eval_command, train
-from firstlm.command_config import EvalConfig
+from firstlm import artifact_files, balance, eval_command, train
+from firstlm.command_config import BalanceConfig, EvalConfig
 from firstlm.config import TrainConfig
 from firstlm.errors import ConfigError
 from firstlm.options import from_dict, read_yaml
@@ -25,7 +26,7 @@ from firstlm.results import DATA_VARIABLE
 from firstlm.summary import read
 
 KEYS = {"data", "train", "eval", "arms"}
-ARM_KEYS = {"seeds", "data", "test", "train", "eval"}
+ARM_KEYS = {"seeds", "data", "test", "train", "balance", "eval"}
 ARM_PATHS = ("artifact", "majority_of")  # options of training that may name an arm as "arm:NAME"
 
 
@@ -38,6 +39,7 @@ class Job:
         arm: name of the arm.
         seed: its seed.
         train: the options of its training, the seed among them.
+        balance: those of balancing what was trained, if that is to be done.
         score: the options of its evaluation.
         needs: names of the jobs whose artifacts it takes.
     """
@@ -46,6 +48,7 @@ class Job:
     arm: str
     seed: int
     train: TrainConfig
+    balance: BalanceConfig | None
     score: EvalConfig
     needs: tuple[str, ...] = ()
 
@@ -60,9 +63,14 @@ class Job:
         return read(Path(str(self.score.output)))
 
     @property
+    def artifact(self) -> Path:
+        """The folder of its artifact."""
+        return Path((self.balance or self.train).output)
+
+    @property
     def trained(self) -> bool:
         """Whether its artifact is there."""
-        return (Path(self.train.output) / ARTIFACT_FILE).is_file()
+        return (self.artifact / ARTIFACT_FILE).is_file()
 
     @property
     def scored(self) -> bool:
@@ -75,19 +83,23 @@ class Job:
         """What its artifact says of how it was trained; nothing where there is none."""
         if not self.trained:
             return {}
-        return artifact_files.read_config(Path(self.train.output))["training"]
+        return artifact_files.read_config(self.artifact)["training"]
 
     @property
     def changed(self) -> list[str]:
         """Options with which its artifact or results were made, and that the file has otherwise."""
         report = self.report or {}
-        runs = [made.get("run", {}) for made in (self._training, report.get("training", {}))]
+        records = [self._training, report.get("training", {})]
+        runs = [made.get("run", {}) for made in records]
         for made in runs:  # other arms' artifacts may lie elsewhere now
             for key in ARM_PATHS:
                 asked = getattr(self.train, key)
                 if asked and Path(made.get(key) or "").name == Path(asked).name:
                     made[key] = asked
         found = [name for run in runs for name in train.changed_options(run, self.train)]
+        for made in (record.get("balance", {}).get("options") for record in records):
+            if made is not None and self.balance is not None:
+                found += balance.changed_options(made, self.balance)
         scored, asked = report.get("options", {}), eval_command.compared_options(self.score)
         found += [name for name in asked if name in scored and asked[name] != scored[name]]
         return list(dict.fromkeys(found))
@@ -105,9 +117,16 @@ class Job:
             there = key in taken and (folder / ARTIFACT_FILE).is_file()
             if there and artifact_files.content_hash(str(folder)) != taken[key]:
                 found.append(folder.name)
-        scored = (self.report or {}).get("training", {}).get("provenance")
-        if scored is not None and scored != training.get("provenance"):
-            found.append(Path(self.train.output).name)
+        if self.balance is not None:
+            folder = Path(self.balance.artifact)
+            there = (folder / ARTIFACT_FILE).is_file()
+            if there and (
+                artifact_files.content_hash(str(folder)) != training["balance"]["artifact_sha256"]
+            ):
+                found.append(folder.name)
+        scored = (self.report or {}).get("training", {})
+        if any(scored.get(k) != training.get(k) for k in ("provenance", "balance") if scored):
+            found.append(self.artifact.name)
         return found
 
     def make(self, others: Mapping[str, Job]) -> None:
@@ -118,8 +137,11 @@ class Job:
             others[name].make(others)
         if self.trained:  # it scores the artifact of another
             return
-        print(f"{self.name}: training", flush=True)
-        train.run(self.train)
+        print(f"{self.name}: {'balancing' if self.balance else 'training'}", flush=True)
+        if self.balance:
+            balance.run(self.balance)
+        else:
+            train.run(self.train)
 
     def run(self, others: Mapping[str, Job]) -> None:
         """Train and score, as far as that is not done.
@@ -161,18 +183,18 @@ def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
     for arm, said in arms.items():
         where = f"{file}: arm {arm}"
         for seed in said["seeds"]:
-            training, needs = _training(file, content, arms, arm, seed, runs)
+            training, balancing, needs = _making(file, content, arms, arm, seed, runs)
             scoring = {
                 "data": _data(said["test"], where)["test"],
                 **_known(content["eval"], None, f"{file}: eval"),
                 **_known(said["eval"], None, where),
-                "artifact": training.output,
+                "artifact": (balancing or training).output,
                 "output": f"{results}/{file.stem}-{arm}-{seed}.json",
             }
             if not scoring.get("policies"):
                 raise ConfigError(f"{where} does not say which policies to score.")
             score = from_dict(EvalConfig, scoring, where=f" in {where}")
-            jobs.append(Job(file.stem, arm, seed, training, score, needs))
+            jobs.append(Job(file.stem, arm, seed, training, balancing, score, needs))
     known = {job.name: job for job in jobs}
     for job in jobs:
         for name in set(job.needs) - known.keys():
@@ -216,23 +238,24 @@ def _arm(said: Any, content: Mapping[str, Any], where: str) -> Mapping[str, Any]
     if not isinstance(said or {}, dict):
         raise ConfigError(f"{where} is {said!r}; expected names with values.")
     sets: Any = (said or {}).get("data", content["data"])
-    usual = {"seeds": [0], "data": sets, "test": sets, "train": {}, "eval": {}}
+    usual = {"seeds": [0], "data": sets, "test": sets, "train": {}, "balance": None, "eval": {}}
     found = _known(usual | (said or {}), ARM_KEYS, where)
     if not (isinstance(found["seeds"], list) and all(type(s) is int for s in found["seeds"])):
         raise ConfigError(f"{where}: seeds is {found['seeds']!r}; expected a list: [0, 1, 2].")
     return found
 
 
-def _training(
+def _making(
     file: Path,
     content: Mapping[str, Any],
     arms: Mapping[str, Mapping[str, Any]],
     arm: str,
     seed: int,
     runs: str,
-) -> tuple[TrainConfig, tuple[str, ...]]:
-    """Return how an arm's artifact is trained, and the names of the jobs that it needs."""
+) -> tuple[TrainConfig, BalanceConfig | None, tuple[str, ...]]:
+    """Return how an arm's artifact is trained and balanced, and the jobs that it needs."""
     said, where = arms[arm], f"{file}: arm {arm}"
+    own = f"{runs}/{file.stem}-{arm}-{seed}"
 
     def job_named(value: Any) -> str | None:
         """Return the name of the job that "arm:NAME" means, with the same seed."""
@@ -244,9 +267,20 @@ def _training(
 
     if needed := job_named(said["train"]):
         other = said["train"][4:]
-        if job_named(arms[other]["train"]):
+        if job_named(arms[other]["train"]) and arms[other]["balance"] is None:
             raise ConfigError(f"{where} names the arm {other!r}, which trains nothing itself.")
-        return _training(file, content, arms, other, seed, runs)[0], (needed,)
+        training, balancing, _ = _making(file, content, arms, other, seed, runs)
+        if said["balance"] is not None:
+            options = {
+                "artifact": (balancing or training).output,
+                "data": training.validation,
+                **_known(said["balance"], None, f"{where}: balance"),
+                "output": own,
+            }
+            balancing = from_dict(BalanceConfig, options, where=f" in {where}")
+        return training, balancing, (needed,)
+    if said["balance"] is not None:
+        raise ConfigError(f'{where} balances, but has no train: "arm:NAME" to balance.')
     sets = said["data"] if isinstance(said["data"], list) else [said["data"]]
     data = [_data(name, where) for name in sets]
     options = {
@@ -255,12 +289,12 @@ def _training(
         **_known(content["train"], None, f"{file}: train"),
         **_known(said["train"], None, where),
         "seed": seed,
-        "output": f"{runs}/{file.stem}-{arm}-{seed}",
+        "output": own,
     }
     needs = {key: job_named(options.get(key)) for key in ARM_PATHS}
     options |= {key: f"{runs}/{name}" for key, name in needs.items() if name}
     config = from_dict(TrainConfig, options, where=f" in {where}")
-    return config, tuple(name for name in needs.values() if name)
+    return config, None, tuple(name for name in needs.values() if name)
 
 
 def _data(name: Any, where: str) -> dict[str, str]:
