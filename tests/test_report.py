@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from browser import PROGRAM
 
 from firstlm import cli
+from firstlm.figures import draw
+from firstlm.report import page
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -37,3 +40,34 @@ def test_the_report_shows_its_pictures_in_a_browser(tmp_path):
     assert dark_blue.sum() > 20_000
     text = (seen < 0.5).all(-1)
     assert text.any(1).sum() > 500
+
+
+def row(arm: str, asked: float, **more) -> dict:
+    """One row of a summary of questions."""
+    found = {"arm": f"qa-{arm}", "policy": arm, "lora_of": arm, "skip_rate_asked": asked}
+    found |= {"dataset": "set", "task": "qa", "model": "m", "metric": "f1", "primary": True}
+    found |= {"skip_rate": asked, "score": 50.0, "ci95": [40.0, 60.0], "retention": 0.9}
+    found |= {"seeds": 2, "n_test": 5, "gains": [], "tpot_ratio": None, "lora": True}
+    found |= {"skip_rate_p5": asked, "skip_rate_p95": asked, "distinct_masks": 1.0}
+    found |= {"mask_entropy": 0.0, "length_correlation": None, "layer_length_correlation": None}
+    return found | more
+
+
+def test_an_overview_links_to_every_section_with_what_is_kept():
+    rows = [row("first", 0.15), row("first", 0.25, retention=0.8), row("unified", 0.15)]
+    rows += [row("first", 0.25, dataset="other", retention=0.7)]
+    text = page(rows, [])
+    table = text[: text.index("<h2")]
+    assert re.findall(r'href="#(s\d)"', table) == re.findall(r'<h2 id="(s\d)"', text)
+    assert re.findall(r"<td>(\d*%?)</td>", table) == ["90%", "80%", "2", "", "70%", "2"]
+
+
+def test_long_legends_are_not_cut_off():
+    image = pytest.importorskip("matplotlib.image")
+    name = "first of a name that is far too long for any picture to hold besides another one"
+    for arms in ((), (name, name.upper())):
+        rows = [row(arm, rate) for arm in ("first", *arms) for rate in (0.15, 0.25)]
+        (picture,) = draw(rows, {})
+        seen = image.imread(io.BytesIO(picture.png))[..., :3]
+        margins = (seen[:, :5], seen[:, -5:])
+        assert all(bool((margin == 1).all()) for margin in margins), picture.name

@@ -18,7 +18,15 @@ def test_arms_with_one_policy_are_told_apart():
 
     rows = [row("qamr-first"), row("qamr-full"), row("qamr-unified", "unified")]
     names = [name for name, _ in labelled(rows)]
-    assert names == ["FiRST (qamr-first)", "FiRST (qamr-full)", "unified"]
+    assert names == ["FiRST (first)", "FiRST (full)", "unified"]
+    rows.append(row("debian-first"))
+    names = [name for name, _ in labelled(rows)]
+    assert names == [
+        "FiRST (qamr-first)",
+        "FiRST (qamr-full)",
+        "unified",
+        "FiRST (debian-first)",
+    ]
 
 
 def test_a_layers_correlation_with_length_is_over_seeds():

@@ -28,6 +28,7 @@ COLORS = {
     "static_importance": "#4d7c0f",
 }
 SPARE_COLORS = ("#db2777", "#ca8a04", "#475569", "#9333ea", "#65a30d", "#0f766e", "#991b1b")
+WIDE = 28  # letters of a label, from which on two columns of them are enough
 LENGTH_GROUPS = 4  # of prompts, from short to long
 SWEPT = {"alpha": "alpha, weight of the non-skip penalty", "l2": "lambda, weight of the L2 penalty"}
 
@@ -63,12 +64,13 @@ def title(section: Section, rows: Sequence[Row]) -> str:
 
 
 class Picture(NamedTuple):
-    """A PNG picture, and where it belongs."""
+    """A PNG picture, where it belongs, and whether only those who look closer want it."""
 
     name: str
     section: Section
     png: bytes
     caption: str
+    detail: bool = False
 
 
 def draw(rows: Sequence[Row], reports: Mapping[str, Any]) -> list[Picture]:
@@ -140,14 +142,14 @@ def _of_run(section: Section, name: str, run: str, result: Row) -> list[Picture]
     found, file = [], f"{name}-{run.replace('@', '-')}"
     if "prompt_tokens" in result["items"][0]:
         caption = f"{name}, {run}: share of prompts that run each layer, by their length."
-        found.append(Picture(f"layers-{file}", section, _layers(result["items"]), caption))
+        found.append(Picture(f"layers-{file}", section, _layers(result["items"]), caption, True))
     if "rho_histogram" in result:
         caption = (
             f"{name}, {run}: what routers say about each layer, as a share of the prompts. Below "
             "0.5 the layer is skipped."
         )
         png = _outputs(np.array(result["rho_histogram"]))
-        found.append(Picture(f"outputs-{file}", section, png, caption))
+        found.append(Picture(f"outputs-{file}", section, png, caption, True))
     return found
 
 
@@ -193,7 +195,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", bbox_inches="tight")  # a legend may be wider
     return buffer.getvalue()
 
 
@@ -234,7 +236,12 @@ def _quality(
     axes.set_ylabel(metric_name(rows[0]["metric"]))
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="#e5e7eb")
-    figure.legend(fontsize="small", frameon=False, loc="outside lower center", ncols=3)
+    figure.legend(
+        fontsize="small",
+        frameon=False,
+        loc="outside lower center",
+        ncols=3 if max(map(len, lines)) < WIDE else 2,
+    )
     return _png(figure)
 
 
@@ -319,7 +326,9 @@ def _training(arms: Mapping[str, Sequence[Row]]) -> bytes:
                     axes.plot(*zip(*curve[name], strict=True), color=color, label=shown, **style)
     axes.set_xlabel("LoRA step")
     axes.set_ylabel("cross-entropy, nats per answer token")
-    axes.set_yscale("log")
+    axes.set_yscale("log", subs=[2, 5])
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks("{x:g}")
     axes.grid(axis="y", color="#e5e7eb", which="both")
     axes.legend(fontsize="small", frameon=False)
     return _png(figure)
@@ -342,11 +351,14 @@ def label(policy: str, lora_of: str | None) -> str:
 
 def labelled(rows: Sequence[Row]) -> list[tuple[str, Row]]:
     """Return rows with their labels; where arms share one, it says which arm is meant."""
+    one_file = len({row["arm"].partition("-")[0] for row in rows}) == 1
     arms: dict[str, set[str]] = {}
     names = [label(row["policy"], row["lora_of"]) for row in rows]
     for name, row in zip(names, rows, strict=True):
         arms.setdefault(name, set()).add(row["arm"])
     return [
-        (f"{name} ({row['arm']})" if len(arms[name]) > 1 else name, row)
+        (f"{name} ({row['arm'].partition('-')[2] if one_file else row['arm']})", row)
+        if len(arms[name]) > 1
+        else (name, row)
         for name, row in zip(names, rows, strict=True)
     ]

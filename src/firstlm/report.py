@@ -9,13 +9,13 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from firstlm.command_config import ReportConfig
 from firstlm.errors import ConfigError, DataError
-from firstlm.figures import Picture, Row, draw, groups, labelled, metric_name, title
+from firstlm.figures import Picture, Row, Section, draw, groups, labelled, metric_name, title
 from firstlm.results import write_text
 from firstlm.summary import read
 
@@ -38,7 +38,9 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 62rem; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; }
-table { border-collapse: collapse; font-size: .9rem; display: block; overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; display: block; overflow-x: auto;
+  margin: 1rem 0; }
+details { margin: 1rem 0; } summary { cursor: pointer; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 td:not(:first-child) { white-space: nowrap; }
@@ -94,20 +96,50 @@ def _read(folder: Path) -> tuple[list[Row], dict[str, Any]]:
 
 def page(rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
     """Return the HTML page."""
-    parts = [f"<h1>{TITLE}</h1>", f"<p>{INTRODUCTION}</p>"]
-    for section, found in groups(rows).items():
+    sections = groups(rows)
+    parts = [f"<h1>{TITLE}</h1>", f"<p>{INTRODUCTION}</p>", _overview(sections)]
+    for number, (section, found) in enumerate(sections.items()):
         shown = [picture for picture in pictures if picture.section == section]
-        parts.append(f"<h2>{html.escape(title(section, found))}</h2>")
+        parts.append(f'<h2 id="s{number}">{html.escape(title(section, found))}</h2>')
         parts += [_img(picture) for picture in shown[:1]]
         parts += [_scores(found), _gains(found), _adaptivity(found)]
         parts += [f"<p>{html.escape(text)}</p>" for text in [recomputed(found)] if text]
-        parts += [_img(picture) for picture in shown[1:]]
+        parts += [_img(picture) for picture in shown[1:] if not picture.detail]
+        if details := [_img(picture) for picture in shown if picture.detail]:
+            parts.append(
+                f"<details><summary>Layers and router outputs, run by run ({len(details)} "
+                f"pictures)</summary>{''.join(details)}</details>"
+            )
     parts.append(_paper(rows))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{TITLE}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
+
+
+def _overview(sections: Mapping[Section, Sequence[Row]]) -> str:
+    """Return a table of what FiRST keeps in each section, with links to the sections."""
+    found: dict[tuple[str, int], dict[float, str]] = {}
+    for number, (section, rows) in enumerate(sections.items()):
+        for row in rows:
+            routed = row["policy"] == row["lora_of"] == "first" and row["skip_rate_asked"]
+            if not (routed and row["primary"] and row["retention"] is not None):
+                continue
+            name, arm = title(section, rows), row["arm"].partition("-")[2]
+            link = f'<a href="#s{number}">{html.escape(name)}</a>, {html.escape(arm)}'
+            by_rate = found.setdefault((link, row["seeds"]), {})
+            by_rate[row["skip_rate_asked"]] = f"{row['retention']:.0%}"
+    if not found:
+        return ""
+    rates = sorted({rate for by_rate in found.values() for rate in by_rate})
+    lines = [
+        [link, *(by_rate.get(rate, "") for rate in rates), str(seeds)]
+        for (link, seeds), by_rate in found.items()
+    ]
+    head = ["experiment, arm", *(f"{rate:.0%} skipped" for rate in rates), "seeds"]
+    caption = "What FiRST keeps of base + LoRA with all layers, by the skip rate asked for"
+    return _marked_up(head, lines, caption)
 
 
 def _img(picture: Picture) -> str:
@@ -120,11 +152,13 @@ def _img(picture: Picture) -> str:
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]], caption: str = "") -> str:
     """Return an HTML table of texts."""
+    return _marked_up(head, [[html.escape(cell) for cell in line] for line in lines], caption)
+
+
+def _marked_up(head: Sequence[str], lines: Iterable[Sequence[str]], caption: str) -> str:
+    """Return an HTML table of cells that are HTML themselves."""
     cells = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>"
-        for line in lines
-    )
+    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in line) + "</tr>" for line in lines)
     name = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     return f"<table>{name}<thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
 
