@@ -19,7 +19,7 @@ import pytest
 import torch
 from training import config, make_examples, make_model, write_run
 
-from firstlm import FirstModel
+from firstlm import FirstModel, processes
 from firstlm.errors import ArtifactError, ConfigError
 from firstlm.phases import train_joint, train_lora, train_routers, work_folder
 from firstlm.train import run
@@ -203,7 +203,13 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
     train_routers(make_model(), make_examples(32, 0), make_examples(8, 1), settings)
     folder = work_folder(settings) / "checkpoints" / "routers"
     assert last_checkpoint(folder) == folder / "checkpoint-6"
-    (folder / "checkpoint-6" / "trainer_state.json").write_text("{")
+    state = folder / "checkpoint-6" / "trainer_state.json"
+    text = state.read_text()
+    state.write_text("{")
+    assert last_checkpoint(folder) == folder / "checkpoint-3"
+    state.write_text(text)
+    assert last_checkpoint(folder) == folder / "checkpoint-6"
+    (folder / "checkpoint-6" / "rng_state.pth").unlink()  # another process was not done
     assert last_checkpoint(folder) == folder / "checkpoint-3"
     shutil.rmtree(folder / "checkpoint-3")
     assert last_checkpoint(folder) is None
@@ -255,6 +261,19 @@ def test_folders_with_other_files_are_left_alone(tmp_path: Path, byte_tokenizer)
         with pytest.raises(ConfigError, match="holds other files"):
             run(replace(settings, resume=resume))
     assert (work_folder(settings) / "letter.txt").read_text() == "dear"
+
+
+def test_another_number_of_processes_does_not_go_on(
+    tmp_path: Path, byte_tokenizer, monkeypatch
+) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    settings = config(tmp_path, model=str(folder), data=str(data), router_steps=1, lora_steps=1)
+    assert run(settings) == 0
+    assert run(settings) == 0
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    monkeypatch.setattr(processes, "is_first", lambda: True)
+    with pytest.raises(ConfigError, match="1 processes began, which take other rows than 4"):
+        run(settings)
 
 
 def test_data_that_changed_is_not_resumed(tmp_path: Path, byte_tokenizer) -> None:

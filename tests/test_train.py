@@ -448,6 +448,8 @@ def test_an_artifact_brings_its_base_model_and_its_unit(tmp_path: Path, byte_tok
     assert run(settings) == 0
     more = replace(settings, model=None, artifact=settings.output, output=str(tmp_path / "more"))
     assert run(more) == 0
+    behind = [read_config(Path(one.output))["training"]["trainings"] for one in (settings, more)]
+    assert behind == [1, 2]
     with pytest.raises(ConfigError, match="give --unit mlp"):
         run(replace(more, unit="block", output=str(tmp_path / "other")))
 
@@ -517,11 +519,14 @@ def test_what_goes_on_from_an_artifact_learns_from_other_rows(tmp_path: Path, mo
 
     monkeypatch.setattr(FirstTrainer, "training_step", noted)
     examples = make_examples(256, 0)
-    for artifact in (None, "some/artifact"):
+    settings = config(tmp_path, lora_steps=2, skip_rate=0.0, stage="lora")
+    for behind in range(3):  # an artifact of an artifact, too, does not begin anew
         seen.append([])
-        settings = config(tmp_path, lora_steps=2, artifact=artifact, skip_rate=0.0, stage="lora")
-        train_lora(make_model(), examples, examples[:4], settings)
-    assert len(set(seen[0]) & set(seen[1])) < 16  # of 32, of 256 drawn at random
+        model = make_model()
+        model.training_record = {"run": {}, "trainings": behind} if behind else {}
+        train_lora(model, examples, examples[:4], settings)
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert len(set(seen[one]) & set(seen[other])) < 16  # of 32, of 256 drawn at random
 
 
 def test_the_share_of_decisions_that_lora_flips_is_told(tmp_path: Path) -> None:

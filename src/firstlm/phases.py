@@ -41,7 +41,7 @@ STEPS = {
     "joint": "lora_steps",
 }
 BESIDE_ROUTERS = ("adapt", "lora")  # phases of which the best checkpoint is kept
-AFTER = 1 << 20  # added to the seed of rows where an artifact's LoRA has learnt from some before
+AFTER = 1 << 20  # added to the seed of rows for each training that a model has behind it
 # Whose rows come in an order of their own: no phase shall begin with what was learnt just before.
 ORDERS = {"routers": 0, "lora": 1, "joint": 1, "adapt": 2}
 
@@ -372,7 +372,7 @@ def _arguments(
         warmup_steps=config.warmup,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
-        data_seed=2 * config.seed + ORDERS[phase] + (AFTER if config.artifact else 0),
+        data_seed=2 * config.seed + ORDERS[phase] + AFTER * trainings(model),
         eval_strategy="steps",
         eval_steps=config.eval_steps,
         save_strategy="steps",
@@ -408,6 +408,12 @@ def _logs_in(folder: Path):
             del os.environ["TENSORBOARD_LOGGING_DIR"]
         else:
             os.environ["TENSORBOARD_LOGGING_DIR"] = before
+
+
+def trainings(model: FirstModel) -> int:
+    """Return how many runs of `firstlm train` made the artifact that a model was loaded from."""
+    record = model.training_record
+    return record.get("trainings", int("run" in record))
 
 
 def work_folder(config: TrainConfig) -> Path:

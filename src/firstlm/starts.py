@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from firstlm import processes
 from firstlm.calibration import find_offsets
 from firstlm.clusters import DEPTH, group, router_inputs, start_from_orders
 from firstlm.config import TrainConfig
@@ -34,7 +35,7 @@ def warm_start(
     model.eval()
     with mixed_precision(model):
         if config.clusters == 1:
-            order = ranked(train)
+            order = processes.same(ranked(train))
             start_from_order(model, order, skip_rate)
             return {"removal_order": order}
         rows = draw(train, CLUSTER_PROMPTS * config.clusters, config.seed)
@@ -42,12 +43,12 @@ def warm_start(
         everything = torch.ones(model.layer_count, dtype=torch.bool)
         layer = int(DEPTH * model.layer_count)
         states = router_inputs(model, prompts, everything, config.prefill)[layer]
-        labels = group(states, config.clusters, config.seed)
+        labels = processes.same(group(states, config.clusters, config.seed))
         groups = [
             [row for row, label in zip(rows, labels.tolist(), strict=True) if label == i]
             for i in range(int(labels.max()) + 1)
         ]
-        orders = [ranked(rows) for rows in groups]
+        orders = processes.same([ranked(rows) for rows in groups])
         start_from_orders(model, prompts, labels, orders, skip_rate, config.prefill)
     return {"removal_orders": orders, "cluster_prompts": [len(rows) for rows in groups]}
 

@@ -37,6 +37,7 @@ from firstlm.phases import (
     train_joint,
     train_lora,
     train_routers,
+    trainings,
     work_folder,
 )
 from firstlm.pretrained import SMOLLM2, load_base, resolve_device
@@ -48,6 +49,7 @@ CALIBRATION_PROMPTS = 128
 INFLUENCE_ROWS = 64  # on which block influence is measured
 RECORD_FILE = "record.json"
 HASH_FILE = "data_sha256.json"
+PROCESSES = "processes"  # in that file: how many began the run
 # Options that may differ between a run and its resumption: they change no result.
 FREE = ("resume", "output", "tensorboard", "logging_steps", "device")
 
@@ -75,6 +77,7 @@ def run(config: TrainConfig) -> int:
     record: dict[str, Any] = {
         "run": to_dict(config),
         "provenance": provenance(seed=config.seed, data=hashes),
+        "trainings": trainings(model) + 1,
     }
     arguments = (model, train, validation, config)
     try:
@@ -210,7 +213,8 @@ def _baseline(model: FirstModel, train: list[Encoded], config: TrainConfig) -> B
     if config.policy == "static_importance":
         rows = draw(train, INFLUENCE_ROWS, config.seed)
         with mixed_precision(model):
-            orders = ((config.skip_rate, tuple(influence_order(model, rows, config.batch_size))),)
+            order = processes.same(influence_order(model, rows, config.batch_size))
+            orders = ((config.skip_rate, tuple(order)),)
     elif config.policy == "skip_decode":
         answers = tuple(np.bincount([len(row.answer_ids) - 1 for row in train]).tolist())
     elif config.majority_of is not None:
@@ -249,6 +253,13 @@ def _claim(config: TrainConfig, hashes: dict[str, str]) -> None:
                 "another --output, repeat the options to resume it, or start over with --no-resume."
             )
         known = json.loads(data_file.read_text(encoding="utf-8")) if data_file.is_file() else {}
+        started = known.get(PROCESSES, processes.count())
+        if started != processes.count():
+            raise ConfigError(
+                f"{work} holds a run that {started} processes began, which take other rows than "
+                f"{processes.count()}. Start as many to resume it, name another --output, or start "
+                "over with --no-resume."
+            )
         changed = [name for name, found in hashes.items() if known.get(name, found) != found]
         if changed:
             raise ConfigError(
@@ -257,7 +268,7 @@ def _claim(config: TrainConfig, hashes: dict[str, str]) -> None:
             )
     work.mkdir(parents=True, exist_ok=True)
     write_text(file, to_yaml(config))
-    write_json(data_file, hashes)
+    write_json(data_file, {**hashes, PROCESSES: processes.count()})
 
 
 def changed_options(before: Mapping[str, Any], config: TrainConfig) -> list[str]:

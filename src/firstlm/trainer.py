@@ -345,9 +345,13 @@ def take_weights(first: FirstModel, tensors: dict[str, torch.Tensor]) -> None:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint of a folder; one that was cut off is passed over."""
+    many = processes.count()
+    states = [f"rng_state_{i}.pth" for i in range(many)] if many > 1 else ["rng_state.pth"]
     numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*")]
     for _, path in sorted(numbered, reverse=True):
-        try:  # Trainer writes this file last
+        if not all((path / state).is_file() for state in states):
+            continue
+        try:  # the first process writes this file last
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
