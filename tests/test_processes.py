@@ -19,6 +19,7 @@ from training import write_run
 from transformers import TrainerControl
 
 from firstlm import processes
+from firstlm.errors import ConfigError
 from firstlm.interrupts import Interrupts
 
 HERE = Path(__file__).parent
@@ -185,6 +186,12 @@ def test_ctrl_c_while_processes_agree_is_not_lost(monkeypatch):
     interrupts.on_step_end(state, None, control)
     interrupts.on_step_end(state, None, control)
     assert control.should_training_stop
+
+
+def test_deepspeed_that_would_hang_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(ConfigError, match="wait for each other for ever"):
+        processes.join(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

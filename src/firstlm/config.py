@@ -229,7 +229,7 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         0.005, above=0, help="learning rate of phase 1: about how far a logit moves"
     )
     lora_steps: int = option(400, at_least=0, help="optimizer steps of phase 2")
-    lora_lr: float = option(1e-3, above=0, help="learning rate of phase 2")
+    lora_lr: float = option(1e-3, above=0, help="learning rate of LoRA, in phase 2 and in adapt")
     lora_rank: int = count_option(8, "rank of the LoRA matrices")
     lora_alpha: int = count_option(16, "scale of the LoRA matrices")
     lora_dropout: float = option(0.0, at_least=0, below=1, help="dropout on the LoRA input")

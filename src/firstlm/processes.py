@@ -28,6 +28,11 @@ def join(device: torch.device) -> None:
             "FSDP of version 1 would save a part of what is trained; expected version 2, as in "
             "deploy/fsdp2.yaml (fsdp_version: 2)."
         )
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise ConfigError(
+            "DeepSpeed's ZeRO-3 gathers each layer as it runs, and processes that skip other layers "
+            "would wait for each other for ever; use FSDP2 (deploy/fsdp2.yaml), or a lower stage."
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=device.type == "cpu")
 
