@@ -30,7 +30,7 @@ def join(device: torch.device) -> None:
         )
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         raise ConfigError(
-            "DeepSpeed's ZeRO-3 gathers each layer as it runs, and processes that skip other layers "
+            "DeepSpeed's ZeRO-3 gathers a layer as it runs, and processes that skip other layers "
             "would wait for each other for ever; use FSDP2 (deploy/fsdp2.yaml), or a lower stage."
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
