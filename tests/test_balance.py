@@ -203,3 +203,16 @@ def test_a_set_that_scores_nothing_is_refused(
     assert cli.main([*words, "--output", str(tmp_path / "new")]) == 2
     assert "0 with all layers" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_levels_that_were_never_calibrated_are_measured_first(
+    artifact: Path, sets: list[str], tmp_path: Path
+):
+    old = FirstModel.from_pretrained(str(artifact)).thresholds
+    assert not old.serve([0.7], "skip")
+    words = ["balance", str(artifact), "--data", *sets, "--skip-rate", "0.45"]
+    words += ["--levels", "0.3", "0.7", "--max-new-tokens", "3", "--output", str(tmp_path / "new")]
+    assert cli.main(words) == 0
+    new = FirstModel.from_pretrained(str(tmp_path / "new"))
+    assert new.training_record["balance"]["sets"][0]["rates"][1] > 0.5
+    assert new.thresholds.serve([0.45], "skip")

@@ -134,7 +134,7 @@ def balance(
         model: a model with routers and thresholds.
         sets: examples and task, two or more.
         skip_rate: share of layers to skip on average over the sets, which count alike.
-        levels: skip rates to measure the tasks at.
+        levels: skip rates to measure the tasks at; if some were never calibrated, they are now.
         rates: skip rates to calibrate.
         prefill: "skip" or "full".
         batch_size: prompts per batch.
@@ -150,6 +150,9 @@ def balance(
         [row.prompt_ids for row in encode_rows(model, examples, max_new_tokens)]
         for examples, _ in sets
     ]
+    shown, others = ([part[start::2] for part in prompts] for start in (0, 1))
+    if not model.thresholds.serve(levels, prefill):
+        calibrate(model, list(chain(*shown)), levels, [prefill], batch_size)
     how = {"prefill": prefill, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
     offsets = {level: model.thresholds.offset(level, prefill) for level in levels}
     curves = []
@@ -161,7 +164,6 @@ def balance(
         float(np.interp(rate, curve.rates, curve.offsets))
         for rate, curve in zip(chosen, curves, strict=True)
     ]
-    shown, others = ([part[start::2] for part in prompts] for start in (0, 1))
     labels = torch.tensor([i for i, part in enumerate(shown) for _ in part])
     shift_groups(model, list(chain(*shown)), labels, shifts, prefill)
     calibrate(model, list(chain(*others)), rates, batch_size=batch_size)
@@ -221,7 +223,11 @@ def run(options: BalanceConfig) -> int:
         for i, one in enumerate(inputs)
     ]
     rates = sorted(
-        {*RATES, *(row.asked for rows in model.thresholds.table.values() for row in rows)}
+        {
+            skip_rate,
+            *RATES,
+            *(row.asked for rows in model.thresholds.table.values() for row in rows),
+        }
     )
     found = balance(
         model,

@@ -188,9 +188,7 @@ class BalanceConfig(AnswerOptions):
     skip_rate: float | None = option(
         None, help="share of layers to skip on average over the sets (none: what was trained)"
     )
-    levels: list[float] = option(
-        [0.1, 0.2, 0.3, 0.4], help="skip rates to score each set at, all within what is calibrated"
-    )
+    levels: list[float] = option([0.1, 0.2, 0.3, 0.4], help="skip rates to score each set at")
     batch_size: int = count_option(16, "prompts per batch")
     max_new_tokens: int = count_option(32, "longest answer, in tokens")
     output: str = option(REQUIRED, path=True, help="folder for the balanced artifact")

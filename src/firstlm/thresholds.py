@@ -58,6 +58,14 @@ class Thresholds:
             )
         return min(rows, key=lambda row: abs(row.rate - rate)).skipped
 
+    def serve(self, rates: Sequence[float], prefill: str) -> bool:
+        """Whether all of some skip rates lie within what was measured."""
+        rows = self.table.get(prefill)
+        if not rows:
+            return False
+        low, high = rows[0].rate - NEAR_ENOUGH, rows[-1].rate + NEAR_ENOUGH
+        return all(low <= rate <= high for rate in rates)
+
     def offset(self, rate: float, prefill: str) -> float:
         """Return the logit offset for a wanted skip rate, interpolated between measured ones."""
         rows = self.table.get(prefill)
@@ -67,7 +75,7 @@ class Thresholds:
                 "be promised. Run `firstlm calibrate` (or firstlm.calibrate) on validation prompts."
             )
         rates = [row.rate for row in rows]
-        if not rates[0] - NEAR_ENOUGH <= rate <= rates[-1] + NEAR_ENOUGH:
+        if not self.serve([rate], prefill):
             raise ConfigError(
                 f"skip_rate={rate} is outside what was calibrated: {rates[0]:.2f} to "
                 f"{rates[-1]:.2f}. Ask for a rate in between, or calibrate for more."
