@@ -169,7 +169,7 @@ def over_seeds(
     items, seeds = (np.random.default_rng([seed, i]) for i in range(2))
     drawn = []
     for _ in range(samples):
-        times = _drawn(items, count, groups)
+        times = drawn_items(items, count, groups)
         rows = seeds.integers(0, len(ours), len(ours))
         more = len(both[1])
         others = rows if more == len(ours) else seeds.integers(0, more or 1, more)
@@ -293,11 +293,11 @@ def _resampled(
     """Yield each metric's summed statistics over the same items, drawn with replacement."""
     generator = np.random.default_rng(seed)
     for _ in range(samples):
-        times = _drawn(generator, len(scores[0].items), groups)
+        times = drawn_items(generator, len(scores[0].items), groups)
         yield [times @ one.statistics for one in scores]
 
 
-def _drawn(generator: np.random.Generator, count: int, groups: Groups | None) -> np.ndarray:
+def drawn_items(generator: np.random.Generator, count: int, groups: Groups | None) -> np.ndarray:
     """Draw groups with replacement, and return how often each of `count` items is drawn so."""
     if groups is None:
         return np.bincount(generator.integers(0, count, count), minlength=count)
