@@ -26,77 +26,120 @@ Seeds = Sequence[Scores]
 DRAWS = 1000
 
 
-def kept(
+def mean_share(
     ours: Sequence[Seeds],
     references: Sequence[Seeds],
     groups: Sequence[Groups],
-    above: Sequence[Seeds] | None = None,
+    minus: Sequence[Seeds] | None = None,
 ) -> Estimate:
-    """Return what is kept on average over tasks, or by how much it is above others, in percent.
+    """Return the mean over tasks of a score's share of the reference's, in percent.
+
+    Every draw takes seeds with replacement, the same for all, then groups of each task's items.
 
     Args:
         ours: of each task, scores of each seed.
-        references: of each task, scores that count as 100, of each seed.
+        references: of each task, scores that count as 100, of each seed. Of the same seeds as ours
+            where there are as many, drawn for themselves otherwise.
         groups: of each task, what its items share.
-        above: of each task, the others' scores of each seed, which are subtracted.
+        minus: of each task, others' scores of each seed, which are subtracted from ours.
     """
-    seeds = len(ours[0])
+    counts = len(ours[0]), len(references[0])
+    if {len(part) for part in [*ours, *(minus or [])]} != {counts[0]}:
+        raise ValueError("tasks have different numbers of seeds")
+    if {len(part) for part in references} != {counts[1]}:
+        raise ValueError("references have different numbers of seeds")
 
-    def value(times: Sequence[np.ndarray], rows: np.ndarray, plain: Sequence[np.ndarray]) -> float:
-        def mean(scores: Seeds, task: int, picked: np.ndarray) -> float:
+    def value(times: Sequence[np.ndarray], rows: np.ndarray, plain: np.ndarray) -> float:
+        def mean(scores: Seeds, weights: np.ndarray, picked: np.ndarray) -> float:
             return float(
-                np.mean([scores[i].combine(times[task] @ scores[i].statistics) for i in picked])
+                np.mean([scores[i].combine(weights @ scores[i].statistics) for i in picked])
             )
 
         shares = []
-        for task in range(len(ours)):
-            score = mean(ours[task], task, rows)
-            if above is not None:
-                score -= mean(above[task], task, rows)
-            shares.append(score / mean(references[task], task, plain[task]))
+        for task, weights in enumerate(times):
+            score = mean(ours[task], weights, rows)
+            if minus is not None:
+                score -= mean(minus[task], weights, rows)
+            shares.append(score / mean(references[task], weights, plain))
         return 100 * float(np.mean(shares))
 
     generator = np.random.default_rng(0)
     drawn = []
     for _ in range(DRAWS):
         times = [drawn_items(generator, len(part), part) for part in groups]
-        plain = [generator.integers(0, len(part), len(part)) for part in references]
-        drawn.append(value(times, generator.integers(0, seeds, seeds), plain))
+        rows, plain = (generator.integers(0, count, count) for count in counts)
+        drawn.append(value(times, rows, rows if counts[0] == counts[1] else plain))
     low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
     everything = [np.ones(len(part)) for part in groups]
-    each = [np.arange(len(part)) for part in references]
-    count = sum(len(part) for part in groups)
-    return Estimate(value(everything, np.arange(seeds), each), low, high, count)
+    found = value(everything, *(np.arange(count) for count in counts))
+    return Estimate(found, low, high, sum(map(len, groups)))
 
 
-def primary(arm: Arm, name: str) -> Seeds:
-    """Return the primary scores of a run, one a seed."""
-    return arm.scores(name)[arm.task.primary]
+def primary(arm: Arm, name: str, seeds: Sequence[int]) -> Seeds:
+    """Return the primary scores of a run, one for each of some seeds."""
+    scores = arm.scores(name)[arm.task.primary]
+    return [scores[list(arm.runs(name)).index(seed)] for seed in seeds]
+
+
+def common(arms: Sequence[Arm], name: str) -> list[int]:
+    """Return the seeds with which all arms have a run."""
+    return sorted(set.intersection(*(set(arm.runs(name)) for arm in arms)))
 
 
 def table(arms: Sequence[Arm], references: Sequence[Arm]) -> list[dict[str, Any]]:
-    """Return one row per run that all arms have; the first arm's name stands for all."""
-    base = [primary(arm, "run_all") for arm in references]
+    """Return one row per run that all arms have, over the seeds with which all have it."""
     groups = [arm.groups for arm in arms]
+    plain = common(references, "run_all")
+
+    def compared(name: str, seeds: Sequence[int], minus: str | None = None) -> Estimate:
+        same = seeds if set(seeds) <= set(plain) else plain
+        return mean_share(
+            [primary(arm, name, seeds) for arm in arms],
+            [primary(arm, "run_all", same) for arm in references],
+            groups,
+            [primary(arm, minus, seeds) for arm in arms] if minus else None,
+        )
+
     found = []
     for name in arms[0].names:
-        scores = [primary(arm, name) for arm in arms]
-        rates = [
-            float(np.mean([run["skip_rate"]["mean"] for run in arm.runs(name).values()]))
-            for arm in arms
-        ]
-        share = kept(scores, base, groups)
-        row = {"run": name, "skip_rates": rates, "skip_rate": float(np.mean(rates))}
-        row |= {"kept": share.value, "kept_ci95": [share.low, share.high], "seeds": len(scores[0])}
+        seeds = common(arms, name)
+        if not seeds:
+            continue
+        rates = [_skip_rate(arm, name, seeds) for arm in arms]
+        kept = compared(name, seeds)
+        row: dict[str, Any] = {
+            "run": name,
+            "seeds": len(seeds),
+            "skip_rates": rates,
+            "skip_rate": float(np.mean(rates)),
+            "kept": kept.value,
+            "kept_ci95": [kept.low, kept.high],
+            "gains": [],
+        }
         policy, _, rate = name.partition("@")
-        if policy == "router" and rate:
-            for other in arms[0].names:
-                if other != name and other.endswith(f"@{rate}"):
-                    theirs = [primary(arm, other) for arm in arms]
-                    gain = kept(scores, base, groups, above=theirs)
-                    row[f"above {other}"] = [gain.value, gain.low, gain.high]
+        for other in arms[0].names if policy == "router" and rate else ():
+            both = [seed for seed in common(arms, other) if seed in seeds]
+            if other != name and other.partition("@")[2] == rate and both:
+                gain = compared(name, both, minus=other)
+                theirs = float(np.mean([_skip_rate(arm, other, both) for arm in arms]))
+                ours = float(np.mean([_skip_rate(arm, name, both) for arm in arms]))
+                row["gains"].append(
+                    {
+                        "above": other,
+                        "value": gain.value,
+                        "low": gain.low,
+                        "high": gain.high,
+                        "seeds": len(both),
+                        "skip_rate_above": ours - theirs,
+                    }
+                )
         found.append(row)
     return found
+
+
+def _skip_rate(arm: Arm, name: str, seeds: Sequence[int]) -> float:
+    """Return the share of layers that a run skipped, over some seeds."""
+    return float(np.mean([arm.runs(name)[seed]["skip_rate"]["mean"] for seed in seeds]))
 
 
 def main() -> None:
@@ -120,7 +163,16 @@ def main() -> None:
             parser.error(f"{options.results} has nothing of {name}")
         return Arm(f"{options.file.stem}-{name}", mine[0].train, mine[0].score, there)
 
-    rows = table([arm(name) for name in options.arms], [arm(name) for name in options.reference])
+    arms, references = (
+        [arm(name) for name in names] for names in (options.arms, options.reference)
+    )
+    if [one.dataset for one in arms] != [one.dataset for one in references]:
+        parser.error(
+            "--reference is to name one arm for each of --arms, on the same test sets in the same "
+            f"order; found {[one.dataset for one in references]} for "
+            f"{[one.dataset for one in arms]}"
+        )
+    rows = table(arms, references)
     for row in rows:
         print(row)
     if options.output:

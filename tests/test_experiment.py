@@ -277,7 +277,11 @@ def test_an_arm_scores_what_balancing_makes_of_another(words, tmp_path, capsys):
     file.write_text(file.read_text().replace("[0.1, 0.4]", "[0.2, 0.4]"))
     assert cli.main([words[0], "list", *words[2:]]) == 0
     assert capsys.readouterr().out.count("made with other options: levels") == 2
-    file.write_text(file.read_text().replace("[0.2, 0.4]", "[0.1, 0.4]"))
+    text = file.read_text().replace("[0.2, 0.4]", "[0.1, 0.4]")
+    file.write_text(re.sub(" +balance: .*\n", "", text).replace('"arm:balanced"', '"arm:mix"'))
+    assert cli.main([words[0], "list", *words[2:]]) == 0
+    assert capsys.readouterr().out.count("made with other options: balance") == 2
+    file.write_text(text)
     mended = runs / "tiny-mix-0" / "first_config.json"
     config = json.loads(mended.read_text())
     config["thresholds"]["skip"] = config["thresholds"]["skip"][1:]
@@ -491,6 +495,7 @@ def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
             "'majority', which trains",
         ),
         ("{router_steps: 2, warm_start: 4}", "{}\n    balance: {}", 'no train: "arm:NAME" to bal'),
+        ("{router_steps: 2, warm_start: 4}", '"arm:first"\n    balance: {}', "first needs itself"),
         (
             '{policy: majority, majority_of: "arm:first"}',
             '"arm:first"\n    balance: {level: [0.1]}',

@@ -188,8 +188,13 @@ def test_ctrl_c_while_processes_agree_is_not_lost(monkeypatch):
     assert control.should_training_stop
 
 
-def test_deepspeed_that_would_hang_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_deepspeed_that_would_hang_is_refused(monkeypatch, tmp_path, in_a_file):
+    if in_a_file:
+        (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
+    else:
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     with pytest.raises(ConfigError, match="wait for each other for ever"):
         processes.join(torch.device("cpu"))
 

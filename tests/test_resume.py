@@ -272,7 +272,9 @@ def test_another_number_of_processes_does_not_go_on(
     assert run(settings) == 0
     monkeypatch.setattr(processes, "count", lambda: 4)
     monkeypatch.setattr(processes, "is_first", lambda: True)
-    with pytest.raises(ConfigError, match="1 processes began, which take other rows than 4"):
+    with pytest.raises(
+        ConfigError, match=r"begun by 1 process\(es\), which take other rows than 4"
+    ):
         run(settings)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from firstlm.metrics import means
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 try:
-    from together import kept
+    from together import mean_share, table
 finally:
     sys.path.pop(0)
 
@@ -27,11 +28,11 @@ def test_each_task_counts_by_its_own_reference():
     groups = [np.arange(200), np.arange(40)]
     base = [[scores(0.8, 200, 0)], [scores(0.4, 40, 1)]]
     ours = [[scores(0.6, 200, 2)], [scores(0.38, 40, 3)]]
-    found = kept(ours, base, groups)
+    found = mean_share(ours, base, groups)
     assert found.value == pytest.approx(100 * (0.75 + 0.95) / 2)
     assert found.low < found.value < found.high
     theirs = [[scores(0.64, 200, 2)], [scores(0.34, 40, 3)]]
-    gain = kept(ours, base, groups, above=theirs)
+    gain = mean_share(ours, base, groups, minus=theirs)
     assert gain.value == pytest.approx(100 * (-0.05 + 0.1) / 2)
     # Paired: what items have in common is in neither, so the interval is narrow.
     assert gain.high - gain.low < (found.high - found.low) / 4
@@ -42,7 +43,51 @@ def test_seeds_are_paired_and_count_alike():
     base = [[scores(0.8, 100, 0)]]
     ours = [[scores(0.6, 100, 1), scores(0.4, 100, 2)]]
     theirs = [[scores(0.5, 100, 1), scores(0.3, 100, 2)]]
-    gain = kept(ours, base, groups, above=theirs)
+    gain = mean_share(ours, base, groups, minus=theirs)
     assert gain.value == pytest.approx(12.5)
     assert gain.high - gain.low < 2
-    assert kept(ours, base, groups).value == pytest.approx(62.5)
+    assert mean_share(ours, base, groups).value == pytest.approx(62.5)
+
+
+class Scored:
+    """An arm as `summary.Arm`, with scores that are known."""
+
+    def __init__(self, runs: dict[str, dict[int, float]], rate: float) -> None:
+        self.known, self.groups = runs, np.arange(50)
+        self.names, self.rate = list(runs), rate
+        self.task = SimpleNamespace(primary="f1")
+
+    def runs(self, name: str) -> dict[int, dict]:
+        found = self.known.get(name, {})
+        return {seed: {"skip_rate": {"mean": self.rate * ("@" in name)}} for seed in found}
+
+    def scores(self, name: str) -> dict[str, list]:
+        return {"f1": [scores(mean, 50, seed) for seed, mean in self.known[name].items()]}
+
+
+def test_only_seeds_and_runs_that_all_tasks_have_are_compared():
+    first = {0: 0.6, 1: 0.2, 2: 0.4}
+    arms = [
+        Scored({"router@0.3": first, "majority@0.3": {2: 0.3, 0: 0.5}, "router@0.4": first}, 0.2),
+        Scored({"router@0.3": {2: 0.4, 0: 0.6}, "majority@0.3": {0: 0.5, 2: 0.3}}, 0.4),
+    ]
+    plain = [Scored({"run_all": {0: 0.8}}, 0.0), Scored({"run_all": {0: 0.8, 1: 0.1}}, 0.0)]
+    rows = table(arms, plain)
+    assert [row["run"] for row in rows] == ["router@0.3", "majority@0.3"]
+    assert rows[0]["seeds"] == 2
+    assert rows[0]["kept"] == pytest.approx(62.5)
+    assert rows[0]["skip_rates"] == [0.2, 0.4]
+    (gain,) = rows[0]["gains"]
+    assert (gain["above"], gain["seeds"]) == ("majority@0.3", 2)
+    assert gain["value"] == pytest.approx(12.5)
+    assert rows[1]["gains"] == []
+
+
+def test_references_of_the_same_seeds_are_paired():
+    groups = [np.arange(100)]
+    base = [[scores(0.8, 100, 1), scores(0.4, 100, 2)]]
+    ours = [[scores(0.6, 100, 1), scores(0.3, 100, 2)]]
+    found = mean_share(ours, base, groups)
+    assert found.value == pytest.approx(75)
+    alone = mean_share(ours, [[*base[0], scores(0.6, 100, 3)]], groups)
+    assert found.high - found.low < (alone.high - alone.low) / 2

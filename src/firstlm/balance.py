@@ -9,10 +9,9 @@ Routers are shifted to follow: they read from the prompt alone which task it is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from itertools import chain
+from itertools import chain, cycle, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from firstlm.calibration import calibrate, serve_by_default
 from firstlm.clusters import shift_groups
 from firstlm.command_config import BalanceConfig
 from firstlm.config import RATES
-from firstlm.data import items_hash, prompt_batches, scored_examples
+from firstlm.data import decide_all, items_hash, scored_examples
 from firstlm.errors import ConfigError, DataError
 from firstlm.evaluate import encode_rows, evaluate
 from firstlm.examples import Example
@@ -33,9 +32,20 @@ from firstlm.policies import RouterPolicy
 from firstlm.results import portable, provenance
 from firstlm.tasks import Task, find_task
 
+T = TypeVar("T")
 BISECTIONS = 60
+NEAR = 0.02  # how far outside the levels an average may be asked for
 LEAST = 16  # examples of a set
-FREE = ("artifact", "model", "data", "output", "device")  # of no matter to what was answered
+# Options that do not change what comes out, or that say where things lie.
+FREE = ("artifact", "model", "data", "output", "device")
+
+
+class TaskSet(NamedTuple):
+    """Examples of one task, by a name for messages, and how they are scored."""
+
+    name: str
+    examples: Sequence[Example]
+    task: Task
 
 
 class Curve(NamedTuple):
@@ -50,35 +60,6 @@ class Curve(NamedTuple):
     offsets: list[float]
     rates: list[float]
     kept: list[float]
-
-
-def measure(
-    score: Callable[..., dict[str, Any]],
-    primary: str,
-    levels: Mapping[float, float],
-) -> Curve:
-    """Score one task with all layers, and at some asked rates.
-
-    Args:
-        score: `evaluate`, but for the policy and its skip rate.
-        primary: the metric that counts.
-        levels: skip rates to ask for, and the logit offset of each.
-
-    Raises:
-        DataError: the score with all layers is 0, so nothing can be kept of it.
-    """
-    full = score("run_all")[primary]["value"]
-    if not full > 0:
-        raise DataError(
-            f"One of the sets has {primary} 0 with all layers, so what it keeps with fewer cannot "
-            "be said. Use more examples of it (--limit), or train longer."
-        )
-    found = [score("router", level) for level in sorted(levels)]
-    return Curve(
-        [levels[level] for level in sorted(levels)],
-        [result["skip_rate"]["mean"] for result in found],
-        [result[primary]["value"] / full for result in found],
-    )
 
 
 def share(curves: Sequence[Curve], skip_rate: float) -> list[float]:
@@ -102,7 +83,7 @@ def share(curves: Sequence[Curve], skip_rate: float) -> list[float]:
 
     low, high = min(part[0] for part in lost), max(part[-1] for part in lost) + 1e-3
     least, most = rates_at(low).mean(), rates_at(high).mean()
-    if not least - 0.01 <= skip_rate <= most + 0.01:
+    if not least - NEAR <= skip_rate <= most + NEAR:
         raise ConfigError(
             f"skip_rate={skip_rate:g} is outside the {least:.2f} to {most:.2f} that were measured; "
             "ask for a rate in between, or name other --levels."
@@ -115,7 +96,7 @@ def share(curves: Sequence[Curve], skip_rate: float) -> list[float]:
 
 def balance(
     model: FirstModel,
-    sets: Sequence[tuple[Sequence[Example], Task]],
+    sets: Sequence[TaskSet],
     skip_rate: float,
     levels: Sequence[float],
     rates: Sequence[float] = RATES,
@@ -123,42 +104,79 @@ def balance(
     prefill: str = "skip",
     batch_size: int = 16,
     max_new_tokens: int = 32,
-    journals: Sequence[Journal] | None = None,
+    journal: Callable[[int, str, dict[str, Any]], Journal] | None = None,
 ) -> list[dict[str, Any]]:
     """Let each task skip as much as its metric bears, and calibrate anew, in place.
 
-    Of each task's prompts every other one shows routers what the task looks like; thresholds are
-    measured on the others.
+    Half of each task's prompts show routers what the task looks like, and thresholds are measured
+    on the others. Prompts on one text (`Example.group`) are in the same half.
 
     Args:
         model: a model with routers and thresholds.
-        sets: examples and task, two or more.
-        skip_rate: share of layers to skip on average over the sets, which count alike.
+        sets: one a task, two or more, which count alike whatever their sizes.
+        skip_rate: share of layers to skip on average over the sets.
         levels: skip rates to measure the tasks at; if some were never calibrated, they are now.
         rates: skip rates to calibrate.
         prefill: "skip" or "full".
         batch_size: prompts per batch.
         max_new_tokens: longest answer.
-        journals: of each set, what an interrupted call has answered.
+        journal: makes what keeps a run's answers for an interrupted call, from the number of the
+            set, the run's name, and all that the answers depend on besides the options.
 
     Returns:
         For each set its curve, the rate that was `chosen` for it, and the one that prompts which
         routers have not seen get at `skip_rate` (`met`).
+
+    Raises:
+        ConfigError: no average of the levels is `skip_rate`.
+        DataError: a set scores 0 with all layers, so nothing can be kept of it.
     """
     model.need_routers()
-    prompts = [
-        [row.prompt_ids for row in encode_rows(model, examples, max_new_tokens)]
-        for examples, _ in sets
-    ]
-    shown, others = ([part[start::2] for part in prompts] for start in (0, 1))
+    levels = sorted(levels)
+    if not levels[0] - NEAR <= skip_rate <= levels[-1] + NEAR:
+        raise ConfigError(
+            f"skip_rate={skip_rate:g} is outside the levels {levels[0]:g} to {levels[-1]:g}; ask "
+            "for a rate in between, or name other --levels."
+        )
+    halves = [_halves(one, encode_rows(model, one.examples, max_new_tokens)) for one in sets]
+    shown, others = _alike([half[0] for half in halves]), _alike([half[1] for half in halves])
     if not model.thresholds.serve(levels, prefill):
         calibrate(model, list(chain(*shown)), levels, [prefill], batch_size)
-    how = {"prefill": prefill, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
     offsets = {level: model.thresholds.offset(level, prefill) for level in levels}
+
+    def score(number: int, name: str, policy: str, level: float | None = None) -> dict[str, Any]:
+        depends = {"offset": offsets.get(level or 0), "weights": str(model.base.dtype)}
+        return evaluate(
+            model,
+            sets[number].examples,
+            policy,
+            level,
+            task=sets[number].task,
+            prefill=prefill,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            items=False,
+            journal=journal(number, name, depends) if journal else None,
+        )
+
+    full = []
+    for number, one in enumerate(sets):
+        full.append(score(number, "run_all", "run_all")[one.task.primary]["value"])
+        if not full[-1] > 0:
+            raise DataError(
+                f"{one.name} has {one.task.primary} 0 with all layers, so what it keeps with fewer "
+                "cannot be said. Use more examples of it (--limit), or train longer."
+            )
     curves = []
-    for (examples, task), journal in zip(sets, journals or [None] * len(sets), strict=True):
-        score = partial(evaluate, model, examples, task=task, journal=journal, items=False, **how)
-        curves.append(measure(score, task.primary, offsets))
+    for number, one in enumerate(sets):
+        curve = Curve([], [], [])
+        for level in levels:
+            found = score(number, f"router@{level:g}", "router", level)
+            if not curve.rates or found["skip_rate"]["mean"] > curve.rates[-1]:
+                curve.offsets.append(offsets[level])
+                curve.rates.append(found["skip_rate"]["mean"])
+                curve.kept.append(found[one.task.primary]["value"] / full[number])
+        curves.append(curve)
     chosen = share(curves, skip_rate)
     shifts = [
         float(np.interp(rate, curve.rates, curve.offsets))
@@ -168,21 +186,30 @@ def balance(
     shift_groups(model, list(chain(*shown)), labels, shifts, prefill)
     calibrate(model, list(chain(*others)), rates, batch_size=batch_size)
     serve_by_default(model, skip_rate, prefill)
+    policy = RouterPolicy(model.routers)
+    keep = [decide_all(model, half[1], policy, prefill, batch_size) for half in halves]
     return [
-        {**curve._asdict(), "chosen": rate, "met": _met(model, part, prefill, batch_size)}
-        for curve, rate, part in zip(curves, chosen, others, strict=True)
+        {**curve._asdict(), "chosen": rate, "met": 1 - float(part.float().mean())}
+        for curve, rate, part in zip(curves, chosen, keep, strict=True)
     ]
 
 
-@torch.no_grad()
-def _met(
-    model: FirstModel, prompts: Sequence[Sequence[int]], prefill: str, batch_size: int
-) -> float:
-    """Return the share of layers that prompts skip by default."""
-    policy = RouterPolicy(model.routers)
-    batches = prompt_batches(prompts, batch_size, model.pad_id)
-    keep = [model.decide(*batch, policy, prefill=prefill).keep for batch in batches]
-    return 1 - float(torch.cat(keep).float().mean())
+def _halves(one: TaskSet, rows: Sequence[Any]) -> tuple[list[list[int]], list[list[int]]]:
+    """Return a set's prompts in two halves; those on one text go together, if there are several."""
+    names = [example.group for example in one.examples]
+    if len(set(names)) == 1:
+        names = [str(i) for i in range(len(names))]
+    halves: tuple[list[list[int]], list[list[int]]] = ([], [])
+    for name in dict.fromkeys(names):
+        smaller = min(halves, key=len)
+        smaller += [row.prompt_ids for row, its in zip(rows, names, strict=True) if its == name]
+    return halves
+
+
+def _alike(parts: Sequence[Sequence[T]]) -> list[list[T]]:
+    """Return parts of equal lengths, shorter ones repeated, so that they count alike."""
+    longest = max(map(len, parts))
+    return [list(islice(cycle(part), longest)) for part in parts]
 
 
 def run(options: BalanceConfig) -> int:
@@ -192,53 +219,45 @@ def run(options: BalanceConfig) -> int:
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )
-    skip_rate = options.skip_rate
+    model.need_routers()
+    trained = model.training_record.get("run", {}).get("skip_rate")
+    if trained == 0:
+        raise ConfigError(
+            f"{options.artifact} was trained with --skip-rate 0, LoRA alone, so its routers were "
+            "not; expected an artifact that skips layers."
+        )
+    skip_rate = options.skip_rate or trained
     if skip_rate is None:
-        skip_rate = model.training_record.get("run", {}).get("skip_rate")
-    if not skip_rate:
         raise ConfigError(
             f"{options.artifact} does not say for which rate it was trained; name one with "
             "--skip-rate."
         )
-    sets = []
-    for source_of_rows in options.data:
-        rows = scored_examples(source_of_rows, options.template, model.tokenizer, options.limit)
-        if len(rows) < LEAST:
-            raise DataError(
-                f"{source_of_rows} has {len(rows)} examples; expected {LEAST} or more, of which "
-                "half show what the task looks like and half are calibrated on."
-            )
-        sets.append((rows, find_task(rows)))
+    sets = [_task_set(name, options, model) for name in options.data]
     asked = _compared(options)
     artifact_hash = artifact_files.content_hash(options.artifact)
     inputs = [
-        {"data": portable(name), "items_sha256": items_hash(rows)}
-        for name, (rows, _) in zip(options.data, sets, strict=True)
+        {"data": portable(one.name), "items_sha256": items_hash(one.examples)} for one in sets
     ]
-    journals = [
-        Journal(
-            Path(f"{options.output}.{i}.partial"),
-            {**asked, **one, "artifact_sha256": artifact_hash},
-        )
-        for i, one in enumerate(inputs)
-    ]
-    rates = sorted(
-        {
-            skip_rate,
-            *RATES,
-            *(row.asked for rows in model.thresholds.table.values() for row in rows),
-        }
-    )
+    answers = {k: asked[k] for k in ("prefill", "batch_size", "max_new_tokens")}
+    journals: list[Journal] = []
+
+    def journal(number: int, name: str, depends: dict[str, Any]) -> Journal:
+        file = Path(f"{options.output.rstrip('/')}.{number}.{name}.partial")
+        work = {**answers, **inputs[number], "artifact_sha256": artifact_hash, **depends}
+        journals.append(Journal(file, work))
+        return journals[-1]
+
+    known = [row.asked for rows in model.thresholds.table.values() for row in rows]
     found = balance(
         model,
         sets,
         skip_rate,
         options.levels,
-        rates,
+        sorted({skip_rate, *RATES, *known}),
         prefill=options.prefill,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
-        journals=journals,
+        journal=journal,
     )
     model.results = {}  # measured with other routers
     model.base_id = artifact_files.base_id(options.artifact)  # whatever copy of it is used here
@@ -250,12 +269,24 @@ def run(options: BalanceConfig) -> int:
         "provenance": provenance(),
     }
     artifact.save(model, options.output, more_from=source)
-    for journal in journals:
-        journal.close()
-    for name, (_, task), part in zip(options.data, sets, found, strict=True):
-        print(_line(name, task, part))
-    print(f"{skip_rate:.0%} on average. Saved the artifact to {options.output}.")
+    for one in journals:
+        one.close()
+    for one, part in zip(sets, found, strict=True):
+        print(_line(one, part))
+    met = np.mean([part["met"] for part in found])
+    print(f"{met:.1%} on average ({skip_rate:.1%} asked). Saved the artifact to {options.output}.")
     return 0
+
+
+def _task_set(name: str, options: BalanceConfig, model: FirstModel) -> TaskSet:
+    """Read one of the data sets."""
+    rows = scored_examples(name, options.template, model.tokenizer, options.limit)
+    if len(rows) < LEAST:
+        raise DataError(
+            f"{name} has {len(rows)} examples; expected {LEAST} or more, of which half show what "
+            "the task looks like and half are calibrated on."
+        )
+    return TaskSet(name, rows, find_task(rows, options.task, options.template))
 
 
 def _compared(options: BalanceConfig) -> dict[str, Any]:
@@ -264,14 +295,16 @@ def _compared(options: BalanceConfig) -> dict[str, Any]:
 
 
 def changed_options(before: Mapping[str, Any], options: BalanceConfig) -> list[str]:
-    """Return the options with which something else was made before."""
-    now = _compared(options)
-    return [name for name in now if name in before and now[name] != before[name]]
+    """Return the options with which something else was made before (`balance` of its record)."""
+    now, made = _compared(options), before["options"]
+    found = [name for name in now if name in made and now[name] != made[name]]
+    data = [one["data"] for one in before["sets"]]
+    return found + ["data"] * (data != [portable(name) for name in options.data])
 
 
-def _line(name: str, task: Task, part: dict[str, Any]) -> str:
+def _line(one: TaskSet, part: dict[str, Any]) -> str:
     """Say what one task keeps at which rate, and which rate it got."""
     points = zip(part["rates"], part["kept"], strict=True)
     kept = ", ".join(f"{share:.0%} at {rate:.0%}" for rate, share in points)
     rate = f"skips {part['met']:.1%} ({part['chosen']:.1%} wanted)"
-    return f"{name}: {rate}; {task.primary} keeps {kept}"
+    return f"{one.name}: {rate}; {one.task.primary} keeps {kept}"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from firstlm.data import decide_all
 from firstlm.importance import order_logits
 from firstlm.inputs import pad_left
 from firstlm.model import FirstModel
@@ -128,6 +129,7 @@ def start_from_orders(
     wanted = torch.stack([order_logits(o, model.layer_count, skip_rate) for o in orders])[labels]
     for layer, states in enumerate(router_inputs(model, prompts, wanted >= 0, prefill)):
         router, (weight, bias) = model.routers[layer], _linear_fit(states, wanted[:, layer])
+        router.fold()
         router.weight.copy_(weight)
         router.bias.fill_(bias)
 
@@ -152,13 +154,14 @@ def shift_groups(
     keep = torch.ones(len(prompts), model.layer_count, dtype=torch.bool)
     for i, shift in enumerate(shifts):
         policy = RouterPolicy(model.routers, shift)
-        for picked in (labels == i).nonzero().flatten().split(BATCH):
-            batch = pad_left([prompts[row] for row in picked.tolist()], model.pad_id)
-            keep[picked] = model.decide(*batch, policy, prefill=prefill).keep.cpu()
+        picked = (labels == i).nonzero().flatten()
+        rows = [prompts[row] for row in picked.tolist()]
+        keep[picked] = decide_all(model, rows, policy, prefill, BATCH)
     wanted = torch.tensor(shifts)[labels]
     seen = router_inputs(model, prompts, keep, prefill)
     for router, states in zip(model.routers, seen, strict=True):
         weight, bias = _linear_fit(states, wanted)
+        router.fold()
         router.weight.add_(weight.to(router.weight.device))
         router.bias.add_(bias)
 

@@ -189,6 +189,11 @@ class BalanceConfig(AnswerOptions):
         None, help="share of layers to skip on average over the sets (none: what was trained)"
     )
     levels: list[float] = option([0.1, 0.2, 0.3, 0.4], help="skip rates to score each set at")
+    task: str | None = option(
+        None,
+        choices=TASKS,
+        help="which metrics to take for all sets; without it each one's rows say, or else it is qa",
+    )
     batch_size: int = count_option(16, "prompts per batch")
     max_new_tokens: int = count_option(32, "longest answer, in tokens")
     output: str = option(REQUIRED, path=True, help="folder for the balanced artifact")
@@ -201,6 +206,8 @@ class BalanceConfig(AnswerOptions):
                 f"data names {len(self.data)} set; expected two or more, one a task. With one "
                 "there is nothing to balance: see firstlm calibrate."
             )
+        if not self.levels:
+            raise ConfigError("levels is empty; expected skip rates such as 0.1 0.2 0.3 0.4.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 from firstlm import artifact_files
 from firstlm.bertscore import BertScore
 from firstlm.command_config import EvalConfig
-from firstlm.config import RATED, TASKS
+from firstlm.config import RATED
 from firstlm.data import items_hash, scored_examples
 from firstlm.errors import ConfigError
 from firstlm.eval_policies import choose, own_policy, run_name
@@ -58,8 +58,7 @@ def run(options: EvalConfig) -> int:
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )
     examples = scored_examples(options.data, options.template, model.tokenizer, options.limit)
-    named = options.template if options.template in TASKS else None
-    task = find_task(examples, options.task or named)
+    task = find_task(examples, options.task, options.template)
     asked = _asked(options, own_policy(model))
     for policy, rate in asked:  # an impossible rate is refused before anything is run
         choose(model, policy, rate, options.prefill, options.seed)

@@ -11,7 +11,7 @@ import torch
 
 from firstlm.baselines import OrderedSkip
 from firstlm.config import BASELINES, DIAGNOSTICS, EVAL_POLICIES, RATED
-from firstlm.data import prompt_batches, spread_by_length
+from firstlm.data import decide_all, spread_by_length
 from firstlm.decisions import RoutingState
 from firstlm.errors import ConfigError
 from firstlm.inputs import pad_left
@@ -84,8 +84,7 @@ def settle(
         ids, mask = pad_left(spread_by_length(prompts, TOKEN_LEVEL_PROMPTS), model.pad_id)
         policy.fit(lambda: model.decide(ids, mask, policy), mask)
     elif isinstance(policy, MajorityHere):
-        batches = prompt_batches(prompts, batch_size, model.pad_id)
-        keep = torch.cat([model.decide(*b, policy, prefill=prefill).keep for b in batches])
+        keep = decide_all(model, prompts, policy, prefill, batch_size)
         skipped = (~keep).float().mean(0)
         order = most_skipped_first(skipped.tolist())
         free = [layer for layer in order if layer in model.free_layers]

@@ -55,10 +55,12 @@ def run(options: ExperimentConfig) -> int:
         return 0
     for job in jobs:
         if changed := job.changed:
+            folders = dict.fromkeys([str(job.artifact), job.train.output])
             raise ConfigError(
                 f"What is there of {job.name} was made with other options than its file has now "
-                f"({', '.join(changed)}). Remove {job.artifact}, its -run folder and "
-                f"{job.score.output}, or name other folders with --runs and --results."
+                f"({', '.join(changed)}). Remove {job.score.output}, and the artifact with its "
+                f"-run folder ({' or '.join(folders)}), or name other folders with --runs and "
+                "--results."
             )
     if options.action == "summary":
         return _summary(jobs, Path(options.results) / SUMMARY)

@@ -170,13 +170,15 @@ def swept(rows: Sequence[Row], name: str) -> list[Row]:
 def curves(reports: Mapping[str, Any]) -> dict[Section, dict[str, list[Row]]]:
     """Return how training went, by section and arm; one entry a seed.
 
-    Arms that score the artifact of another have had no training of their own.
+    Arms that score the artifact of another, or balance it, have had no training of their own.
     """
     found: dict[Section, dict[str, list[Row]]] = {}
     for name, report in reports.items():
         if Path(report["inputs"].get("artifact", name)).name != name:
             continue
         training = report.get("training", {})
+        if "balance" in training:
+            continue
         curve = training.get("joint", training.get("lora", {})).get("curve")
         if curve:
             section, arm = Section.of(name, report["inputs"]["data"]), name.rpartition("-")[0]

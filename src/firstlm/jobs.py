@@ -97,9 +97,12 @@ class Job:
                 if asked and Path(made.get(key) or "").name == Path(asked).name:
                     made[key] = asked
         found = [name for run in runs for name in train.changed_options(run, self.train)]
-        for made in (record.get("balance", {}).get("options") for record in records):
-            if made is not None and self.balance is not None:
+        for record in filter(None, records):
+            made = record.get("balance")
+            if made and self.balance:
                 found += balance.changed_options(made, self.balance)
+            elif made or self.balance:
+                found.append("balance")
         scored, asked = report.get("options", {}), eval_command.compared_options(self.score)
         found += [name for name in asked if name in scored and asked[name] != scored[name]]
         return list(dict.fromkeys(found))
@@ -121,7 +124,8 @@ class Job:
             folder = Path(self.balance.artifact)
             there = (folder / ARTIFACT_FILE).is_file()
             if there and (
-                artifact_files.content_hash(str(folder)) != training["balance"]["artifact_sha256"]
+                artifact_files.content_hash(str(folder))
+                != training.get("balance", {}).get("artifact_sha256")
             ):
                 found.append(folder.name)
         scored = (self.report or {}).get("training", {})
@@ -252,6 +256,7 @@ def _making(
     arm: str,
     seed: int,
     runs: str,
+    above: tuple[str, ...] = (),
 ) -> tuple[TrainConfig, BalanceConfig | None, tuple[str, ...]]:
     """Return how an arm's artifact is trained and balanced, and the jobs that it needs."""
     said, where = arms[arm], f"{file}: arm {arm}"
@@ -269,11 +274,14 @@ def _making(
         other = said["train"][4:]
         if job_named(arms[other]["train"]) and arms[other]["balance"] is None:
             raise ConfigError(f"{where} names the arm {other!r}, which trains nothing itself.")
-        training, balancing, _ = _making(file, content, arms, other, seed, runs)
+        if other in (arm, *above):
+            raise ConfigError(f"{where} needs itself, by way of what it needs.")
+        training, balancing, _ = _making(file, content, arms, other, seed, runs, (arm, *above))
         if said["balance"] is not None:
             options = {
                 "artifact": (balancing or training).output,
                 "data": training.validation,
+                "template": training.template,
                 **_known(said["balance"], None, f"{where}: balance"),
                 "output": own,
             }

@@ -20,7 +20,7 @@ from transformers import TrainerState, TrainingArguments, set_seed
 
 from firstlm import processes
 from firstlm.config import TrainConfig
-from firstlm.data import Collator, Encoded, draw, encode, prompt_batches
+from firstlm.data import Collator, Encoded, decide_all, draw, encode
 from firstlm.errors import ConfigError, DataError
 from firstlm.importance import SPACING
 from firstlm.interrupts import Interrupts
@@ -244,11 +244,7 @@ def _decisions(
     prompts = [row.prompt_ids for row in draw(rows, DECISION_PROMPTS, config.seed)]
     model.eval()
     with mixed_precision(model):
-        states = [
-            model.decide(*batch, policy, prefill=config.prefill)
-            for batch in prompt_batches(prompts, config.batch_size, model.pad_id)
-        ]
-    return torch.cat([state.keep for state in states])
+        return decide_all(model, prompts, policy, config.prefill, config.batch_size)
 
 
 def _routed(model: FirstModel, driver: RateDriver) -> Callable[[float | None], Policy]:

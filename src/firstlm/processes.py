@@ -7,9 +7,11 @@ and thresholds, rows of a step are split between them, and the first writes.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,13 +30,22 @@ def join(device: torch.device) -> None:
             "FSDP of version 1 would save a part of what is trained; expected version 2, as in "
             "deploy/fsdp2.yaml (fsdp_version: 2)."
         )
-    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+    if _zero_stage() == 3:
         raise ConfigError(
             "DeepSpeed's ZeRO-3 gathers a layer as it runs, and processes that skip other layers "
             "would wait for each other for ever; use FSDP2 (deploy/fsdp2.yaml), or a lower stage."
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=device.type == "cpu")
+
+
+def _zero_stage() -> int:
+    """Return the stage of DeepSpeed's ZeRO that a launch asks for; 0 without it."""
+    config = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if not config:
+        return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or 0)
+    found = json.loads(Path(config).read_text(encoding="utf-8")).get("zero_optimization", {})
+    return found.get("stage", 0)
 
 
 def shards() -> bool:

@@ -41,12 +41,16 @@ class Task:
         return self.one_line and "\n" in text.lstrip()
 
 
-def find_task(examples: Sequence[Example], asked: str | None = None) -> Task:
-    """Return the task of examples: the one asked for, else the one that their rows name, else qa.
+def find_task(
+    examples: Sequence[Example], asked: str | None = None, template: str | None = None
+) -> Task:
+    """Return the task of examples: the one asked for, else the one whose template made their
+    prompts, else the one that their rows name, else qa.
 
     Raises:
         ConfigError: rows name several tasks, an unknown one, or several target languages.
     """
+    asked = asked or (template if template in TASKS else None)
     named = sorted({str(e.row["task"]) for e in examples if e.row.get("task") is not None})
     if asked is None and len(named) > 1:
         raise ConfigError(f"the rows name the tasks {', '.join(named)}; name one with --task.")

@@ -48,8 +48,8 @@ VALIDATION_SHARE = 0.1
 CALIBRATION_PROMPTS = 128
 INFLUENCE_ROWS = 64  # on which block influence is measured
 RECORD_FILE = "record.json"
-HASH_FILE = "data_sha256.json"
-PROCESSES = "processes"  # in that file: how many began the run
+START_FILE = "started.json"  # in a work folder: hashes of its data, and what is below
+PROCESSES = "processes"  # that began the run
 # Options that may differ between a run and its resumption: they change no result.
 FREE = ("resume", "output", "tensorboard", "logging_steps", "device")
 
@@ -238,7 +238,7 @@ def load_options(config: TrainConfig) -> dict[str, Any]:
 def _claim(config: TrainConfig, hashes: dict[str, str]) -> None:
     """Write a run's options and data hashes into its work folder; one of another run is refused."""
     work = work_folder(config)
-    file, data_file = work / RUN_FILE, work / HASH_FILE
+    file, data_file = work / RUN_FILE, work / START_FILE
     if work.is_dir() and any(work.iterdir()) and not file.is_file():
         raise ConfigError(
             f"{work}, where logs and checkpoints go, holds other files. Name another --output."
@@ -256,9 +256,9 @@ def _claim(config: TrainConfig, hashes: dict[str, str]) -> None:
         started = known.get(PROCESSES, processes.count())
         if started != processes.count():
             raise ConfigError(
-                f"{work} holds a run that {started} processes began, which take other rows than "
-                f"{processes.count()}. Start as many to resume it, name another --output, or start "
-                "over with --no-resume."
+                f"{work} holds a run that was begun by {started} process(es), which take other "
+                f"rows than {processes.count()}. Start as many to resume it, name another "
+                "--output, or start over with --no-resume."
             )
         changed = [name for name, found in hashes.items() if known.get(name, found) != found]
         if changed:
