@@ -160,6 +160,30 @@ def headroom_table() -> list[str]:
     return lines
 
 
+def together_table() -> list[str]:
+    """Return a table of what one artifact keeps over two tasks at once."""
+    lines = [
+        "| policy | asked | skipped, by task | kept of base + LoRA, mean of tasks | worst task "
+        "| mean above one mask for all | worst above |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in json.loads((RESULTS / "together_mix.json").read_text())["rows"]:
+        policy, _, rate = row["run"].partition("@")
+        rates = " and ".join(f"{one:.1%}" for one in row["skip_rates"])
+        kept = (
+            f"{row[k]:.1f} ({row[f'{k}_ci95'][0]:.1f} to {row[f'{k}_ci95'][1]:.1f})"
+            for k in ("kept", "worst")
+        )
+        gains = [gain for gain in row["gains"] if gain["above"].startswith("majority@")]
+        above = [gain_text(gain) for gain in gains]
+        worst = ["{:+.1f} ({:+.1f} to {:+.1f})".format(*gain["worst"]) for gain in gains]
+        lines.append(
+            f"| {'FiRST, balanced' if policy == 'router' else policy} | {float(rate or 0):.0%} "
+            f"| {rates} | {' | '.join(kept)} | {' '.join(above)} | {' '.join(worst)} |"
+        )
+    return [*lines, "", "In percent, with 95% intervals over texts and seeds."]
+
+
 def sections() -> dict[Section, list[Row]]:
     """Return the summary's rows by section."""
     return groups(json.loads((RESULTS / "summary.json").read_text()))
@@ -194,7 +218,10 @@ def pages() -> dict[Path, str]:
         ROOT / "docs" / "capacity.md": capacity_page(ROOT / "docs" / "capacity.md"),
         ROOT / "docs" / "speed.md": speed_page(ROOT / "docs" / "speed.md"),
         adaptivity: _filled(
-            adaptivity, ["\n".join(adaptivity_table())], ["\n".join(headroom_table())]
+            adaptivity,
+            ["\n".join(adaptivity_table())],
+            ["\n".join(together_table())],
+            ["\n".join(headroom_table())],
         ),
         ROOT / "docs" / "results.md": "\n".join(parts).rstrip() + "\n",
     }

@@ -11,7 +11,7 @@ Runs that were asked for the same skip rate are compared, paired over items and 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ Seeds = Sequence[Scores]
 DRAWS = 1000
 
 
-def mean_share(
+def share(
     ours: Sequence[Seeds],
     references: Sequence[Seeds],
     groups: Sequence[Groups],
     minus: Sequence[Seeds] | None = None,
+    over: Callable[[Sequence[float]], Any] = np.mean,
 ) -> Estimate:
     """Return the mean over tasks of a score's share of the reference's, in percent.
 
@@ -41,7 +42,8 @@ def mean_share(
         references: of each task, scores that count as 100, of each seed. Of the same seeds as ours
             where there are as many, drawn for themselves otherwise.
         groups: of each task, what its items share.
-        minus: of each task, others' scores of each seed, which are subtracted from ours.
+        minus: of each task, others' scores of each seed, whose share is subtracted from ours.
+        over: what is taken over tasks, the mean or the least.
     """
     counts = len(ours[0]), len(references[0])
     if {len(part) for part in [*ours, *(minus or [])]} != {counts[0]}:
@@ -55,13 +57,13 @@ def mean_share(
                 np.mean([scores[i].combine(weights @ scores[i].statistics) for i in picked])
             )
 
-        shares = []
-        for task, weights in enumerate(times):
-            score = mean(ours[task], weights, rows)
-            if minus is not None:
-                score -= mean(minus[task], weights, rows)
-            shares.append(score / mean(references[task], weights, plain))
-        return 100 * float(np.mean(shares))
+        base = [mean(references[task], weights, plain) for task, weights in enumerate(times)]
+
+        def shares(scores: Sequence[Seeds]) -> float:
+            found = [mean(scores[task], weights, rows) for task, weights in enumerate(times)]
+            return 100 * float(over([one / whole for one, whole in zip(found, base, strict=True)]))
+
+        return shares(ours) - (shares(minus) if minus is not None else 0.0)
 
     generator = np.random.default_rng(0)
     drawn = []
@@ -91,13 +93,16 @@ def table(arms: Sequence[Arm], references: Sequence[Arm]) -> list[dict[str, Any]
     groups = [arm.groups for arm in arms]
     plain = common(references, "run_all")
 
-    def compared(name: str, seeds: Sequence[int], minus: str | None = None) -> Estimate:
+    def compared(
+        name: str, seeds: Sequence[int], minus: str | None = None, over: Any = np.mean
+    ) -> Estimate:
         same = seeds if set(seeds) <= set(plain) else plain
-        return mean_share(
+        return share(
             [primary(arm, name, seeds) for arm in arms],
             [primary(arm, "run_all", same) for arm in references],
             groups,
             [primary(arm, minus, seeds) for arm in arms] if minus else None,
+            over,
         )
 
     found = []
@@ -106,7 +111,7 @@ def table(arms: Sequence[Arm], references: Sequence[Arm]) -> list[dict[str, Any]
         if not seeds:
             continue
         rates = [_skip_rate(arm, name, seeds) for arm in arms]
-        kept = compared(name, seeds)
+        kept, worst = compared(name, seeds), compared(name, seeds, over=min)
         row: dict[str, Any] = {
             "run": name,
             "seeds": len(seeds),
@@ -114,6 +119,8 @@ def table(arms: Sequence[Arm], references: Sequence[Arm]) -> list[dict[str, Any]
             "skip_rate": float(np.mean(rates)),
             "kept": kept.value,
             "kept_ci95": [kept.low, kept.high],
+            "worst": worst.value,
+            "worst_ci95": [worst.low, worst.high],
             "gains": [],
         }
         policy, _, rate = name.partition("@")
@@ -121,6 +128,7 @@ def table(arms: Sequence[Arm], references: Sequence[Arm]) -> list[dict[str, Any]
             both = [seed for seed in common(arms, other) if seed in seeds]
             if other != name and other.partition("@")[2] == rate and both:
                 gain = compared(name, both, minus=other)
+                least = compared(name, both, minus=other, over=min)
                 theirs = float(np.mean([_skip_rate(arm, other, both) for arm in arms]))
                 ours = float(np.mean([_skip_rate(arm, name, both) for arm in arms]))
                 row["gains"].append(
@@ -129,6 +137,7 @@ def table(arms: Sequence[Arm], references: Sequence[Arm]) -> list[dict[str, Any]
                         "value": gain.value,
                         "low": gain.low,
                         "high": gain.high,
+                        "worst": [least.value, least.low, least.high],
                         "seeds": len(both),
                         "skip_rate_above": ours - theirs,
                     }

@@ -14,7 +14,7 @@ from firstlm.metrics import means
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 try:
-    from together import mean_share, table
+    from together import share, table
 finally:
     sys.path.pop(0)
 
@@ -28,12 +28,14 @@ def test_each_task_counts_by_its_own_reference():
     groups = [np.arange(200), np.arange(40)]
     base = [[scores(0.8, 200, 0)], [scores(0.4, 40, 1)]]
     ours = [[scores(0.6, 200, 2)], [scores(0.38, 40, 3)]]
-    found = mean_share(ours, base, groups)
+    found = share(ours, base, groups)
     assert found.value == pytest.approx(100 * (0.75 + 0.95) / 2)
     assert found.low < found.value < found.high
     theirs = [[scores(0.64, 200, 2)], [scores(0.34, 40, 3)]]
-    gain = mean_share(ours, base, groups, minus=theirs)
+    gain = share(ours, base, groups, minus=theirs)
     assert gain.value == pytest.approx(100 * (-0.05 + 0.1) / 2)
+    worst = share(ours, base, groups, minus=theirs, over=min)
+    assert worst.value == pytest.approx(75 - 80)
     # Paired: what items have in common is in neither, so the interval is narrow.
     assert gain.high - gain.low < (found.high - found.low) / 4
 
@@ -43,10 +45,10 @@ def test_seeds_are_paired_and_count_alike():
     base = [[scores(0.8, 100, 0)]]
     ours = [[scores(0.6, 100, 1), scores(0.4, 100, 2)]]
     theirs = [[scores(0.5, 100, 1), scores(0.3, 100, 2)]]
-    gain = mean_share(ours, base, groups, minus=theirs)
+    gain = share(ours, base, groups, minus=theirs)
     assert gain.value == pytest.approx(12.5)
     assert gain.high - gain.low < 2
-    assert mean_share(ours, base, groups).value == pytest.approx(62.5)
+    assert share(ours, base, groups).value == pytest.approx(62.5)
 
 
 class Scored:
@@ -87,7 +89,7 @@ def test_references_of_the_same_seeds_are_paired():
     groups = [np.arange(100)]
     base = [[scores(0.8, 100, 1), scores(0.4, 100, 2)]]
     ours = [[scores(0.6, 100, 1), scores(0.3, 100, 2)]]
-    found = mean_share(ours, base, groups)
+    found = share(ours, base, groups)
     assert found.value == pytest.approx(75)
-    alone = mean_share(ours, [[*base[0], scores(0.6, 100, 3)]], groups)
+    alone = share(ours, [[*base[0], scores(0.6, 100, 3)]], groups)
     assert found.high - found.low < (alone.high - alone.low) / 2
