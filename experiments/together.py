@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from firstlm.experiment import arms_of
 from firstlm.jobs import jobs_of
 from firstlm.metrics import Estimate, Groups, Scores, drawn_items
 from firstlm.results import provenance, write_json
@@ -77,12 +78,6 @@ def share(
     return Estimate(found, low, high, sum(map(len, groups)))
 
 
-def primary(arm: Arm, name: str, seeds: Sequence[int]) -> Seeds:
-    """Return the primary scores of a run, one for each of some seeds."""
-    scores = arm.scores(name)[arm.task.primary]
-    return [scores[list(arm.runs(name)).index(seed)] for seed in seeds]
-
-
 def common(arms: Sequence[Arm], name: str) -> list[int]:
     """Return the seeds with which all arms have a run."""
     return sorted(set.intersection(*(set(arm.runs(name)) for arm in arms)))
@@ -98,10 +93,10 @@ def table(arms: Sequence[Arm], references: Sequence[Arm]) -> list[dict[str, Any]
     ) -> Estimate:
         same = seeds if set(seeds) <= set(plain) else plain
         return share(
-            [primary(arm, name, seeds) for arm in arms],
-            [primary(arm, "run_all", same) for arm in references],
+            [arm.primary(name, seeds) for arm in arms],
+            [arm.primary("run_all", same) for arm in references],
             groups,
-            [primary(arm, minus, seeds) for arm in arms] if minus else None,
+            [arm.primary(minus, seeds) for arm in arms] if minus else None,
             over,
         )
 
@@ -110,7 +105,7 @@ def table(arms: Sequence[Arm], references: Sequence[Arm]) -> list[dict[str, Any]
         seeds = common(arms, name)
         if not seeds:
             continue
-        rates = [_skip_rate(arm, name, seeds) for arm in arms]
+        rates = [arm.skip_rate(name, seeds) for arm in arms]
         kept, worst = compared(name, seeds), compared(name, seeds, over=min)
         row: dict[str, Any] = {
             "run": name,
@@ -129,8 +124,8 @@ def table(arms: Sequence[Arm], references: Sequence[Arm]) -> list[dict[str, Any]
             if other != name and other.partition("@")[2] == rate and both:
                 gain = compared(name, both, minus=other)
                 least = compared(name, both, minus=other, over=min)
-                theirs = float(np.mean([_skip_rate(arm, other, both) for arm in arms]))
-                ours = float(np.mean([_skip_rate(arm, name, both) for arm in arms]))
+                theirs = float(np.mean([arm.skip_rate(other, both) for arm in arms]))
+                ours = float(np.mean([arm.skip_rate(name, both) for arm in arms]))
                 row["gains"].append(
                     {
                         "above": other,
@@ -146,11 +141,6 @@ def table(arms: Sequence[Arm], references: Sequence[Arm]) -> list[dict[str, Any]
     return found
 
 
-def _skip_rate(arm: Arm, name: str, seeds: Sequence[int]) -> float:
-    """Return the share of layers that a run skipped, over some seeds."""
-    return float(np.mean([arm.runs(name)[seed]["skip_rate"]["mean"] for seed in seeds]))
-
-
 def main() -> None:
     """Compare runs over all tasks."""
     parser = argparse.ArgumentParser(
@@ -162,19 +152,12 @@ def main() -> None:
     parser.add_argument("--results", default="results")
     parser.add_argument("--output")
     options = parser.parse_args()
-    jobs = jobs_of(options.file, "runs", options.results)
-
-    def arm(name: str) -> Arm:
-        mine = [job for job in jobs if job.arm == name]
-        reports = {job.seed: job.report for job in mine}
-        there = {seed: report for seed, report in reports.items() if report is not None}
-        if not there:
-            parser.error(f"{options.results} has nothing of {name}")
-        return Arm(f"{options.file.stem}-{name}", mine[0].train, mine[0].score, there)
-
-    arms, references = (
-        [arm(name) for name in names] for names in (options.arms, options.reference)
-    )
+    wanted = {*options.arms, *options.reference}
+    jobs = [job for job in jobs_of(options.file, "runs", options.results) if job.arm in wanted]
+    found = arms_of(jobs).get(options.file.stem, {})
+    if missing := sorted(wanted - found.keys()):
+        parser.error(f"{options.results} has nothing of {', '.join(missing)}")
+    arms, references = ([found[n] for n in names] for names in (options.arms, options.reference))
     if [one.dataset for one in arms] != [one.dataset for one in references]:
         parser.error(
             "--reference is to name one arm for each of --arms, on the same test sets in the same "

@@ -203,6 +203,15 @@ def test_the_command_line_starts_without_torch():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_results_are_read_without_a_model():
+    code = (
+        "import sys, firstlm.report;"
+        "print(sorted({'firstlm.model', 'transformers.modeling_utils'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_public_names_are_there_whatever_was_imported_first():
     code = (
         "import importlib, firstlm;"

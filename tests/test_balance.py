@@ -17,13 +17,14 @@ from firstlm import FirstModel, cli
 from firstlm.balance import Curve, TaskSet, _halves, balance, share
 from firstlm.calibration import calibrate
 from firstlm.config import RouterConfig
-from firstlm.data import Encoded, decide_all, encode_prompt
+from firstlm.data import Encoded, encode_prompt
 from firstlm.errors import ConfigError
 from firstlm.evaluate import evaluate
 from firstlm.examples import Example
 from firstlm.importance import start_from_order
 from firstlm.metrics import means
 from firstlm.policies import RouterPolicy
+from firstlm.probes import decide_all
 from firstlm.tasks import Task
 from firstlm.train import run
 

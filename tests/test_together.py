@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from firstlm.metrics import means
+from firstlm.summary import Arm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 try:
@@ -51,20 +52,26 @@ def test_seeds_are_paired_and_count_alike():
     assert share(ours, base, groups).value == pytest.approx(62.5)
 
 
-class Scored:
-    """An arm as `summary.Arm`, with scores that are known."""
+class Scored(Arm):
+    """An arm with scores that are known."""
 
     def __init__(self, runs: dict[str, dict[int, float]], rate: float) -> None:
         self.known, self.groups = runs, np.arange(50)
-        self.names, self.rate = list(runs), rate
         self.task = SimpleNamespace(primary="f1")
-
-    def runs(self, name: str) -> dict[int, dict]:
-        found = self.known.get(name, {})
-        return {seed: {"skip_rate": {"mean": self.rate * ("@" in name)}} for seed in found}
+        self.reports = {
+            seed: {
+                "runs": {
+                    name: {"skip_rate": {"mean": rate * ("@" in name)}}
+                    for name, by_seed in runs.items()
+                    if seed in by_seed
+                }
+            }
+            for seed in dict.fromkeys(seed for by_seed in runs.values() for seed in by_seed)
+        }
 
     def scores(self, name: str) -> dict[str, list]:
-        return {"f1": [scores(mean, 50, seed) for seed, mean in self.known[name].items()]}
+        known = self.known[name]
+        return {"f1": [scores(known[seed], 50, seed) for seed in self.runs(name)]}
 
 
 def test_only_seeds_and_runs_that_all_tasks_have_are_compared():

@@ -21,7 +21,7 @@ from firstlm.calibration import calibrate, serve_by_default
 from firstlm.clusters import shift_groups
 from firstlm.command_config import BalanceConfig
 from firstlm.config import RATES
-from firstlm.data import decide_all, items_hash, scored_examples
+from firstlm.data import items_hash, scored_examples
 from firstlm.errors import ConfigError, DataError
 from firstlm.evaluate import encode_rows, evaluate
 from firstlm.examples import Example
@@ -29,6 +29,7 @@ from firstlm.journal import Journal
 from firstlm.model import FirstModel
 from firstlm.options import to_dict
 from firstlm.policies import RouterPolicy
+from firstlm.probes import decide_all
 from firstlm.results import portable, provenance
 from firstlm.tasks import Task, find_task
 
@@ -159,24 +160,7 @@ def balance(
             journal=journal(number, name, depends) if journal else None,
         )
 
-    full = []
-    for number, one in enumerate(sets):
-        full.append(score(number, "run_all", "run_all")[one.task.primary]["value"])
-        if not full[-1] > 0:
-            raise DataError(
-                f"{one.name} has {one.task.primary} 0 with all layers, so what it keeps with fewer "
-                "cannot be said. Use more examples of it (--limit), or train longer."
-            )
-    curves = []
-    for number, one in enumerate(sets):
-        curve = Curve([], [], [])
-        for level in levels:
-            found = score(number, f"router@{level:g}", "router", level)
-            if not curve.rates or found["skip_rate"]["mean"] > curve.rates[-1]:
-                curve.offsets.append(offsets[level])
-                curve.rates.append(found["skip_rate"]["mean"])
-                curve.kept.append(found[one.task.primary]["value"] / full[number])
-        curves.append(curve)
+    curves = _curves(sets, offsets, score)
     chosen = share(curves, skip_rate)
     shifts = [
         float(np.interp(rate, curve.rates, curve.offsets))
@@ -192,6 +176,35 @@ def balance(
         {**curve._asdict(), "chosen": rate, "met": 1 - float(part.float().mean())}
         for curve, rate, part in zip(curves, chosen, keep, strict=True)
     ]
+
+
+def _curves(
+    sets: Sequence[TaskSet], offsets: Mapping[float, float], score: Callable[..., dict[str, Any]]
+) -> list[Curve]:
+    """Return each set's curve; those with fewer layers are not asked for before all can have one.
+
+    Args:
+        sets: the tasks.
+        offsets: logit offsets by asked rate, rates rising.
+        score: returns what `evaluate` does, from a set's number, the run's name, policy and rate.
+    """
+    full = []
+    for number, one in enumerate(sets):
+        full.append(score(number, "run_all", "run_all")[one.task.primary]["value"])
+        if not full[-1] > 0:
+            raise DataError(
+                f"{one.name} has {one.task.primary} 0 with all layers, so what it keeps with fewer "
+                "cannot be said. Use more examples of it (--limit), or train longer."
+            )
+    curves = [Curve([], [], []) for _ in sets]
+    for number, (one, curve) in enumerate(zip(sets, curves, strict=True)):
+        for level, offset in offsets.items():
+            found = score(number, f"router@{level:g}", "router", level)
+            if not curve.rates or found["skip_rate"]["mean"] > curve.rates[-1]:
+                curve.offsets.append(offset)
+                curve.rates.append(found["skip_rate"]["mean"])
+                curve.kept.append(found[one.task.primary]["value"] / full[number])
+    return curves
 
 
 def _halves(one: TaskSet, rows: Sequence[Any]) -> tuple[list[list[int]], list[list[int]]]:

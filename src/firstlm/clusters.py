@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
-from firstlm.data import decide_all
 from firstlm.importance import order_logits
 from firstlm.inputs import pad_left
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask, Prompts, RouterPolicy, router_input
+from firstlm.probes import decide_all
 from firstlm.routers import Router
 
 BATCH = 16

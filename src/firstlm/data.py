@@ -21,8 +21,6 @@ from torch import Tensor
 from firstlm.errors import ConfigError, DataError
 from firstlm.examples import Example, load_examples
 from firstlm.inputs import pad_left
-from firstlm.model import FirstModel
-from firstlm.policies import Policy
 from firstlm.results import to_json
 
 T = TypeVar("T")
@@ -159,20 +157,6 @@ def prompt_batches(
     """Return prompts in batches of similar length, or in their order, each as `pad_left` does."""
     rows = sorted(prompts, key=len) if by_length else prompts
     return [pad_left(rows[i : i + batch_size], pad_id) for i in range(0, len(rows), batch_size)]
-
-
-def decide_all(
-    model: FirstModel,
-    prompts: Sequence[Sequence[int]],
-    policy: Policy,
-    prefill: str = "skip",
-    batch_size: int = 16,
-) -> Tensor:
-    """Return what a policy decides about prompts, keep [prompts, layers] in their order."""
-    batches = prompt_batches(prompts, batch_size, model.pad_id)
-    states = [model.decide(*batch, policy, prefill=prefill) for batch in batches]
-    places = torch.tensor(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
-    return torch.cat([state.keep.cpu() for state in states])[places.argsort()]
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ import torch
 
 from firstlm.baselines import OrderedSkip
 from firstlm.config import BASELINES, DIAGNOSTICS, EVAL_POLICIES, RATED
-from firstlm.data import decide_all, spread_by_length
+from firstlm.data import spread_by_length
 from firstlm.decisions import RoutingState
 from firstlm.errors import ConfigError
 from firstlm.inputs import pad_left
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RouterPolicy, RunAll, SteppedPolicy
+from firstlm.probes import decide_all
 from firstlm.thresholds import most_skipped_first
 from firstlm.token_level import TokenLevel
 

@@ -11,7 +11,7 @@ What files say is read by `jobs.py`.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import monotonic, sleep
@@ -125,19 +125,25 @@ def _claimed(job: Job, known: Mapping[str, Job], runs: Path) -> Iterator[bool]:
         yield True
 
 
-def _summary(jobs: list[Job], file: Path) -> int:
-    """Write one row per arm, policy and rate over all seeds that are scored."""
+def arms_of(jobs: Sequence[Job]) -> dict[str, dict[str, Arm]]:
+    """Return the results of all jobs that are scored, by file and arm."""
     arms: dict[str, dict[str, Arm]] = {}
     for job in jobs:
         same = [other for other in jobs if (other.file, other.arm) == (job.file, job.arm)]
         found = {other.seed: other.report for other in same}
         reports = {seed: report for seed, report in found.items() if report is not None}
         if reports and job.arm not in arms.setdefault(job.file, {}):
-            name = f"{job.file}-{job.arm}"
-            arm = arms[job.file][job.arm] = Arm(name, job.train, job.score, reports)
-            if len(arm.commits) > 1:
-                print(f"Note: {name} was scored at several commits: {', '.join(arm.commits)}.")
-    found = [row for group in arms.values() for row in rows(list(group.values()))]
+            arms[job.file][job.arm] = Arm(f"{job.file}-{job.arm}", job.train, job.score, reports)
+    return arms
+
+
+def _summary(jobs: list[Job], file: Path) -> int:
+    """Write one row per arm, policy and rate over all seeds that are scored."""
+    groups = [list(group.values()) for group in arms_of(jobs).values()]
+    for arm in (arm for group in groups for arm in group):
+        if len(arm.commits) > 1:
+            print(f"Note: {arm.name} was scored at several commits: {', '.join(arm.commits)}.")
+    found = [row for group in groups for row in rows(group)]
     write_json(file, found)
     print(f"{len(found)} rows are in {file}.")
     return 0

@@ -114,19 +114,15 @@ class Job:
             return []
         training = self._training
         taken = training.get("provenance", {}).get("data", {})
-        found = []
-        for key in ARM_PATHS:
-            folder = Path(getattr(self.train, key) or "")
-            there = key in taken and (folder / ARTIFACT_FILE).is_file()
-            if there and artifact_files.content_hash(str(folder)) != taken[key]:
-                found.append(folder.name)
+        made_of = [(getattr(self.train, key), taken[key]) for key in ARM_PATHS if key in taken]
         if self.balance is not None:
-            folder = Path(self.balance.artifact)
+            before = training.get("balance", {}).get("artifact_sha256")
+            made_of.append((self.balance.artifact, before))
+        found = []
+        for path, before in made_of:
+            folder = Path(path or "")
             there = (folder / ARTIFACT_FILE).is_file()
-            if there and (
-                artifact_files.content_hash(str(folder))
-                != training.get("balance", {}).get("artifact_sha256")
-            ):
+            if there and artifact_files.content_hash(str(folder)) != before:
                 found.append(folder.name)
         scored = (self.report or {}).get("training", {})
         if any(scored.get(k) != training.get(k) for k in ("provenance", "balance") if scored):

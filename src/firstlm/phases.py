@@ -20,13 +20,14 @@ from transformers import TrainerState, TrainingArguments, set_seed
 
 from firstlm import processes
 from firstlm.config import TrainConfig
-from firstlm.data import Collator, Encoded, decide_all, draw, encode
+from firstlm.data import Collator, Encoded, draw, encode
 from firstlm.errors import ConfigError, DataError
 from firstlm.importance import SPACING
 from firstlm.interrupts import Interrupts
 from firstlm.lora import lora_parameters, without_peft_warning
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RouterPolicy, RunAll
+from firstlm.probes import decide_all
 from firstlm.rates import RateDriver
 from firstlm.starts import first_offsets, standardise, warm_start
 from firstlm.trainer import FirstTrainer, last_checkpoint, mixed_precision

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from firstlm.data import prompt_batches
 from firstlm.generate import decode_step, prefill
 from firstlm.inputs import position_ids
 from firstlm.model import FirstModel
@@ -35,6 +36,20 @@ def detached(model: FirstModel) -> Iterator[Any]:
         yield model.base
     finally:
         model.routing.attach()
+
+
+def decide_all(
+    model: FirstModel,
+    prompts: Sequence[Sequence[int]],
+    policy: Policy,
+    prefill: str = "skip",
+    batch_size: int = 16,
+) -> torch.Tensor:
+    """Return what a policy decides about prompts, keep [prompts, layers] in their order."""
+    batches = prompt_batches(prompts, batch_size, model.pad_id)
+    states = [model.decide(*batch, policy, prefill=prefill) for batch in batches]
+    places = torch.tensor(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
+    return torch.cat([state.keep.cpu() for state in states])[places.argsort()]
 
 
 @torch.no_grad()

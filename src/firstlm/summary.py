@@ -116,6 +116,15 @@ class Arm:
                 found.setdefault(metric, []).append(scores)
         return found
 
+    def primary(self, name: str, seeds: Sequence[int]) -> list[Scores]:
+        """Return the primary scores of a run, one for each of some seeds."""
+        scores, known = self.scores(name)[self.task.primary], list(self.runs(name))
+        return [scores[known.index(seed)] for seed in seeds]
+
+    def skip_rate(self, name: str, seeds: Sequence[int]) -> float:
+        """Return the share of layers that a run skipped, the mean over some seeds."""
+        return _mean([self.runs(name)[seed]["skip_rate"]["mean"] for seed in seeds])
+
 
 def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     """Return one row per arm, run and metric; retention is against plain LoRA with all layers.
@@ -214,22 +223,13 @@ def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
             seeds = [seed for seed in arm.runs(name) if seed in other.runs(run)]
             same = (other.name, run) == (arm.name, name)
             if seeds and run.partition("@")[2] == rate and not same:
-                ours, theirs = (
-                    [
-                        one.scores(which)[arm.task.primary][list(one.runs(which)).index(s)]
-                        for s in seeds
-                    ]
-                    for one, which in ((arm, name), (other, run))
-                )
+                ours, theirs = arm.primary(name, seeds), other.primary(run, seeds)
                 gain = over_seeds(ours, theirs, groups=arm.groups, difference=True)
                 shown = _policy(other, run, run.partition("@")[0])
                 shown = {key: shown[key] for key in ("policy", "lora_of")}
                 difference = {"value": gain.value, "low": gain.low, "high": gain.high}
-                skipped, theirs_skipped = (
-                    _mean([one.runs(which)[seed]["skip_rate"]["mean"] for seed in seeds])
-                    for one, which in ((arm, name), (other, run))
-                )
-                more = {"skip_rate_above": skipped - theirs_skipped, "seeds": len(seeds)}
+                above = arm.skip_rate(name, seeds) - other.skip_rate(run, seeds)
+                more = {"skip_rate_above": above, "seeds": len(seeds)}
                 found.append({"arm": other.name, **shown, **difference, **more})
     return found
 
