@@ -437,6 +437,23 @@ def test_what_was_made_with_other_options_is_not_taken_for_done(words, capsys):
     assert cli.main([*words, "--only", "tiny-first"]) == 0
 
 
+def test_a_matrix_whose_number_format_is_up_to_the_machine_goes_on_elsewhere(words, capsys):
+    file = Path(words[2]) / "tiny.yaml"
+    before = file.read_text()
+
+    def in_format(dtype: str) -> None:
+        both = before.replace("{model:", f"{{dtype: {dtype}, model:")
+        file.write_text(both.replace("eval: {max", f"eval: {{dtype: {dtype}, max"))
+
+    in_format("bfloat16")
+    assert cli.main([*words, "--only", "tiny-first-0"]) == 0
+    in_format("auto")
+    assert cli.main([*words, "--only", "tiny-first-0"]) == 0
+    in_format("float32")
+    assert cli.main([*words, "--only", "tiny-first-0"]) == 2
+    assert "(dtype)" in capsys.readouterr().err
+
+
 def test_an_artifact_made_anew_is_noticed_by_what_took_it(words, capsys, tmp_path):
     assert cli.main([*words, "--only", "tiny-majority"]) == 0
     file = Path(words[2]) / "tiny.yaml"

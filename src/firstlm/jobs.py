@@ -105,6 +105,8 @@ class Job:
                 found.append("balance")
         scored, asked = report.get("options", {}), eval_command.compared_options(self.score)
         found += [name for name in asked if name in scored and asked[name] != scored[name]]
+        if self.train.dtype == self.score.dtype == "auto":  # as suits a machine; results say which
+            found = [name for name in found if name != "dtype"]
         return list(dict.fromkeys(found))
 
     @property
