@@ -214,6 +214,13 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         help="weight, in phase 2, of staying close to what all layers computed when it began: pays "
         "where LoRA knew the task by then (--adapt-steps, or --artifact of a run without skips)",
     )
+    heal: int = option(
+        0,
+        at_least=0,
+        help="examples from which LoRA's start in phase 2 is computed: a regression puts back what "
+        "skipped layers leave missing, worth some hundred steps (128 is plenty; 0: LoRA starts as "
+        "it is)",
+    )
     warm_start: int = option(
         16,
         at_least=0,
@@ -296,6 +303,18 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
             raise ConfigError(
                 f"teach={self.teach:g} is for LoRA that learns to do without layers; expected "
                 "stage both or lora, and a skip_rate above 0."
+            )
+        if self.heal and not (skips and self.stage in ("both", "lora")):
+            raise ConfigError(
+                f"heal={self.heal} is for LoRA that learns to do without layers; expected stage "
+                "both or lora, and a skip_rate above 0."
+            )
+        if self.heal and (
+            self.unit != "block" or self.prefill != "skip" or self.policy == "skip_decode"
+        ):
+            raise ConfigError(
+                f"heal={self.heal} is for whole blocks that prompts skip as answers do; expected "
+                "unit block, prefill skip and a policy other than skip_decode."
             )
         if self.adapt_steps and not (skips and self.stage != "routers"):
             raise ConfigError(

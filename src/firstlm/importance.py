@@ -106,7 +106,7 @@ def _entering_states(
     found: dict[int, torch.Tensor] = {}
     hooks = {layer: partial(found.__setitem__, layer) for layer in layers}
     state = model.new_state(inputs["prompt_mask"], FixedMask(mask), prefill=prefill)
-    with _hooked(model, hooks):
+    with hooked(model, hooks):
         answer_logits(model, inputs, state)
     return found
 
@@ -141,7 +141,7 @@ def _pass_without(
     repeated = {name: tensor.repeat(copies, 1) for name, tensor in inputs.items()}
     policy = FixedMask(masks.repeat_interleave(size, dim=0))
     state = model.new_state(repeated["prompt_mask"], policy, prefill=prefill)
-    with _hooked(model, {layer: partial(take_up, layer) for layer in resumed}):
+    with hooked(model, {layer: partial(take_up, layer) for layer in resumed}):
         output, labels = answer_pass(model, repeated, state, output_hidden_states=True)
     parts = zip(
         output.hidden_states[-1].split(size),
@@ -154,7 +154,7 @@ def _pass_without(
 
 
 @contextmanager
-def _hooked(
+def hooked(
     model: FirstModel, hooks: Mapping[int, Callable[[torch.Tensor], torch.Tensor | None]]
 ) -> Iterator[None]:
     """Call `hooks[i]` with the states that enter layer i; what it returns enters in their place."""
@@ -174,6 +174,27 @@ def _hooked(
 
 
 @torch.no_grad()
+def layer_states(model: FirstModel, inputs: Inputs) -> list[torch.Tensor]:
+    """Return the states [batch, tokens, hidden] that enter each layer, and that leave the last.
+
+    All layers run.
+    """
+    last: list[torch.Tensor] = []
+
+    def leave(_module: Any, _args: tuple, output: Any) -> None:
+        last.append(output[0] if isinstance(output, tuple) else output)
+
+    layers = range(model.layer_count)
+    handle = model.routing.stack.modules[-1].register_forward_hook(leave)
+    try:
+        mask = torch.ones(len(layers), dtype=torch.bool)
+        entered = _entering_states(model, inputs, mask, layers, "skip")
+    finally:
+        handle.remove()
+    return [*map(entered.__getitem__, layers), *last]
+
+
+@torch.no_grad()
 def influence_order(
     model: FirstModel, examples: Sequence[Encoded], batch_size: int = 16
 ) -> list[int]:
@@ -184,24 +205,13 @@ def influence_order(
     """
     layers = range(model.layer_count)
     collate, alike, tokens = Collator(model.pad_id, model.device), torch.zeros(len(layers)), 0
-    mask = torch.ones(len(layers), dtype=torch.bool)
-    last: list[torch.Tensor] = []
-
-    def leave(_module: Any, _args: tuple, output: Any) -> None:
-        last.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = model.routing.stack.modules[-1].register_forward_hook(leave)
-    try:
-        for start in range(0, len(examples), batch_size):
-            inputs = collate(examples[start : start + batch_size])
-            entered = _entering_states(model, inputs, mask, layers, "skip")
-            states, real = [*map(entered.__getitem__, layers), last.pop()], inputs["attention_mask"]
-            tokens += int(real.sum())
-            for layer in layers:
-                before, after = (states[i][real.bool()].float() for i in (layer, layer + 1))
-                alike[layer] += torch.cosine_similarity(before, after, -1).sum().cpu()
-    finally:
-        handle.remove()
+    for start in range(0, len(examples), batch_size):
+        inputs = collate(examples[start : start + batch_size])
+        states, real = layer_states(model, inputs), inputs["attention_mask"].bool()
+        tokens += int(real.sum())
+        for layer in layers:
+            before, after = (states[i][real].float() for i in (layer, layer + 1))
+            alike[layer] += torch.cosine_similarity(before, after, -1).sum().cpu()
     influence = (1 - alike / tokens).tolist()
     return sorted(layers, key=influence.__getitem__)
 

@@ -29,7 +29,7 @@ from firstlm.model import FirstModel
 from firstlm.policies import Policy, RouterPolicy, RunAll
 from firstlm.probes import decide_all
 from firstlm.rates import RateDriver
-from firstlm.starts import first_offsets, standardise, warm_start
+from firstlm.starts import first_offsets, healed_start, standardise, warm_start
 from firstlm.trainer import FirstTrainer, last_checkpoint, mixed_precision
 
 RUN_FILE = "run.yaml"  # in a work folder that `firstlm train` has claimed
@@ -161,13 +161,17 @@ def train_lora(
         return fit(None, _all_layers)
     driver = RateDriver(config)
     if model.baseline is not None:
-        return fit(driver, model.baseline.at)
+        healed = healed_start(model, train, config, model.baseline.at)
+        return healed | fit(driver, model.baseline.at)
     driver.alpha = max((routers or {}).get("alpha") or config.alpha, 0.0)
     if config.skip_rate is not None:
         driver.hold(processes.same(first_offsets(model, train, config)))
     policy = RouterPolicy(model.routers, driver.offset(config.skip_rate))
     before = _decisions(model, validation, policy, config)
-    record = fit(driver, _routed(model, driver))
+    healed = healed_start(model, train, config, _routed(model, driver))
+    if healed and config.skip_rate is not None:  # routers read other states now
+        driver.hold(processes.same(first_offsets(model, train, config)))
+    record = healed | fit(driver, _routed(model, driver))
     flipped = _decisions(model, validation, policy, config) != before
     record["flipped"] = float(flipped.float().mean())
     return record

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where training starts from: routers from a ranking of layers, phase 2 from measured offsets."""
+"""Where training starts from: routers from a ranking of layers, phase 2 from measured offsets, LoRA
+from a regression."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,11 @@ from firstlm.calibration import find_offsets
 from firstlm.clusters import DEPTH, group, router_inputs, start_from_orders
 from firstlm.config import TrainConfig
 from firstlm.data import Encoded, draw
+from firstlm.healing import heal
 from firstlm.importance import removal_order, start_from_order
 from firstlm.model import FirstModel
+from firstlm.policies import Policy
+from firstlm.probes import decide_all
 from firstlm.trainer import mixed_precision
 
 CLUSTER_PROMPTS = 64  # for each group of prompts, to find groups and to fit routers to them
@@ -75,3 +80,23 @@ def first_offsets(
         rows = find_offsets(model, prompts, rates, config.prefill, config.batch_size)
     measured = [row.rate for row in rows]
     return {r: float(np.interp(r, measured, [row.offset for row in rows])) for r in rates}
+
+
+def healed_start(
+    model: FirstModel,
+    train: list[Encoded],
+    config: TrainConfig,
+    policy_at: Callable[[float | None], Policy],
+) -> dict[str, Any]:
+    """Let LoRA put back what a run's rates leave missing, as far as a regression can."""
+    if not config.heal:
+        return {}
+    rows = draw(train, config.heal, config.seed)
+    prompts = [row.prompt_ids for row in rows]
+    model.eval()
+    with mixed_precision(model):
+        keep = [
+            decide_all(model, prompts, policy_at(rate), config.prefill, config.batch_size)
+            for rate in dict.fromkeys([config.skip_rate, *(config.skip_rates or ())])
+        ]
+        return {"healed": heal(model, rows, torch.stack(keep))}

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where LoRA with skips starts from: what skipped layers leave missing, put back at once.
+
+A layer that runs before others that are skipped shall leave the states that those would have left.
+Its last linear map adds to the states, so the best change of that map is a linear regression, from
+what enters it to what is missing, and LoRA of a rank gets the best change of that rank
+(reduced-rank regression). ReplaceMe (arXiv 2505.02819) puts linear maps in the place of pruned
+blocks alike; here masks differ by prompt and rate, and training goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from firstlm import processes
+from firstlm.data import Collator, Encoded
+from firstlm.errors import ConfigError
+from firstlm.importance import Inputs, hooked, layer_states
+from firstlm.lora import lora_layers
+from firstlm.losses import answer_logits
+from firstlm.model import FirstModel
+from firstlm.policies import FixedMask, RunAll
+
+ADAPTER = "default"
+RIDGES = (0.01, 0.1, 1.0)  # of the inputs' mean square; held-out prompts choose
+HELD_OUT = 5  # every fifth prompt
+MISSING = 1e-4  # squared distance over squared length, below which nothing is missing
+WORTH_IT = 0.98  # of what is missing; a layer that would leave more stays as it is
+ADDS = 0.1  # median error of a sum, in units of what was added, that rounding can explain
+
+
+@torch.no_grad()
+def heal(model: FirstModel, examples: Sequence[Encoded], keep: torch.Tensor) -> dict[int, float]:
+    """Change LoRA such that masks leave the states that all layers leave, as nearly as it can.
+
+    One pass over all prompts and masks goes from the first layer to the last, so that each makes up
+    for what those before it left too. That all layers run is one of the masks.
+
+    Args:
+        model: a routed model with LoRA, unit "block".
+        examples: what the regression sees; all are in memory at once.
+        keep: [masks, examples, layers], True = the layer runs.
+
+    Returns:
+        For each layer that was changed the share of the squared distance that is left behind it,
+        on prompts that were held out.
+
+    Raises:
+        ConfigError: no layer has LoRA on a linear map that adds to its states.
+    """
+    model.eval()
+    inputs = Collator(model.pad_id, model.device)(examples)
+    longest = inputs["attention_mask"].sum(1).argmax()
+    maps = _adding_maps(model, {name: tensor[longest][None] for name, tensor in inputs.items()})
+    if not maps:
+        raise ConfigError(
+            "heal needs layers with LoRA on a linear map whose output adds to the states, and this "
+            "model has none (some normalise first what they add). Leave heal at 0."
+        )
+    states = torch.stack(layer_states(model, inputs))
+    masks = torch.cat([torch.ones_like(keep[:1]), keep])
+    rows = torch.arange(len(examples)).repeat(len(masks))
+    inputs = {name: tensor.repeat(len(masks), 1) for name, tensor in inputs.items()}
+    masks = masks.flatten(0, 1)
+    following = _next_kept(masks)
+    entered: dict[int, torch.Tensor] = {}
+    left: dict[int, float] = {}
+
+    def enter(layer: int, _module: Any, args: tuple) -> None:
+        entered[layer] = args[0]
+
+    def leave(layer: int, _module: Any, _args: tuple, output: Any) -> Any:
+        bar.update()
+        if layer not in entered:  # everybody skips it
+            return None
+        kept = masks[:, layer].nonzero().flatten()
+        x, out = entered.pop(layer), output[0] if isinstance(output, tuple) else output
+        goal = states[following[kept, layer], rows[kept]].float()
+        real = inputs["attention_mask"][kept].bool()
+        # A state counts by its distance over its length, as in `state_distance`.
+        weight = 1 / goal[real].norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        missing = weight * (goal[real] - out[kept][real].float())
+        held_out = (rows[kept] % HELD_OUT == HELD_OUT - 1).to(real.device)
+        held_out = held_out.unsqueeze(1).expand_as(real)[real]
+        old = _lora_map(maps[layer])
+        found = reduced_rank(
+            weight * x[real].float(), missing, old, maps[layer].r[ADAPTER], held_out
+        )
+        if found is None:
+            return None
+        down, up, left[layer] = found
+        _set_lora(maps[layer], down, up)
+        out = out.index_add(0, kept.to(out.device), (x.float() @ (down @ up - old)).to(out.dtype))
+        return (out, *output[1:]) if isinstance(output, tuple) else out
+
+    bar = tqdm(
+        total=len(maps), desc="healing", unit="layer", leave=False, disable=not processes.is_first()
+    )
+    with bar, ExitStack() as stack:
+        for layer, part in maps.items():
+            module = model.routing.stack.modules[layer]
+            stack.callback(part.register_forward_pre_hook(partial(enter, layer)).remove)
+            stack.callback(module.register_forward_hook(partial(leave, layer)).remove)
+        answer_logits(model, inputs, model.new_state(inputs["prompt_mask"], FixedMask(masks)))
+    return left
+
+
+def reduced_rank(
+    x: torch.Tensor, missing: torch.Tensor, old: torch.Tensor, rank: int, held_out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """Return the map of a rank that, in the place of an old one, adds most of what is missing.
+
+    Args:
+        x: [rows, in], what enters the map.
+        missing: [rows, out].
+        old: [in, out], the map as it is; the new one is fitted to what it does and `missing`.
+        rank: of the new map.
+        held_out: [rows] bool, rows that choose the ridge and are not fitted before.
+
+    Returns:
+        The new map's two factors, [in, rank] and [rank, out], and the share of `missing`, squared,
+        that it leaves on the held-out rows; None where it is not worth a change.
+    """
+    if not missing.square().sum(-1).mean() > MISSING:
+        return None
+    test_x, test_missing = x[held_out], missing[held_out]
+    total = test_missing.square().sum()
+    x, missing = x[~held_out], missing[~held_out]
+    gram, cross = (x.T @ x).double(), (x.T @ missing).double()
+
+    def factors(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> tuple[Any, Any]:
+        gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+        whole = torch.linalg.solve(gram, cross) + old.double()
+        up = torch.linalg.eigh(whole.T @ gram @ whole).eigenvectors[:, -rank:]
+        return (whole @ up).float(), up.T.float()
+
+    def share_left(ridge: float) -> float:
+        down, up = factors(gram, cross, ridge)
+        return float((test_missing - test_x @ (down @ up - old)).square().sum() / total)
+
+    shares = {ridge: share_left(ridge) for ridge in RIDGES}
+    best = min(RIDGES, key=shares.__getitem__)
+    if not shares[best] < WORTH_IT:
+        return None
+    gram = gram + (test_x.T @ test_x).double()
+    cross = cross + (test_x.T @ test_missing).double()
+    return *factors(gram, cross, best), shares[best]
+
+
+def _next_kept(masks: torch.Tensor) -> torch.Tensor:
+    """Return for each layer [masks, layers] the next one that runs, or the number of layers."""
+    found, after = torch.empty_like(masks, dtype=torch.long), masks.shape[1]
+    following = torch.full((len(masks),), after)
+    for layer in reversed(range(after)):
+        found[:, layer] = following
+        following = torch.where(masks[:, layer], layer, following)
+    return found
+
+
+def _adding_maps(model: FirstModel, inputs: Inputs) -> dict[int, Any]:
+    """Return each layer's last module with LoRA, where its output is added to the layer's.
+
+    Whether it is, a pass says in which something is added to the module's output.
+    """
+    layers = model.routing.stack.modules
+    parts: dict[int, Any] = {}
+
+    def note(layer: int, part: Any, _args: tuple, _output: torch.Tensor) -> None:
+        parts[layer] = part
+
+    with ExitStack() as stack:
+        for layer, module in enumerate(layers):
+            for part in lora_layers(module):
+                stack.callback(part.register_forward_hook(partial(note, layer)).remove)
+        states = layer_states(model, inputs)
+    random = torch.Generator().manual_seed(0)
+    maps: dict[int, Any] = {}
+
+    def add(layer: int, _part: Any, _args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        return output + added[layer] if output.shape == added[layer].shape else None
+
+    def compare(layer: int, _module: Any, _args: tuple, output: Any) -> None:
+        out = output[0] if isinstance(output, tuple) else output
+        wrong = (out - states[layer + 1] - added[layer]).float().abs().median()
+        if wrong < ADDS * added[layer].float().abs().median():
+            maps[layer] = parts[layer]
+
+    added = {}
+    with ExitStack() as stack:
+        for layer, part in parts.items():
+            noise = torch.randn(states[layer + 1].shape, generator=random).to(states[layer + 1])
+            added[layer] = noise * states[layer + 1].float().abs().median().to(noise.dtype)
+            stack.callback(part.register_forward_hook(partial(add, layer)).remove)
+            stack.callback(layers[layer].register_forward_hook(partial(compare, layer)).remove)
+        stack.enter_context(hooked(model, {layer: lambda _, i=layer: states[i] for layer in parts}))
+        answer_logits(model, inputs, model.new_state(inputs["prompt_mask"], RunAll()))
+    return maps
+
+
+def _lora_map(part: Any) -> torch.Tensor:
+    """Return what LoRA adds to a linear map, [in, out]."""
+    down, up = part.lora_A[ADAPTER].weight, part.lora_B[ADAPTER].weight
+    return part.scaling[ADAPTER] * (up.float() @ down.float()).T
+
+
+def _set_lora(part: Any, down: torch.Tensor, up: torch.Tensor) -> None:
+    """Let LoRA add a map of factors [in, rank] and [rank, out], both of its matrices alike long."""
+    a, b = part.lora_A[ADAPTER].weight, part.lora_B[ADAPTER].weight
+    balance = (down.norm() / part.scaling[ADAPTER] / up.norm().clamp_min(1e-12)).sqrt()
+    b.zero_()
+    a[: len(up)] = (down / part.scaling[ADAPTER] / balance.clamp_min(1e-12)).T
+    b[:, : len(up)] = (up * balance).T
