@@ -16,8 +16,9 @@ from firstlm import cli
 from firstlm.artifact_files import read_config
 from firstlm.data import Collator, Encoded
 from firstlm.errors import ConfigError
-from firstlm.healing import _next_kept, heal, reduced_rank
+from firstlm.healing import _lora_map, _next_kept, _set_lora, heal, reduced_rank
 from firstlm.importance import layer_states
+from firstlm.lora import lora_layers
 from firstlm.losses import FullDepth, answer_pass
 from firstlm.model import FirstModel
 from firstlm.phases import add_lora, train_lora
@@ -70,6 +71,21 @@ def test_where_there_is_nothing_to_find_nothing_changes() -> None:
     x = numbers(ROWS, 12)
     assert regress(numbers(ROWS, 9, seed=1), x, torch.zeros(12, 9), 3) is None
     assert regress(1e-4 * x[:, :9], x, torch.zeros(12, 9), 3) is None
+
+
+@torch.no_grad()
+def test_lora_adds_what_it_is_set_to(tmp_path: Path) -> None:
+    model = make_model()
+    add_lora(model, config(tmp_path, lora_rank=4, lora_alpha=12))
+    for part in lora_layers(model)[4:7]:  # up, down and more: of different widths
+        x, down = numbers(5, part.in_features), numbers(part.in_features, 3, seed=1)
+        up = numbers(3, part.out_features, seed=2)
+        before = part(x)
+        _set_lora(part, down, up)
+        assert torch.allclose(part(x) - before, x @ down @ up, atol=1e-3)
+        assert torch.allclose(_lora_map(part), down @ up, atol=1e-4)
+        a, b = part.lora_A["default"].weight[:3], part.lora_B["default"].weight
+        assert float(a.norm() / b.norm()) == pytest.approx(1, rel=1e-3)
 
 
 def test_the_states_that_are_wanted_are_those_before_the_next_layer_that_runs() -> None:
