@@ -66,6 +66,7 @@ FLOORS = {
     "kv_probe": "work",
     "verdicts": "work",
     "importance": "work",
+    "healing": "work",
     "clusters": "work",
     "rates": "work",
     "interrupts": "work",

@@ -16,7 +16,7 @@ from firstlm import cli
 from firstlm.artifact_files import read_config
 from firstlm.data import Collator, Encoded
 from firstlm.errors import ConfigError
-from firstlm.healing import _lora_map, _next_kept, _set_lora, heal, reduced_rank
+from firstlm.healing import _lora_map, _next_kept, _scaled, _scales, _set_lora, heal, reduced_rank
 from firstlm.importance import layer_states
 from firstlm.lora import lora_layers
 from firstlm.losses import FullDepth, answer_pass
@@ -151,24 +151,63 @@ def test_all_states_are_those_that_transformers_returns() -> None:
     assert torch.equal(states[0], output.hidden_states[0])
 
 
-@pytest.mark.parametrize(
-    ("name", "heals"),
-    [("llama", True), ("gpt2", True), ("gpt_neox", True), ("gemma3_text", False)],
-)
-def test_families_that_add_to_the_states_are_told_from_those_that_do_not(
-    tmp_path: Path, name: str, heals: bool
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon", "gemma3_text", "olmo2"])
+def test_families_heal_whether_they_normalise_what_they_add_or_not(
+    tmp_path: Path, name: str
 ) -> None:
     model = FirstModel.from_base(families.make_model(name))
-    add_lora(model, config(tmp_path))
-    letters = make_examples(200, seed=1)  # its vocabulary is smaller
+    add_lora(model, config(tmp_path, lora_rank=16))
+    letters = make_examples(600, seed=1)  # their vocabulary is smaller
     examples = [Encoded([i - 90 for i in e.prompt_ids], [1, 2]) for e in letters]
-    keep = torch.ones(1, 200, model.layer_count, dtype=torch.bool)
+    keep = torch.ones(1, 600, model.layer_count, dtype=torch.bool)
     keep[..., 2] = False
-    if heals:
-        heal(model, examples, keep)
-        return
+    held = Collator(0)(examples[:40])
+    full = FullDepth.of(model, held)
+    before = distance(model, held, full, keep[0, 0])
+    assert 1 in heal(model, examples, keep)
+    assert distance(model, held, full, keep[0, 0]) < 0.9 * before
+
+
+def test_norms_are_told_from_other_things() -> None:
+    before, tokens = numbers(50, 9), 1 + numbers(50, 1, seed=1).abs()
+    features = torch.linspace(-2, 2, 9)  # one of them is 0
+    found = _scales(before, before * tokens * features)
+    assert torch.allclose(found[0] * found[1], tokens * features, atol=0.01)
+    assert found[1].abs().min() > 0
+    assert _scaled(before, before * tokens * features)
+    assert not _scaled(before, before * tokens + numbers(50, 9, seed=2))
+
+
+def test_a_norm_that_weighs_features_is_reckoned_with(tmp_path: Path) -> None:
+    """With LoRA that knows something already."""
+    model = FirstModel.from_base(families.make_model("gemma3_text"))
+    torch.manual_seed(5)
+    add_lora(model, config(tmp_path, lora_rank=32))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "post_feedforward_layernorm" in name:
+                weight.copy_(torch.linspace(0.2, 2, len(weight)) - 1)
+            if "lora_B" in name:
+                weight.normal_(0, 0.02)
+    examples = [Encoded([i - 90 for i in e.prompt_ids], [1, 2]) for e in make_examples(600, seed=1)]
+    keep = torch.ones(1, 600, model.layer_count, dtype=torch.bool)
+    keep[..., 2] = False
+    held = Collator(0)(examples[:40])
+    full = FullDepth.of(model, held)
+    before = distance(model, held, full, keep[0, 0])
+    left = heal(model, examples, keep)
+    assert left[2] < 0.68  # 0.69 and more where tokens or features were not weighed
+    assert distance(model, held, full, keep[0, 0]) < 0.7 * before
+
+
+def test_a_model_whose_maps_do_not_add_is_refused(tmp_path: Path) -> None:
+    model = make_model()
+    add_lora(model, config(tmp_path))
+    for layer in model.routing.stack.modules:
+        layer.mlp.register_forward_hook(lambda _mlp, _args, output: output.abs())
+    keep = torch.ones(1, 40, model.layer_count, dtype=torch.bool)
     with pytest.raises(ConfigError, match="Leave heal at 0"):
-        heal(model, examples, keep)
+        heal(model, make_examples(40, seed=1), keep)
 
 
 def test_phase_2_begins_healed_and_its_record_says_so(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,6 @@ from firstlm import processes
 from firstlm.data import Collator, Encoded
 from firstlm.errors import ConfigError
 from firstlm.importance import Inputs, hooked, layer_states
-from firstlm.lora import lora_layers
 from firstlm.losses import answer_logits
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask, RunAll
@@ -33,6 +33,18 @@ HELD_OUT = 5  # every fifth prompt
 MISSING = 1e-4  # squared distance over squared length, below which nothing is missing
 WORTH_IT = 0.98  # of what is missing; a layer that would leave more stays as it is
 ADDS = 0.1  # median error of a sum, in units of what was added, that rounding can explain
+
+
+@dataclass(frozen=True)
+class _Map:
+    """A linear map with LoRA, and the module after which its output is added to the states.
+
+    That is the map itself, a dropout, or a norm as Gemma's, which divides each token by its length
+    and weighs features.
+    """
+
+    part: Any
+    end: Any
 
 
 @torch.no_grad()
@@ -69,18 +81,18 @@ def heal(model: FirstModel, examples: Sequence[Encoded], keep: torch.Tensor) -> 
     inputs = {name: tensor.repeat(len(masks), 1) for name, tensor in inputs.items()}
     masks = masks.flatten(0, 1)
     following = _next_kept(masks)
-    entered: dict[int, torch.Tensor] = {}
+    passed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     left: dict[int, float] = {}
 
-    def enter(layer: int, _module: Any, args: tuple) -> None:
-        entered[layer] = args[0]
+    def note(layer: int, _part: Any, args: tuple, output: torch.Tensor) -> None:
+        passed[layer] = args[0], output
 
     def leave(layer: int, _module: Any, _args: tuple, output: Any) -> Any:
         bar.update()
-        if layer not in entered:  # everybody skips it
+        if layer not in passed:  # everybody skips it
             return None
         kept = masks[:, layer].nonzero().flatten()
-        x, out = entered.pop(layer), output[0] if isinstance(output, tuple) else output
+        (x, y), out = passed.pop(layer), output[0] if isinstance(output, tuple) else output
         goal = states[following[kept, layer], rows[kept]].float()
         real = inputs["attention_mask"][kept].bool()
         # A state counts by its distance over its length, as in `state_distance`.
@@ -88,24 +100,35 @@ def heal(model: FirstModel, examples: Sequence[Encoded], keep: torch.Tensor) -> 
         missing = weight * (goal[real] - out[kept][real].float())
         held_out = (rows[kept] % HELD_OUT == HELD_OUT - 1).to(real.device)
         held_out = held_out.unsqueeze(1).expand_as(real)[real]
-        old = _lora_map(maps[layer])
+        part, end = maps[layer].part, maps[layer].end
+        added = y if end is part else end(y)
+        tokens, features = _scales(y[real].float(), added[real].float())
+        old = _lora_map(part)
         found = reduced_rank(
-            weight * x[real].float(), missing, old, maps[layer].r[ADAPTER], held_out
+            weight * tokens * x[real].float(), missing, old * features, part.r[ADAPTER], held_out
         )
         if found is None:
             return None
-        down, up, left[layer] = found
-        _set_lora(maps[layer], down, up)
-        out = out.index_add(0, kept.to(out.device), (x.float() @ (down @ up - old)).to(out.dtype))
+        down, up, _ = found
+        up = up / features
+        y = y + (x.float() @ (down @ up - old)).to(y.dtype)
+        change = (y if end is part else end(y)) - added
+        after = missing - weight * change[real].float()  # a norm takes back some of what it is told
+        share = float(after[held_out].square().sum() / missing[held_out].square().sum())
+        if not share < WORTH_IT:
+            return None
+        left[layer] = share
+        _set_lora(part, down, up)
+        out = out.index_add(0, kept.to(out.device), change.to(out.dtype))
         return (out, *output[1:]) if isinstance(output, tuple) else out
 
     bar = tqdm(
         total=len(maps), desc="healing", unit="layer", leave=False, disable=not processes.is_first()
     )
     with bar, ExitStack() as stack:
-        for layer, part in maps.items():
+        for layer, found in maps.items():
             module = model.routing.stack.modules[layer]
-            stack.callback(part.register_forward_pre_hook(partial(enter, layer)).remove)
+            stack.callback(found.part.register_forward_hook(partial(note, layer)).remove)
             stack.callback(module.register_forward_hook(partial(leave, layer)).remove)
         answer_logits(model, inputs, model.new_state(inputs["prompt_mask"], FixedMask(masks)))
     return left
@@ -163,44 +186,77 @@ def _next_kept(masks: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _adding_maps(model: FirstModel, inputs: Inputs) -> dict[int, Any]:
-    """Return each layer's last module with LoRA, where its output is added to the layer's.
+def _adding_maps(model: FirstModel, inputs: Inputs) -> dict[int, _Map]:
+    """Return each layer's last map with LoRA, where its output is added to the layer's.
 
-    Whether it is, a pass says in which something is added to the module's output.
+    Whether it is, a pass says in which something is added to that output.
     """
     layers = model.routing.stack.modules
     parts: dict[int, Any] = {}
+    ends: dict[int, Any] = {}
+    outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of parts, and of ends
 
-    def note(layer: int, part: Any, _args: tuple, _output: torch.Tensor) -> None:
-        parts[layer] = part
+    def follow(layer: int, module: Any, args: tuple, output: Any) -> None:
+        if hasattr(module, "lora_A"):
+            parts[layer], outputs[layer] = module, (output, output)
+        elif layer not in parts or not args or args[0] is not outputs[layer][1]:
+            return
+        else:
+            outputs[layer] = outputs[layer][0], output
+        ends[layer] = module
 
     with ExitStack() as stack:
         for layer, module in enumerate(layers):
-            for part in lora_layers(module):
-                stack.callback(part.register_forward_hook(partial(note, layer)).remove)
+            for inner in module.modules():
+                if inner is not module:
+                    hook = inner.register_forward_hook(partial(follow, layer))
+                    stack.callback(hook.remove)
         states = layer_states(model, inputs)
-    random = torch.Generator().manual_seed(0)
-    maps: dict[int, Any] = {}
+    random, added = torch.Generator().manual_seed(0), {}
+    maps: dict[int, _Map] = {}
 
-    def add(layer: int, _part: Any, _args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        return output + added[layer] if output.shape == added[layer].shape else None
+    def add(layer: int, _end: Any, _args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output + added[layer]
 
     def compare(layer: int, _module: Any, _args: tuple, output: Any) -> None:
         out = output[0] if isinstance(output, tuple) else output
         wrong = (out - states[layer + 1] - added[layer]).float().abs().median()
         if wrong < ADDS * added[layer].float().abs().median():
-            maps[layer] = parts[layer]
+            maps[layer] = _Map(parts[layer], ends[layer])
 
-    added = {}
     with ExitStack() as stack:
-        for layer, part in parts.items():
-            noise = torch.randn(states[layer + 1].shape, generator=random).to(states[layer + 1])
+        for layer, (before, after) in outputs.items():
+            if not (states[0].shape == before.shape == after.shape and _scaled(before, after)):
+                continue  # experts see some tokens, for one
+            noise = torch.randn(before.shape, generator=random).to(states[layer + 1])
             added[layer] = noise * states[layer + 1].float().abs().median().to(noise.dtype)
-            stack.callback(part.register_forward_hook(partial(add, layer)).remove)
+            stack.callback(ends[layer].register_forward_hook(partial(add, layer)).remove)
             stack.callback(layers[layer].register_forward_hook(partial(compare, layer)).remove)
-        stack.enter_context(hooked(model, {layer: lambda _, i=layer: states[i] for layer in parts}))
+        stack.enter_context(hooked(model, {layer: lambda _, i=layer: states[i] for layer in added}))
         answer_logits(model, inputs, model.new_state(inputs["prompt_mask"], RunAll()))
     return maps
+
+
+def _scales(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a norm multiplies tokens [tokens, 1] and features [features] by; ones for none.
+
+    Args:
+        before: what enters it, [tokens, features].
+        after: what leaves it.
+    """
+    ratio = after / torch.where(before == 0, 1.0, before)
+    tokens = ratio.abs().median(dim=1, keepdim=True).values.clamp_min(1e-6)
+    features = (ratio / tokens).median(dim=0).values
+    smallest = 1e-3 * features.abs().median().clamp_min(1e-6)  # features are divided by them
+    return tokens, torch.where(features.abs() < smallest, smallest, features)
+
+
+def _scaled(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Tell whether tokens and features were multiplied, and nothing else was done to them."""
+    before, after = before.flatten(0, -2).float(), after.flatten(0, -2).float()
+    tokens, features = _scales(before, after)
+    wrong = (after - before * tokens * features).abs().median()
+    return bool(wrong <= ADDS * after.abs().median())
 
 
 def _lora_map(part: Any) -> torch.Tensor:
