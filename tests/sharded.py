@@ -17,11 +17,11 @@ from torch.distributed.fsdp import fully_shard
 from training import make_examples, make_model
 
 from firstlm import processes
+from firstlm.adapters import add_lora
 from firstlm.config import TrainConfig
 from firstlm.data import IGNORE, Collator
 from firstlm.losses import answer_cross_entropy, answer_pass, non_skip_penalty
 from firstlm.model import FirstModel
-from firstlm.phases import add_lora
 from firstlm.policies import FixedMask, Policy, RouterPolicy
 from firstlm.trainer import take_weights
 

@@ -65,6 +65,7 @@ FLOORS = {
     "probes": "work",
     "kv_probe": "work",
     "verdicts": "work",
+    "adapters": "work",
     "importance": "work",
     "healing": "work",
     "clusters": "work",

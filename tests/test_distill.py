@@ -11,11 +11,12 @@ import pytest
 import torch
 from training import config, make_examples, make_model
 
+from firstlm.adapters import add_lora
 from firstlm.config import TrainConfig
 from firstlm.data import Collator
 from firstlm.losses import FullDepth, answer_divergence, answer_pass, state_distance
 from firstlm.model import FirstModel
-from firstlm.phases import add_lora, train_adapt, train_lora, train_routers, work_folder
+from firstlm.phases import train_adapt, train_lora, train_routers, work_folder
 from firstlm.policies import FixedMask, RunAll
 
 

@@ -13,6 +13,7 @@ from test_distill import skipping
 from training import config, make_examples, make_model, write_run
 
 from firstlm import cli
+from firstlm.adapters import add_lora
 from firstlm.artifact_files import read_config
 from firstlm.data import Collator, Encoded
 from firstlm.errors import ConfigError
@@ -21,7 +22,7 @@ from firstlm.importance import layer_states
 from firstlm.lora import lora_layers
 from firstlm.losses import FullDepth, answer_pass
 from firstlm.model import FirstModel
-from firstlm.phases import add_lora, train_lora
+from firstlm.phases import train_lora
 from firstlm.policies import FixedMask
 
 ROWS = 2000

@@ -13,6 +13,7 @@ from conftest import tiny_llama
 from safetensors.torch import load_file
 from training import config, make_examples, make_model, write_run
 
+from firstlm.adapters import add_lora, raise_rank
 from firstlm.artifact_files import read_config
 from firstlm.calibration import calibrate
 from firstlm.config import RouterConfig, TrainConfig
@@ -22,7 +23,7 @@ from firstlm.inputs import pad_left
 from firstlm.lora import lora_parameters
 from firstlm.losses import answer_cross_entropy, answer_logits, mean_loss, non_skip_penalty
 from firstlm.model import FirstModel
-from firstlm.phases import add_lora, train_joint, train_lora, train_routers, work_folder
+from firstlm.phases import train_joint, train_lora, train_routers, work_folder
 from firstlm.policies import RouterPolicy, RunAll
 from firstlm.starts import first_offsets
 from firstlm.train import run
@@ -459,14 +460,38 @@ def test_an_artifact_brings_its_base_model_and_its_unit(tmp_path: Path, byte_tok
         run(replace(more, unit="block", output=str(tmp_path / "other")))
 
 
-def test_a_lora_keeps_its_rank(tmp_path: Path, byte_tokenizer) -> None:
+def test_a_lora_gets_a_higher_rank_and_computes_what_it_did(tmp_path: Path) -> None:
+    model, ids = make_model(), torch.arange(97, 113)[None]
+    add_lora(model, config(tmp_path, lora_rank=4, lora_alpha=12))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.3)
+        before, plain = model(ids)[0].logits, model.plain_base
+        raise_rank(model, config(tmp_path, lora_rank=16, lora_alpha=16))
+        assert torch.allclose(model(ids)[0].logits, before, atol=1e-5)
+        with model.disable_adapter():
+            assert not torch.allclose(model(ids)[0].logits, before, atol=1e-2)
+    assert model.plain_base is plain
+    ranks = {len(p) for n, p in model.named_parameters() if "lora_A" in n}
+    assert ranks == {16}
+
+
+def test_a_run_goes_on_with_a_higher_rank_and_refuses_a_lower_one(
+    tmp_path: Path, byte_tokenizer
+) -> None:
     folder, data = write_run(tmp_path, byte_tokenizer)
     steps = {"router_steps": 1, "lora_steps": 1}
     settings = config(tmp_path, model=str(folder), data=str(data), lora_rank=4, **steps)
     assert run(settings) == 0
     more = replace(settings, artifact=settings.output, output=str(tmp_path / "more"), lora_rank=8)
-    with pytest.raises(ConfigError, match="give --lora-rank 4"):
-        run(more)
+    assert run(more) == 0
+    written = json.loads((tmp_path / "more" / "adapter" / "adapter_config.json").read_text())
+    assert written["r"] == 8
+    less = replace(more, lora_rank=2, output=str(tmp_path / "less"))
+    with pytest.raises(ConfigError, match="give --lora-rank 4 or more"):
+        run(less)
+    assert not (tmp_path / "less").exists()
 
 
 def test_a_run_that_diverges_stops(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ import torch
 from transformers import TrainerState, TrainingArguments, set_seed
 
 from firstlm import processes
+from firstlm.adapters import lora_to_train
 from firstlm.config import TrainConfig
 from firstlm.data import Collator, Encoded, draw, encode
 from firstlm.errors import ConfigError, DataError
 from firstlm.importance import SPACING
 from firstlm.interrupts import Interrupts
-from firstlm.lora import lora_parameters, without_peft_warning
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RouterPolicy, RunAll
 from firstlm.probes import decide_all
@@ -214,31 +214,6 @@ def _train_only(model: FirstModel, parameters: Iterable[torch.nn.Parameter]) -> 
 def _all_layers(_rate: float | None) -> Policy:
     """Decide in the place of routers, where nothing is to be skipped."""
     return RunAll()
-
-
-def lora_to_train(model: FirstModel, config: TrainConfig) -> list[torch.nn.Parameter]:
-    """Return the LoRA matrices to train, in float32: steps are smaller than bfloat16 resolves."""
-    if not model.has_adapter:
-        add_lora(model, config)
-    found = list(lora_parameters(model).values())
-    for parameter in found:
-        parameter.data = parameter.data.float()
-    return found
-
-
-def add_lora(model: FirstModel, config: TrainConfig) -> None:
-    """Put fresh LoRA matrices on all linear layers but the vocabulary's."""
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    with without_peft_warning():
-        model.base = get_peft_model(model.base, lora)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from firstlm import artifact, artifact_files, processes
+from firstlm.adapters import add_lora, lora_to_train, raise_rank
 from firstlm.baselines import Baseline
 from firstlm.calibration import calibrate, serve_by_default
 from firstlm.config import PREFILL_MODES, RATES, RouterConfig, TrainConfig
@@ -31,8 +32,6 @@ from firstlm.model import FirstModel
 from firstlm.options import load_yaml, to_dict, to_yaml
 from firstlm.phases import (
     RUN_FILE,
-    add_lora,
-    lora_to_train,
     train_adapt,
     train_joint,
     train_lora,
@@ -177,12 +176,9 @@ def prepare(config: TrainConfig) -> tuple[FirstModel, list[Encoded], list[Encode
                     f"{config.artifact} has {field} {found!r}, but {asked!r} was asked for; give "
                     f"--{field} {found}."
                 )
-        rank = model.base.peft_config["default"].r if model.has_adapter else config.lora_rank
-        if rank != config.lora_rank:
-            raise ConfigError(
-                f"{config.artifact} has a LoRA of rank {rank}, but {config.lora_rank} was asked "
-                f"for; give --lora-rank {rank}."
-            )
+        if model.has_adapter and model.base.peft_config["default"].r != config.lora_rank:
+            set_seed(config.seed)  # fresh rows of its matrices
+            raise_rank(model, config)
     else:
         fields = RouterConfig.__dataclass_fields__
         model = FirstModel.from_base(
