@@ -41,9 +41,10 @@ def raise_rank(model: FirstModel, config: TrainConfig) -> None:
     """Give LoRA the rank and scale of `config`; the model computes what it did.
 
     Raises:
-        ConfigError: the rank would be lower, or the adapter has more than matrices of one rank.
+        ConfigError: the rank would be lower, or the adapter is of another kind (DoRA), or on
+            modules that ours is not on.
     """
-    rank = model.base.peft_config["default"].r
+    rank = max(len(matrix) for name, (matrix, _) in _matrices(model).items() if "lora_A" in name)
     if rank > config.lora_rank:
         raise ConfigError(
             f"{config.artifact} has a LoRA of rank {rank}, but {config.lora_rank} was asked for, "
@@ -55,15 +56,15 @@ def raise_rank(model: FirstModel, config: TrainConfig) -> None:
     after = _matrices(model)
     if not before.keys() <= after.keys():
         raise ConfigError(
-            f"{config.artifact} has LoRA on other modules than --lora-rank {config.lora_rank} "
-            f"would; give --lora-rank {rank}, which goes on with what is there."
+            f"{config.artifact} has more than LoRA matrices on linear layers (DoRA, or others), to "
+            f"which no rank can be added; give --lora-rank {rank}, to go on with what is there."
         )
     for name, (old, scale) in before.items():
         new, new_scale = after[name]
         if "lora_A" in name:
-            new[:rank] = old.to(new.dtype)
+            new[: len(old)] = old
         else:
-            new[:, :rank] = (old * (scale / new_scale)).to(new.dtype)
+            new[:, : old.shape[1]] = old.to(new.dtype) * (scale / new_scale)
 
 
 def _matrices(model: FirstModel) -> dict[str, tuple[torch.Tensor, float]]:

@@ -217,9 +217,9 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
     heal: int = option(
         0,
         at_least=0,
-        help="examples from which LoRA's start in phase 2 is computed: a regression puts back what "
-        "skipped layers leave missing, worth some hundred steps (128 is plenty; 0: LoRA starts as "
-        "it is)",
+        help="examples from which LoRA's start in phase 2 is computed, some 64: a regression puts "
+        "back what skipped layers leave missing; all are in memory at once, with a mask for each "
+        "rate (0: LoRA starts as it is)",
     )
     warm_start: int = option(
         16,
@@ -308,6 +308,11 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
             raise ConfigError(
                 f"heal={self.heal} is for LoRA that learns to do without layers; expected stage "
                 "both or lora, and a skip_rate above 0."
+            )
+        if 0 < self.heal < 16:
+            raise ConfigError(
+                f"heal={self.heal} holds out too few examples to tell what helps; expected 16 or "
+                "more, or 0."
             )
         if self.heal and (
             self.unit != "block" or self.prefill != "skip" or self.policy == "skip_decode"

@@ -72,8 +72,9 @@ def heal(model: FirstModel, examples: Sequence[Encoded], keep: torch.Tensor) -> 
     maps = _adding_maps(model, {name: tensor[longest][None] for name, tensor in inputs.items()})
     if not maps:
         raise ConfigError(
-            "heal needs layers with LoRA on a linear map whose output adds to the states, and this "
-            "model has none (some normalise first what they add). Leave heal at 0."
+            "heal needs layers whose last module with LoRA is a linear map that adds to their "
+            "states, through a norm at most, and this model has none (mixtures of experts and "
+            "layers that scale what they add are not supported, nor is DoRA). Leave heal at 0."
         )
     states = torch.stack(layer_states(model, inputs))
     masks = torch.cat([torch.ones_like(keep[:1]), keep])
@@ -87,10 +88,9 @@ def heal(model: FirstModel, examples: Sequence[Encoded], keep: torch.Tensor) -> 
     def note(layer: int, _part: Any, args: tuple, output: torch.Tensor) -> None:
         passed[layer] = args[0], output
 
+    @torch.autocast(model.device.type, enabled=False)  # a regression is no matter for bfloat16
     def leave(layer: int, _module: Any, _args: tuple, output: Any) -> Any:
         bar.update()
-        if layer not in passed:  # everybody skips it
-            return None
         kept = masks[:, layer].nonzero().flatten()
         (x, y), out = passed.pop(layer), output[0] if isinstance(output, tuple) else output
         goal = states[following[kept, layer], rows[kept]].float()
@@ -101,15 +101,17 @@ def heal(model: FirstModel, examples: Sequence[Encoded], keep: torch.Tensor) -> 
         held_out = (rows[kept] % HELD_OUT == HELD_OUT - 1).to(real.device)
         held_out = held_out.unsqueeze(1).expand_as(real)[real]
         part, end = maps[layer].part, maps[layer].end
-        added = y if end is part else end(y)
-        tokens, features = _scales(y[real].float(), added[real].float())
         old = _lora_map(part)
+        added, tokens, features = y, x.new_ones(()), x.new_ones(())
+        if end is not part:
+            added = end(y)
+            tokens, features = _scales(y[real].float(), added[real].float())
         found = reduced_rank(
             weight * tokens * x[real].float(), missing, old * features, part.r[ADAPTER], held_out
         )
         if found is None:
             return None
-        down, up, _ = found
+        down, up = found
         up = up / features
         y = y + (x.float() @ (down @ up - old)).to(y.dtype)
         change = (y if end is part else end(y)) - added
@@ -136,7 +138,7 @@ def heal(model: FirstModel, examples: Sequence[Encoded], keep: torch.Tensor) -> 
 
 def reduced_rank(
     x: torch.Tensor, missing: torch.Tensor, old: torch.Tensor, rank: int, held_out: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return the map of a rank that, in the place of an old one, adds most of what is missing.
 
     Args:
@@ -144,11 +146,10 @@ def reduced_rank(
         missing: [rows, out].
         old: [in, out], the map as it is; the new one is fitted to what it does and `missing`.
         rank: of the new map.
-        held_out: [rows] bool, rows that choose the ridge and are not fitted before.
+        held_out: [rows] bool, rows that are not fitted and choose the ridge.
 
     Returns:
-        The new map's two factors, [in, rank] and [rank, out], and the share of `missing`, squared,
-        that it leaves on the held-out rows; None where it is not worth a change.
+        The new map's two factors, [in, rank] and [rank, out]; None where it is not worth a change.
     """
     if not missing.square().sum(-1).mean() > MISSING:
         return None
@@ -171,9 +172,7 @@ def reduced_rank(
     best = min(RIDGES, key=shares.__getitem__)
     if not shares[best] < WORTH_IT:
         return None
-    gram = gram + (test_x.T @ test_x).double()
-    cross = cross + (test_x.T @ test_missing).double()
-    return *factors(gram, cross, best), shares[best]
+    return factors(gram, cross, best)
 
 
 def _next_kept(masks: torch.Tensor) -> torch.Tensor:
@@ -199,7 +198,9 @@ def _adding_maps(model: FirstModel, inputs: Inputs) -> dict[int, _Map]:
     def follow(layer: int, module: Any, args: tuple, output: Any) -> None:
         if hasattr(module, "lora_A"):
             parts[layer], outputs[layer] = module, (output, output)
-        elif layer not in parts or not args or args[0] is not outputs[layer][1]:
+        elif (
+            layer not in parts or not args or args[0] is not outputs[layer][1] or output is args[0]
+        ):
             return
         else:
             outputs[layer] = outputs[layer][0], output
@@ -228,6 +229,8 @@ def _adding_maps(model: FirstModel, inputs: Inputs) -> dict[int, _Map]:
         for layer, (before, after) in outputs.items():
             if not (states[0].shape == before.shape == after.shape and _scaled(before, after)):
                 continue  # experts see some tokens, for one
+            if getattr(parts[layer], "use_dora", {}).get(ADAPTER):
+                continue
             noise = torch.randn(before.shape, generator=random).to(states[layer + 1])
             added[layer] = noise * states[layer + 1].float().abs().median().to(noise.dtype)
             stack.callback(ends[layer].register_forward_hook(partial(add, layer)).remove)

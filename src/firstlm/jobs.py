@@ -97,6 +97,10 @@ class Job:
                 if asked and Path(made.get(key) or "").name == Path(asked).name:
                     made[key] = asked
         found = [name for run in runs for name in train.changed_options(run, self.train)]
+        # "auto" is as suits a machine. What is scored stays, and says in which format it was; a
+        # file that is not complete is not gone on with in another.
+        if self.train.dtype == "auto" and self.scored:
+            found = [name for name in found if name != "dtype"]
         for record in filter(None, records):
             made = record.get("balance")
             if made and self.balance:
@@ -104,9 +108,9 @@ class Job:
             elif made or self.balance:
                 found.append("balance")
         scored, asked = report.get("options", {}), eval_command.compared_options(self.score)
+        if self.score.dtype == "auto" and self.scored:
+            asked = {name: value for name, value in asked.items() if name != "dtype"}
         found += [name for name in asked if name in scored and asked[name] != scored[name]]
-        if self.train.dtype == self.score.dtype == "auto":  # as suits a machine; results say which
-            found = [name for name in found if name != "dtype"]
         return list(dict.fromkeys(found))
 
     @property

@@ -150,6 +150,8 @@ def train_lora(
     Returns:
         As `train_routers`, and with routers `flipped`: the share of decisions about validation
         prompts that are others now, at the same thresholds, because LoRA moved what they read.
+        Where `heal` is set, `healed`, what was left missing behind each layer, before the
+        cross-entropy that is called the one before.
     """
     config = config or TrainConfig()
     train, validation = _begin(model, train, validation, config, resume)
@@ -169,7 +171,7 @@ def train_lora(
     policy = RouterPolicy(model.routers, driver.offset(config.skip_rate))
     before = _decisions(model, validation, policy, config)
     healed = healed_start(model, train, config, _routed(model, driver))
-    if healed and config.skip_rate is not None:  # routers read other states now
+    if config.heal and config.skip_rate is not None:  # routers read other states now
         driver.hold(processes.same(first_offsets(model, train, config)))
     record = healed | fit(driver, _routed(model, driver))
     flipped = _decisions(model, validation, policy, config) != before

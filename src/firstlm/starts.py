@@ -93,7 +93,6 @@ def healed_start(
         return {}
     rows = draw(train, config.heal, config.seed)
     prompts = [row.prompt_ids for row in rows]
-    model.eval()
     with mixed_precision(model):
         keep = [
             decide_all(model, prompts, policy_at(rate), config.prefill, config.batch_size)
