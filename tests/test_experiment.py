@@ -457,6 +457,7 @@ def test_a_matrix_whose_number_format_is_up_to_the_machine_goes_on_elsewhere(wor
     in_format("auto")
     assert cli.main([*words, "--only", "tiny-first-0"]) == 2
     assert "(dtype)" in capsys.readouterr().err
+    assert cli.main([words[0], "summary", *words[2:]]) == 0
 
 
 def test_an_artifact_made_anew_is_noticed_by_what_took_it(words, capsys, tmp_path):

@@ -45,7 +45,7 @@ def run(options: ExperimentConfig) -> int:
         raise ConfigError(f"No arm of these files is named {' or '.join(options.only or ())}.")
     if options.action == "list":
         for job in jobs:
-            if changed := job.changed:
+            if changed := job.changed():
                 done = f"made with other options: {', '.join(changed)}"
             else:
                 done = "scored" if job.scored else "to do"
@@ -54,7 +54,7 @@ def run(options: ExperimentConfig) -> int:
             print(f"{job.name:40} {done}")
         return 0
     for job in jobs:
-        if changed := job.changed:
+        if changed := job.changed(goes_on=options.action == "run"):
             folders = dict.fromkeys([str(job.artifact), job.train.output])
             raise ConfigError(
                 f"What is there of {job.name} was made with other options than its file has now "

@@ -85,9 +85,12 @@ class Job:
             return {}
         return artifact_files.read_config(self.artifact)["training"]
 
-    @property
-    def changed(self) -> list[str]:
-        """Options with which its artifact or results were made, and that the file has otherwise."""
+    def changed(self, goes_on: bool = True) -> list[str]:
+        """Return options with which its artifact or results were made, and that the file has not.
+
+        Args:
+            goes_on: whether what is missing will be added, which must be in the same number format.
+        """
         report = self.report or {}
         records = [self._training, report.get("training", {})]
         runs = [made.get("run", {}) for made in records]
@@ -99,7 +102,8 @@ class Job:
         found = [name for run in runs for name in train.changed_options(run, self.train)]
         # "auto" is as suits a machine. What is scored stays, and says in which format it was; a
         # file that is not complete is not gone on with in another.
-        if self.train.dtype == "auto" and self.scored:
+        stays = self.scored or not goes_on
+        if self.train.dtype == "auto" and stays:
             found = [name for name in found if name != "dtype"]
         for record in filter(None, records):
             made = record.get("balance")
@@ -108,7 +112,7 @@ class Job:
             elif made or self.balance:
                 found.append("balance")
         scored, asked = report.get("options", {}), eval_command.compared_options(self.score)
-        if self.score.dtype == "auto" and self.scored:
+        if self.score.dtype == "auto" and stays:
             asked = {name: value for name, value in asked.items() if name != "dtype"}
         found += [name for name in asked if name in scored and asked[name] != scored[name]]
         return list(dict.fromkeys(found))
