@@ -218,7 +218,7 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         0,
         at_least=0,
         help="examples from which LoRA's start in phase 2 is computed, some 64: a regression puts "
-        "back what skipped layers leave missing, which pays where one rate is trained; all are in "
+        "back what skipped layers leave missing, which pays most at high rates; all are in "
         "memory at once, with a mask for each rate (0: LoRA starts as it is)",
     )
     warm_start: int = option(
