@@ -196,20 +196,19 @@ def test_the_check_sees_imports_that_go_up(name, code, wrong):
     assert violations(name, ast.parse(code)) == wrong
 
 
-def test_the_command_line_starts_without_torch():
-    code = (
-        "import sys, firstlm.cli; assert firstlm.cli.main(['train', '--help']) == 0;"
-        "print(sorted({'torch', 'transformers', 'numpy', 'peft'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
-def test_results_are_read_without_a_model():
-    code = (
-        "import sys, firstlm.report;"
-        "print(sorted({'firstlm.model', 'transformers.modeling_utils'} & set(sys.modules)))"
-    )
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        (
+            "import firstlm.cli; assert firstlm.cli.main(['train', '--help']) == 0",
+            {"torch", "transformers", "numpy", "peft"},
+        ),
+        ("import firstlm.report", {"firstlm.model", "transformers.modeling_utils"}),
+    ],
+    ids=["the command line starts without torch", "results are read without a model"],
+)
+def test_what_is_heavy_is_not_loaded(code, names):
+    code = f"import sys\n{code}\nprint(sorted({names!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 

@@ -44,13 +44,13 @@ def raise_rank(model: FirstModel, config: TrainConfig) -> None:
         ConfigError: the rank would be lower, or the adapter is of another kind (DoRA), or on
             modules that ours is not on.
     """
-    rank = max(len(matrix) for name, (matrix, _) in _matrices(model).items() if "lora_A" in name)
+    before = _matrices(model)
+    rank = max(len(matrix) for name, (matrix, _) in before.items() if "lora_A" in name)
     if rank > config.lora_rank:
         raise ConfigError(
             f"{config.artifact} has a LoRA of rank {rank}, but {config.lora_rank} was asked for, "
             f"which has no room for it; give --lora-rank {rank} or more."
         )
-    before = _matrices(model)
     model.base = model.base.unload()
     add_lora(model, config)
     after = _matrices(model)

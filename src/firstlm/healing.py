@@ -100,27 +100,10 @@ def heal(model: FirstModel, examples: Sequence[Encoded], keep: torch.Tensor) -> 
         missing = weight * (goal[real] - out[kept][real].float())
         held_out = (rows[kept] % HELD_OUT == HELD_OUT - 1).to(real.device)
         held_out = held_out.unsqueeze(1).expand_as(real)[real]
-        part, end = maps[layer].part, maps[layer].end
-        old = _lora_map(part)
-        added, tokens, features = y, x.new_ones(()), x.new_ones(())
-        if end is not part:
-            added = end(y)
-            tokens, features = _scales(y[real].float(), added[real].float())
-        found = reduced_rank(
-            weight * tokens * x[real].float(), missing, old * features, part.r[ADAPTER], held_out
-        )
+        found = _mend(maps[layer], x, y, weight, missing, real, held_out)
         if found is None:
             return None
-        down, up = found
-        up = up / features
-        y = y + (x.float() @ (down @ up - old)).to(y.dtype)
-        change = (y if end is part else end(y)) - added
-        after = missing - weight * change[real].float()  # a norm takes back some of what it is told
-        share = float(after[held_out].square().sum() / missing[held_out].square().sum())
-        if not share < WORTH_IT:
-            return None
-        left[layer] = share
-        _set_lora(part, down, up)
+        change, left[layer] = found
         out = out.index_add(0, kept.to(out.device), change.to(out.dtype))
         return (out, *output[1:]) if isinstance(output, tuple) else out
 
@@ -134,6 +117,53 @@ def heal(model: FirstModel, examples: Sequence[Encoded], keep: torch.Tensor) -> 
             stack.callback(module.register_forward_hook(partial(leave, layer)).remove)
         answer_logits(model, inputs, model.new_state(inputs["prompt_mask"], FixedMask(masks)))
     return left
+
+
+def _mend(
+    place: _Map,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    weight: torch.Tensor,
+    missing: torch.Tensor,
+    real: torch.Tensor,
+    held_out: torch.Tensor,
+) -> tuple[torch.Tensor, float] | None:
+    """Let a map's LoRA add what is missing, if that is worth a change.
+
+    Args:
+        place: the map.
+        x: what entered it [rows, tokens, in].
+        y: what left it [rows, tokens, out].
+        weight: of real tokens [real, 1].
+        missing: what real tokens miss, weighed [real, hidden].
+        real: [rows, tokens], False at padding.
+        held_out: [real], tokens that are not fitted.
+
+    Returns:
+        What it adds to the states now and did not before [rows, tokens, hidden], and the share of
+        what was missing that is left on held-out tokens.
+    """
+    part, end = place.part, place.end
+    old = _lora_map(part)
+    added, tokens, features = y, x.new_ones(()), x.new_ones(())
+    if end is not part:
+        added = end(y)
+        tokens, features = _scales(y[real].float(), added[real].float())
+    found = reduced_rank(
+        weight * tokens * x[real].float(), missing, old * features, part.r[ADAPTER], held_out
+    )
+    if found is None:
+        return None
+    down, up = found
+    up = up / features
+    y = y + (x.float() @ (down @ up - old)).to(y.dtype)
+    change = (y if end is part else end(y)) - added
+    after = missing - weight * change[real].float()  # a norm takes back some of what it is told
+    share = float(after[held_out].square().sum() / missing[held_out].square().sum())
+    if not share < WORTH_IT:
+        return None
+    _set_lora(part, down, up)
+    return change, share
 
 
 def reduced_rank(
@@ -158,21 +188,19 @@ def reduced_rank(
     x, missing = x[~held_out], missing[~held_out]
     gram, cross = (x.T @ x).double(), (x.T @ missing).double()
 
-    def factors(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> tuple[Any, Any]:
-        gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
-        whole = torch.linalg.solve(gram, cross) + old.double()
-        up = torch.linalg.eigh(whole.T @ gram @ whole).eigenvectors[:, -rank:]
+    def factors(ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+        held = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+        whole = torch.linalg.solve(held, cross) + old.double()
+        up = torch.linalg.eigh(whole.T @ held @ whole).eigenvectors[:, -rank:]
         return (whole @ up).float(), up.T.float()
 
-    def share_left(ridge: float) -> float:
-        down, up = factors(gram, cross, ridge)
+    def share_left(down: torch.Tensor, up: torch.Tensor) -> float:
         return float((test_missing - test_x @ (down @ up - old)).square().sum() / total)
 
-    shares = {ridge: share_left(ridge) for ridge in RIDGES}
-    best = min(RIDGES, key=shares.__getitem__)
-    if not shares[best] < WORTH_IT:
-        return None
-    return factors(gram, cross, best)
+    found = [factors(ridge) for ridge in RIDGES]
+    shares = [share_left(*pair) for pair in found]
+    best = min(shares)
+    return found[shares.index(best)] if best < WORTH_IT else None
 
 
 def _next_kept(masks: torch.Tensor) -> torch.Tensor:
@@ -197,14 +225,9 @@ def _adding_maps(model: FirstModel, inputs: Inputs) -> dict[int, _Map]:
 
     def follow(layer: int, module: Any, args: tuple, output: Any) -> None:
         if hasattr(module, "lora_A"):
-            parts[layer], outputs[layer] = module, (output, output)
-        elif (
-            layer not in parts or not args or args[0] is not outputs[layer][1] or output is args[0]
-        ):
-            return
-        else:
-            outputs[layer] = outputs[layer][0], output
-        ends[layer] = module
+            parts[layer], outputs[layer], ends[layer] = module, (output, output), module
+        elif layer in parts and args and args[0] is outputs[layer][1] and output is not args[0]:
+            outputs[layer], ends[layer] = (outputs[layer][0], output), module
 
     with ExitStack() as stack:
         for layer, module in enumerate(layers):
@@ -241,7 +264,7 @@ def _adding_maps(model: FirstModel, inputs: Inputs) -> dict[int, _Map]:
 
 
 def _scales(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what a norm multiplies tokens [tokens, 1] and features [features] by; ones for none.
+    """Return what a norm multiplies tokens [tokens, 1] and features [features] by.
 
     Args:
         before: what enters it, [tokens, features].
