@@ -37,6 +37,7 @@ FLOORS = {
     "slabs": "mechanism",
     "capture": "mechanism",
     "packing": "mechanism",
+    "prefetch": "mechanism",
     "engine": "mechanism",
     "routing": "mechanism",
     "pretrained": "artifact",

@@ -27,6 +27,7 @@ from firstlm.graphs import Traced
 from firstlm.layers import LayerStack
 from firstlm.lora import lora_layers, lora_left_out
 from firstlm.packing import linears, pack_linears
+from firstlm.prefetch import prefetching
 
 BLOCK = 32  # memory for keys and values comes in blocks of so many tokens
 KEPT = 2  # states of one model's weights whose engines stay: with LoRA and without
@@ -275,7 +276,7 @@ def _compile(traced: Traced, weights: Sequence[torch.Tensor]) -> Any:
     examples = [*weights, *[n.meta["val"] for n in holes[len(weights) :]]]
     cpp = bool(weights) and weights[0].device.type == "cpu"
     try:
-        with torch.no_grad(), config.patch(cpp_wrapper=cpp):
+        with torch.no_grad(), config.patch(cpp_wrapper=cpp), prefetching():
             return standalone_compile(traced.graph, examples, dynamic_shapes="from_graph")
     except Exception as error:  # no compiler, or one that fails
         raise UnsupportedModelError(f"It could not be compiled: {first_line(error)}") from error

@@ -183,14 +183,19 @@ def _product_node(
     like: fx.Node,
 ) -> fx.Node:
     """Return the node of x [rows, inputs] times packed weights, [rows, outputs]."""
-    if weights == "int8":
-        return call(aten._weight_int8pack_mm.default, (x, *holes))
+    dtype = like.meta["val"].dtype
+    on_cpu = like.meta["val"].device.type == "cpu"
     if weights == "int4":
         return call(aten._weight_int4pack_mm_for_cpu.default, (x, holes[0], INT4_GROUP, holes[1]))
-    dtype = like.meta["val"].dtype
-    if not one_row or dtype == torch.float32 or like.meta["val"].device.type != "cpu":
+    if not (one_row and on_cpu) or (weights == "same" and dtype == torch.float32):
+        if weights == "int8":
+            return call(aten._weight_int8pack_mm.default, (x, *holes))
         return call(aten.linear.default, (x, holes[0]))
-    wide = [call(aten.to.dtype, (node, torch.float32)) for node in (x, holes[0])]
-    product = call(aten.mul.Tensor, tuple(wide))
-    total = call(aten.sum.dim_IntList, (product, [-1]))
+    wide, weight = [call(aten.to.dtype, (node, torch.float32)) for node in (x, holes[0])]
+    # Inductor stores what is read through strides; else it computes norms anew for each output.
+    inputs = like.meta["val"].shape[-1]
+    wide = call(aten.as_strided.default, (wide, [1, inputs], [inputs, 1]))
+    total = call(aten.sum.dim_IntList, (call(aten.mul.Tensor, (wide, weight)), [-1]))
+    if weights == "int8":
+        total = call(aten.mul.Tensor, (total, holes[1]))
     return call(aten.unsqueeze.default, (call(aten.to.dtype, (total, dtype)), 0))

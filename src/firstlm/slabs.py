@@ -83,6 +83,8 @@ def attend(
     groups = heads // keys.shape[1]
     scale = size**-0.5 if scaling is None else scaling
     query = query.view(rows, keys.shape[1], groups, 1, size).float() * scale
+    # Inductor stores what is read through strides; else it turns the query anew for each key.
+    query = torch.as_strided(query, query.shape, query.contiguous().stride())
     scores = (query * keys.unsqueeze(2).float()).sum(-1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
