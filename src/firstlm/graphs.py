@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,16 @@ def trace(module: nn.Module, arguments: tuple[Any, ...], dims: Any) -> Traced:
 def _writes(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is None or schema.is_mutable
+
+
+def in_memory() -> Callable[..., Any]:
+    """Return the operation (tensor, strides) -> the same tensor, which inductor writes to memory.
+
+    What is read many times, as the input of a sum of products, would be computed as many times.
+    """
+    from torch._inductor.inductor_prims import force_stride_order
+
+    return force_stride_order
 
 
 def part(whole: Traced, outputs: list[fx.Node], given: list[fx.Node]) -> Traced:

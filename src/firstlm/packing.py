@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from firstlm.errors import UnsupportedModelError
-from firstlm.graphs import Traced
+from firstlm.graphs import Traced, in_memory
 
 aten = torch.ops.aten
 INT4_GROUP = 32  # weights that share a scale and a zero point
@@ -192,9 +192,7 @@ def _product_node(
             return call(aten._weight_int8pack_mm.default, (x, *holes))
         return call(aten.linear.default, (x, holes[0]))
     wide, weight = [call(aten.to.dtype, (node, torch.float32)) for node in (x, holes[0])]
-    # Inductor stores what is read through strides; else it computes norms anew for each output.
-    inputs = like.meta["val"].shape[-1]
-    wide = call(aten.as_strided.default, (wide, [1, inputs], [inputs, 1]))
+    wide = call(in_memory(), (wide, [like.meta["val"].shape[-1], 1]))
     total = call(aten.sum.dim_IntList, (call(aten.mul.Tensor, (wide, weight)), [-1]))
     if weights == "int8":
         total = call(aten.mul.Tensor, (total, holes[1]))

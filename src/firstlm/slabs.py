@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from firstlm.errors import UnsupportedModelError
+from firstlm.graphs import in_memory
 
 ATTENTION = "firstlm_decode"  # its name among transformers' attention functions
 
@@ -83,8 +84,7 @@ def attend(
     groups = heads // keys.shape[1]
     scale = size**-0.5 if scaling is None else scaling
     query = query.view(rows, keys.shape[1], groups, 1, size).float() * scale
-    # Inductor stores what is read through strides; else it turns the query anew for each key.
-    query = torch.as_strided(query, query.shape, query.contiguous().stride())
+    query = in_memory()(query, query.contiguous().stride())
     scores = (query * keys.unsqueeze(2).float()).sum(-1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
