@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,21 +13,15 @@ from conftest import tiny_llama
 from torch import nn
 from torch._inductor import config
 from torch._inductor.codegen.cpp import CppVecKernel
-from torch._inductor.utils import run_and_get_code, run_and_get_cpp_code
+from torch._inductor.utils import fresh_inductor_cache, run_and_get_code, run_and_get_cpp_code
 
 from firstlm import FirstModel
 from firstlm.engine import DecodeEngine
-from firstlm.graphs import trace
+from firstlm.graphs import stored, trace
 from firstlm.packing import pack_linears
 from firstlm.prefetch import prefetching
 
 HINT = "__builtin_prefetch"
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    """Let nothing come from an earlier compilation."""
-    torch._dynamo.reset()
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -52,10 +47,34 @@ def test_large_weights_are_asked_for_ahead_and_small_ones_are_not(dtype: torch.d
     assert torch.equal(found, wanted)
 
 
-def test_what_reads_otherwise_than_one_after_the_other_has_no_hint() -> None:
-    weight = torch.randn(1024, 1024)
+def test_what_is_picked_or_computed_has_no_hint() -> None:
+    weight, places = torch.randn(512, 1024), torch.randint(0, 512, (512, 1024))
+
+    def call(weight: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        picked = stored(weight.gather(0, places) + 1)  # a large buffer, but no input
+        return (picked * 2).sum(-1)
+
     with prefetching():
-        _, code = code_of(lambda w: w.t().contiguous() + 1, weight)
+        found, code = code_of(call, weight, places)
+    hinted = [line for line in code.splitlines() if HINT in line]
+    assert len(hinted) == 1  # the places are read one after another
+    assert torch.allclose(found, call(weight, places), rtol=1e-4)
+
+
+def test_the_compilers_cache_knows_kernels_with_hints() -> None:
+    x, weight = torch.randn(1, 512), torch.randn(1024, 512)
+    codes = []
+    with fresh_inductor_cache():
+        for how in (prefetching(False), prefetching(), prefetching(False)):
+            with how, config.patch(fx_graph_cache=True):
+                codes += [run_and_get_cpp_code(torch.compile(product), x, weight)[1]]
+    assert [HINT in code for code in codes] == [False, True, False]
+
+
+def test_what_other_threads_compile_has_no_hints() -> None:
+    x, weight = torch.randn(1, 512), torch.randn(1024, 512)
+    with prefetching(), ThreadPoolExecutor(1) as other:
+        _, code = other.submit(code_of, product, x, weight).result()
     assert HINT not in code
 
 
@@ -67,7 +86,7 @@ def test_inductor_is_as_before_afterwards() -> None:
 
 
 def test_kernels_of_another_inductor_come_without_hints(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("torch._inductor.graph.GraphLowering.get_numel")
+    monkeypatch.delattr("torch._inductor.codegen.cpp_utils.cexpr_index")
     x, weight = torch.randn(1, 512), torch.randn(1024, 512)
     with prefetching():
         found, code = code_of(product, x, weight)
@@ -105,4 +124,4 @@ def test_the_engine_asks_for_its_weights() -> None:
     with config.patch(force_disable_caches=True):
         _, codes = run_and_get_code(engine.step, 1)
     layer = max(codes, key=len)
-    assert layer.count(HINT) > 4  # four products; keys and values, as they grow
+    assert layer.count(HINT) == 6  # four products, keys and values

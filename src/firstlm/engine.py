@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,8 +127,9 @@ class DecodeEngine:
         other = next(iter(self._steps.values()), None)
         if other and other.graphs.layers != graphs.layers:
             raise UnsupportedModelError("It treats one row in another way than several.")
-        head = self._part(graphs.head, [self.base], [other.head.weights] if other else None)
-        tail = self._part(graphs.tail, [self.base], [other.tail.weights] if other else None)
+        part = partial(self._part, hints=rows == 1)
+        head = part(graphs.head, [self.base], [other.head.weights] if other else None)
+        tail = part(graphs.tail, [self.base], [other.tail.weights] if other else None)
         layers: list[Any] = [None] * len(graphs.layers)
         for kind, traced in enumerate(graphs.kinds):
             members = [i for i, layer in enumerate(graphs.layers) if layer.kind == kind]
@@ -135,17 +137,21 @@ class DecodeEngine:
             known = [other.layers[i].weights for i in members] if other else None
             if self.weights != "same":
                 _check_share(traced)
-            for i, part in zip(members, self._part(traced, modules, known), strict=True):
-                layers[i] = part
+            for i, made in zip(members, part(traced, modules, known), strict=True):
+                layers[i] = made
         return _Step(graphs, head[0], layers, tail[0])
 
     def _part(
-        self, traced: Traced, roots: list[nn.Module], known: list[list[torch.Tensor]] | None
+        self,
+        traced: Traced,
+        roots: list[nn.Module],
+        known: list[list[torch.Tensor]] | None,
+        hints: bool,
     ) -> list[_Part]:
         """Compile a graph once, for modules that differ by their weights alone."""
         packed = pack_linears(traced, self.weights)
         weights = known or [packed.inputs_from(root) for root in roots]
-        run = _compile(traced, weights[0]) if self.compiled else traced.graph.forward
+        run = _compile(traced, weights[0], hints) if self.compiled else traced.graph.forward
         return [_Part(run, traced.arguments, found) for found in weights]
 
     @torch.no_grad()
@@ -268,15 +274,15 @@ def _check_share(traced: Traced) -> None:
         )
 
 
-def _compile(traced: Traced, weights: Sequence[torch.Tensor]) -> Any:
-    """Compile a graph for sizes as they are in it."""
+def _compile(traced: Traced, weights: Sequence[torch.Tensor], hints: bool) -> Any:
+    """Compile a graph for sizes as they are in it, with hints about what it reads or without."""
     from torch._inductor import config, standalone_compile
 
     holes = [n for n in traced.graph.graph.nodes if n.op == "placeholder"]
     examples = [*weights, *[n.meta["val"] for n in holes[len(weights) :]]]
     cpp = bool(weights) and weights[0].device.type == "cpu"
     try:
-        with torch.no_grad(), config.patch(cpp_wrapper=cpp), prefetching():
+        with torch.no_grad(), config.patch(cpp_wrapper=cpp), prefetching(hints):
             return standalone_compile(traced.graph, examples, dynamic_shapes="from_graph")
     except Exception as error:  # no compiler, or one that fails
         raise UnsupportedModelError(f"It could not be compiled: {first_line(error)}") from error

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,14 +69,19 @@ def _writes(node: fx.Node) -> bool:
     return schema is None or schema.is_mutable
 
 
-def in_memory() -> Callable[..., Any]:
-    """Return the operation (tensor, strides) -> the same tensor, which inductor writes to memory.
+def stored(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as it is; inductor's CPU code writes it to memory, in the order of its sizes.
 
-    What is read many times, as the input of a sum of products, would be computed as many times.
+    Left to itself, inductor computes what a sum of products reads anew for each of the sums.
     """
+    if tensor.device.type != "cpu":
+        return tensor
     from torch._inductor.inductor_prims import force_stride_order
 
-    return force_stride_order
+    strides = [1]
+    for size in reversed(tensor.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return force_stride_order(tensor, strides)
 
 
 def part(whole: Traced, outputs: list[fx.Node], given: list[fx.Node]) -> Traced:

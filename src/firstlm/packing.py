@@ -2,7 +2,8 @@
 """Linear layers of a traced graph in the form that runs fastest: joined, and with packed weights.
 
 Linear layers that read the same input become one. For one row the CPU's matrix product is slower
-than a sum of products that the compiler makes itself; packed integers use PyTorch's own kernels.
+than a sum of products that the compiler makes itself; several rows, and int4, take PyTorch's own
+kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from firstlm.errors import UnsupportedModelError
-from firstlm.graphs import Traced, in_memory
+from firstlm.graphs import Traced, stored
 
 aten = torch.ops.aten
 INT4_GROUP = 32  # weights that share a scale and a zero point
@@ -123,6 +124,8 @@ def pack_linears(traced: Traced, weights: str = "same") -> Packed:
             raise UnsupportedModelError(
                 f"{names[0]} has {inputs} inputs; int4 takes multiples of {INT4_GROUP}."
             )
+        if weights != "same" and x.meta["val"].dtype == torch.float64:
+            raise UnsupportedModelError(f"{names[0]} is in float64, which is not packed.")
         holes = []
         with x.meta["val"].fake_mode:  # shapes alone
             tensors = pack(torch.cat([node.args[1].meta["val"] for node in nodes]), weights)
@@ -183,17 +186,16 @@ def _product_node(
     like: fx.Node,
 ) -> fx.Node:
     """Return the node of x [rows, inputs] times packed weights, [rows, outputs]."""
-    dtype = like.meta["val"].dtype
-    on_cpu = like.meta["val"].device.type == "cpu"
+    value = like.meta["val"]
     if weights == "int4":
         return call(aten._weight_int4pack_mm_for_cpu.default, (x, holes[0], INT4_GROUP, holes[1]))
-    if not (one_row and on_cpu) or (weights == "same" and dtype == torch.float32):
-        if weights == "int8":
-            return call(aten._weight_int8pack_mm.default, (x, *holes))
-        return call(aten.linear.default, (x, holes[0]))
-    wide, weight = [call(aten.to.dtype, (node, torch.float32)) for node in (x, holes[0])]
-    wide = call(in_memory(), (wide, [like.meta["val"].shape[-1], 1]))
-    total = call(aten.sum.dim_IntList, (call(aten.mul.Tensor, (wide, weight)), [-1]))
+    wide = weights == "same" and value.dtype in (torch.float32, torch.float64)
+    if not one_row or wide or value.device.type != "cpu":
+        product = aten._weight_int8pack_mm if weights == "int8" else aten.linear
+        return call(product.default, (x, *holes))
+    inputs, weight = [call(aten.to.dtype, (node, torch.float32)) for node in (x, holes[0])]
+    product = call(aten.mul.Tensor, (call(stored, (inputs,)), weight))
+    total = call(aten.sum.dim_IntList, (product, [-1]))
     if weights == "int8":
         total = call(aten.mul.Tensor, (total, holes[1]))
-    return call(aten.unsqueeze.default, (call(aten.to.dtype, (total, dtype)), 0))
+    return call(aten.unsqueeze.default, (call(aten.to.dtype, (total, value.dtype)), 0))

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from firstlm.errors import UnsupportedModelError
-from firstlm.graphs import in_memory
+from firstlm.graphs import stored
 
 ATTENTION = "firstlm_decode"  # its name among transformers' attention functions
 
@@ -83,8 +83,7 @@ def attend(
     rows, heads, _, size = query.shape
     groups = heads // keys.shape[1]
     scale = size**-0.5 if scaling is None else scaling
-    query = query.view(rows, keys.shape[1], groups, 1, size).float() * scale
-    query = in_memory()(query, query.contiguous().stride())
+    query = stored(query.view(rows, keys.shape[1], groups, 1, size).float() * scale)
     scores = (query * keys.unsqueeze(2).float()).sum(-1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
