@@ -298,7 +298,7 @@ def test_models_that_cannot_be_captured_decode_as_before_with_one_warning() -> N
 
 def test_formats_that_pack_little_or_nothing_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="cannot be packed"):
-        by_operation(FirstModel.from_base(families.make_model("gpt2")), "int8").step(1)
+        by_operation(FirstModel.from_base(families.make_model("gpt2").float()), "int8").step(1)
     first = FirstModel.from_base(families.make_model("llama"))  # in float64
     for rows in (1, 2):
         with pytest.raises(UnsupportedModelError, match="float64"):
