@@ -191,8 +191,8 @@ def _product_node(
         return call(aten._weight_int4pack_mm_for_cpu.default, (x, holes[0], INT4_GROUP, holes[1]))
     wide = weights == "same" and value.dtype in (torch.float32, torch.float64)
     if not one_row or wide or value.device.type != "cpu":
-        product = aten._weight_int8pack_mm if weights == "int8" else aten.linear
-        return call(product.default, (x, *holes))
+        kernel = aten._weight_int8pack_mm if weights == "int8" else aten.linear
+        return call(kernel.default, (x, *holes))
     inputs, weight = [call(aten.to.dtype, (node, torch.float32)) for node in (x, holes[0])]
     product = call(aten.mul.Tensor, (call(stored, (inputs,)), weight))
     total = call(aten.sum.dim_IntList, (product, [-1]))
