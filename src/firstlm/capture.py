@@ -26,7 +26,8 @@ from firstlm.layers import CACHE_ARGUMENTS, LayerStack
 from firstlm.slabs import SLAB, Slab, our_attention
 
 CACHE_NAMES = (*CACHE_ARGUMENTS, "layer_past", "past_key_value")  # of a layer's argument
-ROWS, ROOM, SPAN = 5, 33, 17  # sizes to trace with; all three may be others later
+# Sizes to trace with; all may be others later.
+BATCH, ROWS, ROOM, SPAN = 7, 5, 33, 17
 
 
 class KvShape(NamedTuple):
@@ -45,8 +46,7 @@ class LayerStep:
 
     Attributes:
         kind: index into `DecodeGraphs.kinds`.
-        extra: per argument after hidden states, keys, values, positions and span: which output of
-            the head it is.
+        extra: which outputs of the head its last arguments are.
     """
 
     kind: int
@@ -59,8 +59,9 @@ class DecodeGraphs:
 
     Attributes:
         head: (token ids [rows, 1], positions [rows, 1]) -> (hidden, extras...).
-        kinds: (hidden [rows, 1, hidden], keys, values [rows, heads, room, size], positions [rows],
-            span [tokens], extras...) -> (hidden,); writes into keys and values.
+        kinds: (hidden [batch, 1, hidden], rows [rows], keys, values [rows, heads, room, size],
+            positions [batch], span [tokens], extras...) -> (); writes into those rows of hidden, and
+            into keys and values. The step of one row has batch 1 and no `rows`.
         layers: per layer, its kind and its extras.
         tail: (hidden,) -> (logits [rows, vocab],).
         by_row: per output of the head, whether its first dimension is the rows.
@@ -221,11 +222,13 @@ def _trace_frame(base: Any, stack: LayerStack, rows: int) -> tuple[Traced, list[
 
 
 class _LayerFrame(nn.Module):
-    """One layer for one token per row, on keys and values of its own."""
+    """One layer for one token of each row that keeps it, on keys and values of its own."""
 
-    def __init__(self, layer: nn.Module, call: _Call, window: int | None) -> None:
+    def __init__(
+        self, layer: nn.Module, call: _Call, window: int | None, by_row: Sequence[bool]
+    ) -> None:
         super().__init__()
-        self.layer, self.call, self.window = layer, call, window
+        self.layer, self.call, self.window, self.by_row = layer, call, window, by_row
         self.signature = inspect.signature(type(layer).forward)
         found = [name for name in CACHE_NAMES if name in self.signature.parameters]
         if not found:
@@ -233,10 +236,15 @@ class _LayerFrame(nn.Module):
         self.argument = found[0]
 
     def forward(
-        self, hidden: Any, keys: Any, values: Any, positions: Any, span: Any, *extra: Any
+        self, hidden: Any, rows: Any, keys: Any, values: Any, positions: Any, span: Any, *extra: Any
     ) -> Any:
+        # Gathered and put back here, a layer's first and last kernels do it on the way.
+        some, given = hidden, list(extra)
+        if rows is not None:
+            some, positions = hidden[rows], positions[rows]
+            given = [t[rows] if split else t for t, split in zip(extra, self.by_row, strict=True)]
         slab = Slab(keys, values, positions, span, self.window)
-        args, kwargs = self.call.fill(hidden, extra)
+        args, kwargs = self.call.fill(some, given)
         bound = self.signature.bind(self.layer, *args, **kwargs)
         bound.arguments[self.argument] = slab
         token = SLAB.set(slab)
@@ -246,7 +254,12 @@ class _LayerFrame(nn.Module):
             SLAB.reset(token)
         if (slab.updates, slab.reads) != (1, 1):
             raise UnsupportedModelError("A layer attends in a way of its own.")
-        return (output[0] if isinstance(output, tuple) else output,)
+        output = output[0] if isinstance(output, tuple) else output
+        if rows is None:
+            hidden.copy_(output)
+        else:
+            hidden.index_copy_(0, rows, output)
+        return ()
 
 
 def _trace_layer(
@@ -258,24 +271,27 @@ def _trace_layer(
     shape: KvShape,
 ) -> tuple[Traced, list[int]]:
     """Trace one layer; returns the graph, and which of its extra arguments it uses."""
-    frame = _LayerFrame(layer, call, shape.window)
+    nodes: Any = node.args[1]
+    by_row = [_is_rows(n) for n in nodes]
+    frame = _LayerFrame(layer, call, shape.window, by_row)
     if layer._forward_hooks or layer._forward_pre_hooks:
         raise UnsupportedModelError("Its layers have hooks, which would not be called.")
     like: Any = node.args[0]
     like = like.meta["val"]
-    hidden = torch.zeros(rows, 1, stack.hidden_size, dtype=like.dtype, device=like.device)
+    alone = rows == 1
+    batch = 1 if alone else BATCH
+    hidden = torch.zeros(batch, 1, stack.hidden_size, dtype=like.dtype, device=like.device)
     keys = hidden.new_zeros(rows, shape.heads, ROOM, shape.keys, dtype=shape.dtype)
     values = hidden.new_zeros(rows, shape.heads, ROOM, shape.values, dtype=shape.dtype)
-    positions = torch.full((rows,), SPAN - 1, device=like.device)
+    positions = torch.full((batch,), SPAN - 1, device=like.device)
     span = torch.arange(SPAN, device=like.device)
-    nodes: Any = node.args[1]
-    extra = [_example(n.meta["val"], rows) for n in nodes]
-    auto = torch.export.Dim.AUTO
-    by_row = {} if rows == 1 else {0: auto}
-    slab = {**by_row, 2: auto}
-    more = tuple(by_row if _is_rows(n) else None for n in nodes)
-    dims = (by_row, slab, slab, by_row, {0: auto}, more)
-    traced = trace(frame, (hidden, keys, values, positions, span, *extra), dims)
+    picked = None if alone else torch.arange(rows, device=like.device)
+    extra = [_example(n.meta["val"], batch) for n in nodes]
+    first: Any = None if alone else {0: torch.export.Dim.AUTO}
+    slab = {**(first or {}), 2: torch.export.Dim.AUTO}
+    more = tuple(first if split else None for split in by_row)
+    dims = (first, first, slab, slab, first, {0: torch.export.Dim.AUTO}, more)
+    traced = trace(frame, (hidden, picked, keys, values, positions, span, *extra), dims)
     names = [a for a in traced.arguments if a.startswith("extra_")]
     used = [int(name.removeprefix("extra_")) for name in names]
     return traced, used

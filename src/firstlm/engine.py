@@ -312,7 +312,7 @@ class FastBatch:
         self.room = max(self._needs)
         self._span = torch.arange(self.room, device=attention_mask.device)
         self._slabs = [None if s is None else self._allocate(s, attention_mask) for s in stored]
-        self._order, self._groups = self._plan(self._slabs, self.count)
+        self._order = self._plan(self._slabs, self.count)
 
     def _allocate(self, stored: Stored, attention_mask: torch.Tensor) -> Stored:
         """Copy what a layer stored, without padding, into memory with room for more."""
@@ -330,25 +330,19 @@ class FastBatch:
 
     def _plan(
         self, slabs: Sequence[Stored | None], count: int
-    ) -> tuple[list[tuple[int, Stored, int]], list[torch.Tensor]]:
-        """Return in which order layers run, and how rows are gathered for each of them.
-
-        Returns:
-            (layer, slab, group) of each layer that some row keeps, and the rows of each group;
-            group -1 is all rows.
-        """
-        every = list(range(count))
-        known: dict[tuple[int, ...], int] = {}
+    ) -> list[tuple[int, Stored, torch.Tensor]]:
+        """Return (layer, slab, rows as a tensor) of each layer that some row keeps, in order."""
+        known: dict[tuple[int, ...], torch.Tensor] = {}
         order = []
         for layer, slab in enumerate(slabs):
             if slab is not None:
-                all_ = slab.rows == every
-                group = -1 if all_ else known.setdefault(tuple(slab.rows), len(known))
-                order.append((layer, slab, group))
-        groups = [torch.tensor(rows, device=self._span.device) for rows in known]
-        for size in {count, *map(len, groups)} - {0}:
+                rows = tuple(slab.rows)
+                if rows not in known:
+                    known[rows] = torch.tensor(rows, device=self._span.device)
+                order.append((layer, slab, known[rows]))
+        for size in {count, *map(len, known)} - {0}:
             self.engine.step(size)
-        return order, groups
+        return order
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only some rows, given in ascending order; what others stored is let go."""
@@ -368,7 +362,7 @@ class FastBatch:
         self.count = len(rows)
         self.lengths = self.lengths[list(rows)]
         self.longest = int(self.lengths.max()) if rows else 0
-        self._order, self._groups = self._plan(self._slabs, self.count)
+        self._order = self._plan(self._slabs, self.count)
 
     def pick(self, rows: Sequence[int]) -> FastBatch:
         """Return a batch of just some rows, given in ascending order; this one stays as it is."""
@@ -396,8 +390,8 @@ class FastBatch:
             values = [_with_room(slab.values, room) for slab in found]
             slabs.append(Stored(torch.cat(keys), torch.cat(values), rows) if found else None)
         lengths = torch.cat([batch.lengths for batch in batches])
-        order, groups = self._plan(slabs, len(lengths))
-        self._slabs, self._order, self._groups = slabs, order, groups
+        self._order = self._plan(slabs, len(lengths))
+        self._slabs = slabs
         self._span = max((batch._span for batch in batches), key=len)
         self._needs = [need for batch in batches for need in batch._needs]
         self.lengths, self.count, self.room = lengths, len(lengths), room
@@ -431,34 +425,38 @@ class FastBatch:
         given = {"token_ids": ids, "positions": self.lengths.view(-1, 1)}
         head = step.head
         outputs = head.run(*head.weights, *[given[name] for name in head.arguments])
-        hidden = outputs[0]
-        everything = (self.lengths, outputs)
-        gathered = [self._gather(rows, outputs, step) for rows in self._groups]
-        for layer, slab, group in self._order:
-            if group < 0:
-                part, part_hidden, (lengths, some) = step.layers[layer], hidden, everything
-            else:
-                rows = self._groups[group]
-                part, part_hidden = engine.step(len(rows)).layers[layer], hidden[rows]
-                lengths, some = gathered[group]
-            extra = [some[i] for i in step.graphs.layers[layer].extra]
-            (new,) = part.run(
-                *part.weights, part_hidden, slab.keys, slab.values, lengths, span, *extra
-            )
-            hidden = new if group < 0 else hidden.index_copy(0, self._groups[group], new)
+        hidden = outputs[0].clone()  # layers write into it, and it may be among what they are given
+        everything = (hidden, self.lengths, outputs)
+        lone: dict[int, Any] = {}
+        for layer, slab, rows in self._order:
+            part = engine.step(len(slab.rows)).layers[layer]
+            if len(slab.rows) > 1:
+                some, picked = everything, [rows]
+            else:  # the step of one row gathers nothing
+                row = slab.rows[0]
+                if row not in lone:
+                    lone[row] = _one_row(row, *everything, step.graphs.by_row)
+                some, picked = lone[row], []
+            states, lengths, others = some
+            extra = [others[i] for i in step.graphs.layers[layer].extra]
+            part.run(*part.weights, states, *picked, slab.keys, slab.values, lengths, span, *extra)
         (logits,) = step.tail.run(*step.tail.weights, hidden)
         self.lengths = self.lengths + 1
         self.longest += 1
         return logits
 
-    def _gather(
-        self, rows: torch.Tensor, outputs: Sequence[torch.Tensor], step: _Step
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Pick some rows of what every layer is given."""
-        by_row = step.graphs.by_row
-        return self.lengths[rows], [
-            t[rows] if split else t for t, split in zip(outputs, by_row, strict=True)
-        ]
+
+def _one_row(
+    row: int,
+    hidden: torch.Tensor,
+    lengths: torch.Tensor,
+    outputs: Sequence[torch.Tensor],
+    by_row: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Return views of one row of what every layer is given."""
+    at = slice(row, row + 1)
+    views = [t[at] if split else t for t, split in zip(outputs, by_row, strict=True)]
+    return hidden[at], lengths[at], views
 
 
 def _with_room(stored: torch.Tensor, room: int) -> torch.Tensor:
