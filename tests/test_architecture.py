@@ -36,6 +36,7 @@ FLOORS = {
     "graphs": "mechanism",
     "slabs": "mechanism",
     "capture": "mechanism",
+    "onednn": "mechanism",
     "packing": "mechanism",
     "prefetch": "mechanism",
     "engine": "mechanism",

@@ -60,8 +60,8 @@ class DecodeGraphs:
     Attributes:
         head: (token ids [rows, 1], positions [rows, 1]) -> (hidden, extras...).
         kinds: (hidden [batch, 1, hidden], rows [rows], keys, values [rows, heads, room, size],
-            positions [batch], span [tokens], extras...) -> (); writes into those rows of hidden, and
-            into keys and values. The step of one row has batch 1 and no `rows`.
+            positions [batch], span [tokens], extras...) -> (); writes into those rows of hidden,
+            and into keys and values. The step of one row has batch 1 and no `rows`.
         layers: per layer, its kind and its extras.
         tail: (hidden,) -> (logits [rows, vocab],).
         by_row: per output of the head, whether its first dimension is the rows.

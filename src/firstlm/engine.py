@@ -58,6 +58,7 @@ class _Part:
     run: Callable[..., Sequence[torch.Tensor]]
     arguments: list[str]
     weights: list[torch.Tensor]
+    forms: list[str]
 
 
 @dataclass
@@ -128,13 +129,13 @@ class DecodeEngine:
         if other and other.graphs.layers != graphs.layers:
             raise UnsupportedModelError("It treats one row in another way than several.")
         part = partial(self._part, hints=rows == 1)
-        head = part(graphs.head, [self.base], [other.head.weights] if other else None)
-        tail = part(graphs.tail, [self.base], [other.tail.weights] if other else None)
+        head = part(graphs.head, [self.base], [other.head] if other else None)
+        tail = part(graphs.tail, [self.base], [other.tail] if other else None)
         layers: list[Any] = [None] * len(graphs.layers)
         for kind, traced in enumerate(graphs.kinds):
             members = [i for i, layer in enumerate(graphs.layers) if layer.kind == kind]
             modules = [self.stack.modules[i] for i in members]
-            known = [other.layers[i].weights for i in members] if other else None
+            known = [other.layers[i] for i in members] if other else None
             if self.weights != "same":
                 _check_share(traced)
             for i, made in zip(members, part(traced, modules, known), strict=True):
@@ -142,17 +143,16 @@ class DecodeEngine:
         return _Step(graphs, head[0], layers, tail[0])
 
     def _part(
-        self,
-        traced: Traced,
-        roots: list[nn.Module],
-        known: list[list[torch.Tensor]] | None,
-        hints: bool,
+        self, traced: Traced, roots: list[nn.Module], known: list[_Part] | None, hints: bool
     ) -> list[_Part]:
         """Compile a graph once, for modules that differ by their weights alone."""
         packed = pack_linears(traced, self.weights)
-        weights = known or [packed.inputs_from(root) for root in roots]
+        if known and known[0].forms == packed.forms:
+            weights = [part.weights for part in known]
+        else:
+            weights = [packed.inputs_from(root) for root in roots]
         run = _compile(traced, weights[0], hints) if self.compiled else traced.graph.forward
-        return [_Part(run, traced.arguments, found) for found in weights]
+        return [_Part(run, traced.arguments, found, packed.forms) for found in weights]
 
     @torch.no_grad()
     def _try(self, rows: int) -> None:
@@ -278,11 +278,12 @@ def _compile(traced: Traced, weights: Sequence[torch.Tensor], hints: bool) -> An
     """Compile a graph for sizes as they are in it, with hints about what it reads or without."""
     from torch._inductor import config, standalone_compile
 
-    holes = [n for n in traced.graph.graph.nodes if n.op == "placeholder"]
-    examples = [*weights, *[n.meta["val"] for n in holes[len(weights) :]]]
+    # The graph's own idea of its inputs: weights in oneDNN's order have no strides to go by.
+    examples = [n.meta["val"] for n in traced.graph.graph.nodes if n.op == "placeholder"]
     cpp = bool(weights) and weights[0].device.type == "cpu"
     try:
-        with torch.no_grad(), config.patch(cpp_wrapper=cpp), prefetching(hints):
+        chosen = config.patch(cpp_wrapper=cpp, size_asserts=False)
+        with torch.no_grad(), chosen, prefetching(hints):
             return standalone_compile(traced.graph, examples, dynamic_shapes="from_graph")
     except Exception as error:  # no compiler, or one that fails
         raise UnsupportedModelError(f"It could not be compiled: {first_line(error)}") from error

@@ -3,7 +3,7 @@
 
 Linear layers that read the same input become one. For one row the CPU's matrix product is slower
 than a sum of products that the compiler makes itself; several rows, and int4, take PyTorch's own
-kernels.
+kernels, bfloat16 with weights in oneDNN's order.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from firstlm.errors import UnsupportedModelError
 from firstlm.graphs import Traced, stored
+from firstlm.onednn import ordered, takes
 
 aten = torch.ops.aten
 INT4_GROUP = 32  # weights that share a scale and a zero point
@@ -30,10 +31,12 @@ class Joined:
     Attributes:
         placeholders: inputs of the graph that take the packed weights.
         names: the weights, joined along their outputs.
+        form: what `pack` makes of them.
     """
 
     placeholders: list[str]
     names: list[str]
+    form: str
 
 
 @dataclass
@@ -42,13 +45,17 @@ class Packed:
 
     traced: Traced
     joined: list[Joined]
-    weights: str
+
+    @property
+    def forms(self) -> list[str]:
+        """What each joined weight is packed to; graphs with the same forms may share weights."""
+        return [joint.form for joint in self.joined]
 
     def inputs_from(self, root: nn.Module) -> list[torch.Tensor]:
         """Return the graph's inputs before its arguments, from a model's or layer's weights."""
         found = dict(self.traced.fixed)
         for joint in self.joined:
-            packed = pack(joined_weight(root, joint.names), self.weights)
+            packed = pack(joined_weight(root, joint.names), joint.form)
             found |= zip(joint.placeholders, packed, strict=True)
         found |= {key: effective_weight(root, name) for key, name in self.traced.weights.items()}
         names = [n.name for n in self.traced.graph.graph.nodes if n.op == "placeholder"]
@@ -79,14 +86,16 @@ def joined_weight(root: nn.Module, names: Sequence[str]) -> torch.Tensor:
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def pack(weight: torch.Tensor, weights: str) -> tuple[torch.Tensor, ...]:
-    """Bring a weight [outputs, inputs] into a format.
+def pack(weight: torch.Tensor, form: str) -> tuple[torch.Tensor, ...]:
+    """Bring a weight [outputs, inputs] into a form: a number format, or "ordered" for oneDNN.
 
     "int8" has a scale per output; "int4" a scale and a zero point for every 32 inputs.
     """
-    if weights == "same":
+    if form == "same":
         return (weight,)
-    if weights == "int8":
+    if form == "ordered":
+        return (ordered(weight),)
+    if form == "int8":
         scale = (weight.float().abs().amax(1).clamp_min(1e-8) / 127).to(weight.dtype)
         whole = (weight.float() / scale[:, None].float()).round().clamp(-127, 127)
         return whole.to(torch.int8), scale
@@ -134,15 +143,17 @@ def pack_linears(traced: Traced, weights: str = "same") -> Packed:
                 hole = graph.placeholder(f"packed_{len(joined)}_{len(holes)}")
                 hole.meta["val"] = tensor
                 holes.append(hole)
-        joined.append(Joined([hole.name for hole in holes], names))
-        _join(graph, x, nodes, holes, weights)
+        one_row = all(isinstance(n, int) and n == 1 for n in x.meta["val"].shape[:-1])
+        form = "ordered" if weights == "same" and not one_row and takes(tensors[0]) else weights
+        joined.append(Joined([hole.name for hole in holes], names, form))
+        _join(graph, x, nodes, holes, form, one_row)
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.name in traced.weights and not node.users:
             graph.erase_node(node)
             del traced.weights[node.name]
     graph.lint()
     traced.graph.recompile()
-    return Packed(traced, joined, weights)
+    return Packed(traced, joined)
 
 
 def linears(graph: fx.Graph) -> list[Any]:
@@ -151,17 +162,22 @@ def linears(graph: fx.Graph) -> list[Any]:
 
 
 def _join(
-    graph: fx.Graph, x: fx.Node, nodes: list[Any], holes: list[fx.Node], weights: str
+    graph: fx.Graph,
+    x: fx.Node,
+    nodes: list[Any],
+    holes: list[fx.Node],
+    form: str,
+    one_row: bool,
 ) -> None:
     """Put one product of `x` in the place of several."""
     sizes = [node.meta["val"].shape[-1] for node in nodes]
-    total = sum(sizes) + (-sum(sizes) % INT4_ROWS if weights == "int4" else 0)
+    total = sum(sizes) + (-sum(sizes) % INT4_ROWS if form == "int4" else 0)
     with graph.inserting_before(nodes[0]):
         call: Callable[..., fx.Node] = graph.call_function
         shape = x.meta["val"].shape
         rows = [n if isinstance(n, int) else -1 for n in shape[:-1]]
         flat = call(aten.reshape.default, (x, [-1, shape[-1]]))
-        y = _product_node(call, flat, holes, weights, one_row=set(rows) == {1}, like=x)
+        y = _product_node(call, flat, holes, form, one_row, like=x)
         y = call(aten.view.default, (y, [*rows, total]))
     start = 0
     for node, size in zip(nodes, sizes, strict=True):
@@ -181,21 +197,23 @@ def _product_node(
     call: Callable[..., fx.Node],
     x: fx.Node,
     holes: list[fx.Node],
-    weights: str,
+    form: str,
     one_row: bool,
     like: fx.Node,
 ) -> fx.Node:
     """Return the node of x [rows, inputs] times packed weights, [rows, outputs]."""
     value = like.meta["val"]
-    if weights == "int4":
+    if form == "int4":
         return call(aten._weight_int4pack_mm_for_cpu.default, (x, holes[0], INT4_GROUP, holes[1]))
-    wide = weights == "same" and value.dtype in (torch.float32, torch.float64)
+    if form == "ordered":
+        return call(torch.ops.firstlm.ordered_linear.default, (x, *holes))
+    wide = form == "same" and value.dtype in (torch.float32, torch.float64)
     if not one_row or wide or value.device.type != "cpu":
-        kernel = aten._weight_int8pack_mm if weights == "int8" else aten.linear
+        kernel = aten._weight_int8pack_mm if form == "int8" else aten.linear
         return call(kernel.default, (x, *holes))
     inputs, weight = [call(aten.to.dtype, (node, torch.float32)) for node in (x, holes[0])]
     product = call(aten.mul.Tensor, (call(stored, (inputs,)), weight))
     total = call(aten.sum.dim_IntList, (product, [-1]))
-    if weights == "int8":
+    if form == "int8":
         total = call(aten.mul.Tensor, (total, holes[1]))
     return call(aten.unsqueeze.default, (call(aten.to.dtype, (total, value.dtype)), 0))

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers whose weights oneDNN has brought into its own order, in compiled graphs.
+
+Given plain weights, oneDNN's bfloat16 product puts them in order at each call, which takes as long
+as 6 rows of product. Inductor calls it with ordered ones, but only where they are constants of the
+graph: then each layer would be compiled for itself. This operation takes them as an input.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+ROWS = 16  # oneDNN's order hardly depends on how many there are
+
+
+@torch.library.custom_op("firstlm::ordered_linear", mutates_args=())
+def ordered_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return x [rows, inputs] times the transpose of weight [outputs, inputs], from `ordered`."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@ordered_linear.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def ordered(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight [outputs, inputs] in oneDNN's order; its strides say nothing."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+
+
+def takes(weight: torch.Tensor) -> bool:
+    """Return whether a weight can be ordered, and a product with it compiled.
+
+    float32 is left alone: its plain product is as fast for few rows.
+    """
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _usable()
+
+
+@cache
+def _usable() -> bool:
+    """Teach inductor the operation; False where oneDNN or inductor is another than expected."""
+    try:
+        from torch._inductor import ir, mkldnn_ir
+        from torch._inductor.lowering import register_lowering
+
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        make: Any = mkldnn_ir.LinearUnary.create
+    except (ImportError, AttributeError, RuntimeError):
+        return False
+
+    def lower(x: Any, weight: Any) -> Any:
+        return ir.TensorBox.create(make(x, weight, None, "none", [], ""))
+
+    target = torch.ops.firstlm.ordered_linear.default
+    register_lowering(target, type_promotion_kind=None)(lower)
+    return True
