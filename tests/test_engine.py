@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import resource
 import warnings
@@ -17,6 +18,7 @@ import torch
 from conftest import tiny_llama
 from families import FAMILIES, batch, mixed
 from peft import LoraConfig, get_peft_model
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from firstlm import FirstModel, FixedMask
 from firstlm.baselines import Baseline
@@ -150,6 +152,32 @@ def test_windows_shorter_than_the_prompt_hold(family: str) -> None:
     first = FirstModel.from_base(families.make_model(family, use_sliding_window=True))
     ids, mask = batch((30, 22))
     found, wanted = logits_of(first, by_operation(first), ids, mask, torch.ones(2, 4).bool())
+    assert (found - wanted).abs().max() / wanted.abs().max() < 1e-5
+
+
+class Embedded(LlamaModel):
+    """Its layers see the embeddings, too."""
+
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+        first = self.embed_tokens(input_ids)
+        return super().forward(**{**kwargs, "inputs_embeds": first, "first": first})
+
+
+class EmbeddedLayer(LlamaDecoderLayer):
+    @functools.wraps(LlamaDecoderLayer.forward)
+    def forward(self, hidden_states: Any, *args: Any, first: Any = None, **kwargs: Any) -> Any:
+        return super().forward(hidden_states + first, *args, **kwargs)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_layers_that_see_what_the_first_of_them_saw(rows: int) -> None:
+    base = tiny_llama()
+    base.model.__class__ = Embedded
+    for layer in base.model.layers:
+        layer.__class__ = EmbeddedLayer
+    first = FirstModel.from_base(base)
+    ids, mask = batch((9, 5, 1, 7)[:rows])
+    found, wanted = logits_of(first, by_operation(first), ids, mask, mixed(rows))
     assert (found - wanted).abs().max() / wanted.abs().max() < 1e-5
 
 

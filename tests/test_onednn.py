@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several rows of bfloat16 multiply weights that lie in oneDNN's order; nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import tiny_llama
+from torch import nn
+
+from firstlm import FirstModel, onednn
+from firstlm.engine import DecodeEngine
+from firstlm.generate import prefill
+from firstlm.graphs import trace
+from firstlm.packing import pack_linears
+from firstlm.policies import FixedMask
+
+needs_onednn = pytest.mark.skipif(
+    not onednn.takes(torch.zeros(1, dtype=torch.bfloat16)), reason="oneDNN has no bfloat16 here"
+)
+
+
+@pytest.fixture
+def first() -> FirstModel:
+    return FirstModel.from_base(tiny_llama(layers=4).to(torch.bfloat16))
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose oneDNN has no bfloat16."""
+    onednn._usable.cache_clear()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    yield
+    onednn._usable.cache_clear()
+
+
+def opaque(engine: DecodeEngine, rows: int) -> list[bool]:
+    """Which of the layers' weights, and of what comes after them, are in oneDNN's order."""
+    step = engine.step(rows)
+    return [t.is_mkldnn for part in (*step.layers, step.tail) for t in part.weights]
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_product_is_that_of_a_linear_layer_for_any_number_of_rows(bias: bool) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(96, 160, bias=bias)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.layer(x).relu(),)
+
+    whole = Whole().to(torch.bfloat16)
+    x = torch.randn(5, 1, 96, dtype=torch.bfloat16)
+    with torch.no_grad():
+        packed = pack_linears(trace(whole, (x,), ({0: torch.export.Dim.AUTO},)))
+        assert packed.forms == ["ordered"]
+        weights = packed.inputs_from(whole.layer)
+        for rows in (2, 5, 33):
+            x = torch.randn(rows, 1, 96, dtype=torch.bfloat16)
+            (found,) = packed.traced.graph(*weights, x)
+            assert torch.allclose(found, whole(x)[0], atol=0.02, rtol=0.02)
+
+
+@needs_onednn
+def test_compiled_steps_of_several_rows_use_it_and_stay_near_the_model(first: FirstModel) -> None:
+    engine = DecodeEngine(first.plain_base, first.routing.stack)
+    assert sum(opaque(engine, 5)) == 4 * 4 + 1  # four products a layer, and the vocabulary's
+    assert not any(opaque(engine, 1))
+    ids = torch.randint(1, 90, (5, 9))
+    mask = torch.ones_like(ids)
+    keep = torch.ones(5, 4, dtype=torch.bool)
+    keep[range(1, 4), range(1, 4)] = False  # layers of four rows and of five
+    decoding = prefill(first, ids, mask, FixedMask(keep))
+    batch = engine.start(decoding.cache, mask, 4)
+    found = batch.step(ids[:, 0])
+    longer = torch.cat([ids, ids[:, :1]], 1)
+    wanted = prefill(first, longer, torch.ones_like(longer), FixedMask(keep)).logits
+    assert torch.allclose(found.float(), wanted.float(), atol=0.05)
+
+
+@needs_onednn
+def test_packed_weights_are_still_shared_by_both_steps(first: FirstModel) -> None:
+    engine = DecodeEngine(first.plain_base, first.routing.stack, "int8", compiled=False)
+    for one, several in zip(engine.step(1).layers, engine.step(2).layers, strict=True):
+        assert all(a is b for a, b in zip(one.weights, several.weights, strict=True))
+    assert not any(opaque(engine, 2))
+
+
+def test_float32_is_left_alone() -> None:
+    first = FirstModel.from_base(tiny_llama())
+    engine = DecodeEngine(first.plain_base, first.routing.stack, compiled=False)
+    assert not any(opaque(engine, 2))
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_without_it_rows_take_the_plain_product(first: FirstModel) -> None:
+    engine = DecodeEngine(first.plain_base, first.routing.stack, compiled=False)
+    assert not any(opaque(engine, 2))  # and its trial step was near the model
+
+
+def test_another_inductor_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    onednn._usable.cache_clear()
+    monkeypatch.delattr("torch._inductor.mkldnn_ir.LinearUnary")
+    assert not onednn.takes(torch.zeros(2, 2, dtype=torch.bfloat16))
+    monkeypatch.undo()
+    onednn._usable.cache_clear()
