@@ -12,8 +12,8 @@ from conftest import tiny_routed
 
 from firstlm import FirstModel
 from firstlm.batching import Answer, alike, generate_many
-from firstlm.engine import FastBatch
 from firstlm.errors import ConfigError
+from firstlm.fast_batch import FastBatch
 from firstlm.generate import stream
 from firstlm.policies import Prompts
 

@@ -23,8 +23,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 from firstlm import FirstModel, FixedMask
 from firstlm.baselines import Baseline
 from firstlm.config import RouterConfig
-from firstlm.engine import DecodeEngine, FastBatch
+from firstlm.engine import DecodeEngine
 from firstlm.errors import ConfigError, UnsupportedModelError
+from firstlm.fast_batch import FastBatch
 from firstlm.generate import decode_step, prefill, stream
 from firstlm.packing import pack
 from firstlm.policies import RunAll

@@ -19,8 +19,8 @@ from conftest import tiny_llama, tiny_routed
 import firstlm.scheduler
 from firstlm import FirstModel, FixedMask
 from firstlm.baselines import Baseline
-from firstlm.engine import FastBatch
 from firstlm.errors import ConfigError
+from firstlm.fast_batch import FastBatch
 from firstlm.generate import stream
 from firstlm.policies import RunAll
 from firstlm.scheduler import Ask, ClosedError, Piece, QueueFullError, Request, Scheduler

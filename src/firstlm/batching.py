@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from firstlm.engine import FastBatch
 from firstlm.errors import ConfigError
+from firstlm.fast_batch import FastBatch
 from firstlm.generate import Decoding, check_sampling, decode_step, end_ids, pick, prefill
 from firstlm.inputs import pad_left
 from firstlm.model import FirstModel

@@ -20,7 +20,8 @@ from firstlm.layers import CACHE_ARGUMENTS
 
 if TYPE_CHECKING:
     from firstlm.decisions import RoutingState
-    from firstlm.engine import DecodeEngine, FastBatch
+    from firstlm.engine import DecodeEngine
+    from firstlm.fast_batch import FastBatch
 
 
 class SkipCache(Cache):

@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding without detours: each step visits the layers that some row keeps, compiled one by one.
+"""Compiled decode steps: layers one by one, each kind of them once, whatever mask comes.
 
-A kind of layer is compiled once, whatever mask comes, and takes the weights of the layer it runs as
-inputs. Each layer stores keys and values for just the rows that keep it, without padding, in memory
-that is allocated when decoding starts.
+A compiled layer takes the weights of the layer it runs as inputs. `fast_batch.py` has the rows that
+are decoded with these steps.
 """
 
 from __future__ import annotations
 
-import copy
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,54 +18,19 @@ from torch import nn
 from transformers import DynamicCache
 
 from firstlm.cache import SkipCache
-from firstlm.capture import DecodeGraphs, capture
+from firstlm.capture import capture
 from firstlm.config import WEIGHT_FORMATS
 from firstlm.errors import ConfigError, UnsupportedModelError, first_line
+from firstlm.fast_batch import FastBatch, Part, Step, Stored
 from firstlm.graphs import Traced
 from firstlm.layers import LayerStack
 from firstlm.lora import lora_layers, lora_left_out
 from firstlm.packing import linears, pack_linears
 from firstlm.prefetch import prefetching
 
-BLOCK = 32  # memory for keys and values comes in blocks of so many tokens
 KEPT = 2  # states of one model's weights whose engines stay: with LoRA and without
 # How like the model's own logits those of a trial step must be (cosine).
 ALIKE = {"int8": 0.97, "int4": 0.7, torch.float64: 0.99999, torch.float32: 0.99999}
-
-
-@dataclass
-class Stored:
-    """What a layer holds of a batch.
-
-    Attributes:
-        keys: [rows that keep the layer, heads, tokens, size].
-        values: as keys.
-        rows: which rows of the batch these are.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    rows: list[int]
-
-
-@dataclass
-class _Part:
-    """A compiled graph, and the inputs before its arguments."""
-
-    run: Callable[..., Sequence[torch.Tensor]]
-    arguments: list[str]
-    weights: list[torch.Tensor]
-    forms: list[str]
-
-
-@dataclass
-class _Step:
-    """All of a decode step for one row, or for several."""
-
-    graphs: DecodeGraphs
-    head: _Part
-    layers: list[_Part]
-    tail: _Part
 
 
 class DecodeEngine:
@@ -91,9 +53,9 @@ class DecodeEngine:
             known = ", ".join(WEIGHT_FORMATS)
             raise ConfigError(f"weights is {weights!r}; expected one of {known}.")
         self.base, self.stack, self.weights, self.compiled = base, stack, weights, compiled
-        self._steps: dict[bool, _Step] = {}
+        self._steps: dict[bool, Step] = {}
 
-    def step(self, rows: int) -> _Step:
+    def step(self, rows: int) -> Step:
         """Return the step for one row, or for several; the first call traces and compiles it.
 
         Raises:
@@ -121,7 +83,7 @@ class DecodeEngine:
         """Return the bytes of the weights after the last layer: those of the vocabulary."""
         return sum(t.nbytes for t in next(iter(self._steps.values())).tail.weights)
 
-    def _build(self, rows: int) -> _Step:
+    def _build(self, rows: int) -> Step:
         with lora_left_out(self.base):
             graphs = capture(self.base, self.stack, rows)
         # Both steps share what they are given: packed weights.
@@ -140,11 +102,11 @@ class DecodeEngine:
                 _check_share(traced)
             for i, made in zip(members, part(traced, modules, known), strict=True):
                 layers[i] = made
-        return _Step(graphs, head[0], layers, tail[0])
+        return Step(graphs, head[0], layers, tail[0])
 
     def _part(
-        self, traced: Traced, roots: list[nn.Module], known: list[_Part] | None, hints: bool
-    ) -> list[_Part]:
+        self, traced: Traced, roots: list[nn.Module], known: list[Part] | None, hints: bool
+    ) -> list[Part]:
         """Compile a graph once, for modules that differ by their weights alone."""
         packed = pack_linears(traced, self.weights)
         if known and known[0].forms == packed.forms:
@@ -152,7 +114,7 @@ class DecodeEngine:
         else:
             weights = [packed.inputs_from(root) for root in roots]
         run = _compile(traced, weights[0], hints) if self.compiled else traced.graph.forward
-        return [_Part(run, traced.arguments, found, packed.forms) for found in weights]
+        return [Part(run, traced.arguments, found, packed.forms) for found in weights]
 
     @torch.no_grad()
     def _try(self, rows: int) -> None:
@@ -163,7 +125,7 @@ class DecodeEngine:
         cache: Any = DynamicCache(config=self.base.config.get_text_config(decoder=True))
         self.base(input_ids=ids[:, :-1], use_cache=True, **{self.stack.cache_argument: cache})
         stored = [Stored(s.keys, s.values, list(range(rows))) for s in cache.layers]
-        found = FastBatch(self, stored, torch.ones_like(ids[:, :-1]), 1).step(ids[:, -1])
+        found = FastBatch(self.step, stored, torch.ones_like(ids[:, :-1]), 1).step(ids[:, -1])
         wanted = self.base(input_ids=ids, use_cache=False).logits[:, -1]
         found, wanted = (x.double() - x.double().mean(-1, keepdim=True) for x in (found, wanted))
         alike = torch.cosine_similarity(found, wanted).min().item()
@@ -192,7 +154,7 @@ class DecodeEngine:
             if picked and getattr(slot, "keys", None) is None:
                 raise UnsupportedModelError(f"Its layer {layer} stores no keys.")
             stored.append(Stored(slot.keys, slot.values, picked) if picked else None)
-        return FastBatch(self, stored, attention_mask, room)
+        return FastBatch(self.step, stored, attention_mask, room)
 
 
 class Engines:
@@ -287,179 +249,3 @@ def _compile(traced: Traced, weights: Sequence[torch.Tensor], hints: bool) -> An
             return standalone_compile(traced.graph, examples, dynamic_shapes="from_graph")
     except Exception as error:  # no compiler, or one that fails
         raise UnsupportedModelError(f"It could not be compiled: {first_line(error)}") from error
-
-
-class FastBatch:
-    """Rows that are being decoded together; each has its own layers and its own length.
-
-    Attributes:
-        count: rows.
-        lengths: [rows] tokens so far.
-        room: tokens that a row may have: as many as the longest of them needs.
-    """
-
-    def __init__(
-        self,
-        engine: DecodeEngine,
-        stored: Sequence[Stored | None],
-        attention_mask: torch.Tensor,
-        room: int,
-    ) -> None:
-        self.engine = engine
-        self.count = len(attention_mask)
-        self.lengths = attention_mask.sum(1)
-        self.longest = int(self.lengths.max())
-        self._needs = [-(-(n + room) // BLOCK) * BLOCK for n in self.lengths.tolist()]
-        self.room = max(self._needs)
-        self._span = torch.arange(self.room, device=attention_mask.device)
-        self._slabs = [None if s is None else self._allocate(s, attention_mask) for s in stored]
-        self._order = self._plan(self._slabs, self.count)
-
-    def _allocate(self, stored: Stored, attention_mask: torch.Tensor) -> Stored:
-        """Copy what a layer stored, without padding, into memory with room for more."""
-        lengths = self.lengths.tolist()
-        slabs = []
-        for old in (stored.keys, stored.values):
-            new = old.new_zeros(len(stored.rows), old.shape[1], self.room, old.shape[3])
-            for place, row in enumerate(stored.rows):
-                # Sliding layers hold the last tokens only.
-                real = old[place][:, attention_mask[row, -old.shape[2] :].bool()]
-                end = lengths[row]
-                new[place, :, end - real.shape[1] : end] = real
-            slabs.append(new)
-        return Stored(slabs[0], slabs[1], stored.rows)
-
-    def _plan(
-        self, slabs: Sequence[Stored | None], count: int
-    ) -> list[tuple[int, Stored, torch.Tensor]]:
-        """Return (layer, slab, rows as a tensor) of each layer that some row keeps, in order."""
-        known: dict[tuple[int, ...], torch.Tensor] = {}
-        order = []
-        for layer, slab in enumerate(slabs):
-            if slab is not None:
-                rows = tuple(slab.rows)
-                if rows not in known:
-                    known[rows] = torch.tensor(rows, device=self._span.device)
-                order.append((layer, slab, known[rows]))
-        for size in {count, *map(len, known)} - {0}:
-            self.engine.step(size)
-        return order
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only some rows, given in ascending order; what others stored is let go."""
-        if len(rows) == self.count:
-            return
-        place = {row: i for i, row in enumerate(rows)}
-        needs = [self._needs[row] for row in rows]
-        room = max(needs, default=0)
-        for layer, slab in enumerate(self._slabs):
-            if slab is not None:
-                kept = [i for i, row in enumerate(slab.rows) if row in place]
-                names = [place[slab.rows[i]] for i in kept]
-                keys, values = slab.keys[:, :, :room], slab.values[:, :, :room]
-                slab = Stored(keys[kept], values[kept], names) if kept else None
-            self._slabs[layer] = slab
-        self._needs, self.room = needs, room
-        self.count = len(rows)
-        self.lengths = self.lengths[list(rows)]
-        self.longest = int(self.lengths.max()) if rows else 0
-        self._order = self._plan(self._slabs, self.count)
-
-    def pick(self, rows: Sequence[int]) -> FastBatch:
-        """Return a batch of just some rows, given in ascending order; this one stays as it is."""
-        other = copy.copy(self)
-        other._slabs = list(self._slabs)
-        other.select(rows)
-        return other
-
-    def join(self, others: Sequence[FastBatch]) -> None:
-        """Take the rows of other batches in, after those that are here."""
-        if not others:
-            return
-        batches = [self, *others]
-        room = max(batch.room for batch in batches)
-        # Memory may run out on the way: the rows that are here stay whole until all is there.
-        slabs: list[Stored | None] = []
-        for stored in zip(*(batch._slabs for batch in batches), strict=True):
-            rows, found, before = [], [], 0
-            for batch, slab in zip(batches, stored, strict=True):
-                if slab is not None:
-                    rows += [before + row for row in slab.rows]
-                    found.append(slab)
-                before += batch.count
-            keys = [_with_room(slab.keys, room) for slab in found]
-            values = [_with_room(slab.values, room) for slab in found]
-            slabs.append(Stored(torch.cat(keys), torch.cat(values), rows) if found else None)
-        lengths = torch.cat([batch.lengths for batch in batches])
-        self._order = self._plan(slabs, len(lengths))
-        self._slabs = slabs
-        self._span = max((batch._span for batch in batches), key=len)
-        self._needs = [need for batch in batches for need in batch._needs]
-        self.lengths, self.count, self.room = lengths, len(lengths), room
-        self.longest = max(batch.longest for batch in batches)
-
-    @property
-    def layer_calls(self) -> int:
-        """Layers that run in a step; one that several rows run counts once."""
-        return len(self._order)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes allocated for keys and values."""
-        return sum(
-            t.untyped_storage().nbytes() for s in self._slabs if s for t in (s.keys, s.values)
-        )
-
-    @torch.no_grad()
-    def step(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Append one token [rows] to every row; returns the logits [rows, vocab] of the next.
-
-        Raises:
-            ConfigError: there is no more room.
-        """
-        if self.longest >= self.room:
-            raise ConfigError(f"The batch is full with {self.room} tokens; raise max_new_tokens.")
-        engine = self.engine
-        step = engine.step(self.count)
-        span = self._span[: self.longest + 1]
-        ids = token_ids.contiguous().view(-1, 1)
-        given = {"token_ids": ids, "positions": self.lengths.view(-1, 1)}
-        head = step.head
-        outputs = head.run(*head.weights, *[given[name] for name in head.arguments])
-        hidden = outputs[0].clone()  # layers write into it, and it may be among what they are given
-        everything = (hidden, self.lengths, outputs)
-        lone: dict[int, Any] = {}
-        for layer, slab, rows in self._order:
-            part = engine.step(len(slab.rows)).layers[layer]
-            if len(slab.rows) > 1:
-                some, picked = everything, [rows]
-            else:  # the step of one row gathers nothing
-                row = slab.rows[0]
-                if row not in lone:
-                    lone[row] = _one_row(row, *everything, step.graphs.by_row)
-                some, picked = lone[row], []
-            states, lengths, others = some
-            extra = [others[i] for i in step.graphs.layers[layer].extra]
-            part.run(*part.weights, states, *picked, slab.keys, slab.values, lengths, span, *extra)
-        (logits,) = step.tail.run(*step.tail.weights, hidden)
-        self.lengths = self.lengths + 1
-        self.longest += 1
-        return logits
-
-
-def _one_row(
-    row: int,
-    hidden: torch.Tensor,
-    lengths: torch.Tensor,
-    outputs: Sequence[torch.Tensor],
-    by_row: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Return views of one row of what every layer is given."""
-    at = slice(row, row + 1)
-    views = [t[at] if split else t for t, split in zip(outputs, by_row, strict=True)]
-    return hidden[at], lengths[at], views
-
-
-def _with_room(stored: torch.Tensor, room: int) -> torch.Tensor:
-    """Return keys or values [rows, heads, tokens, size] with room for more tokens."""
-    return nn.functional.pad(stored, (0, 0, 0, room - stored.shape[2]))

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from firstlm.engine import FastBatch
 from firstlm.errors import ConfigError, FirstError
+from firstlm.fast_batch import FastBatch
 from firstlm.generate import Decoding, check_sampling, decode_step, end_ids, pick, prefill
 from firstlm.inputs import pad_left
 from firstlm.model import FirstModel
