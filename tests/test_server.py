@@ -24,12 +24,14 @@ import pytest
 import torch
 from browser import PROGRAM, Browser
 from conftest import make_byte_tokenizer, tiny_llama
+from peft import LoraConfig, get_peft_model
 
 from firstlm import FirstModel, FixedMask
 from firstlm.command_config import ServeConfig
 from firstlm.policies import RunAll
 from firstlm.pretrained import load_base
 from firstlm.scheduler import Ask, Piece, Request, Scheduler
+from firstlm.serve import load
 from firstlm.thresholds import Threshold
 
 openai = pytest.importorskip("openai", reason="pip install 'firstlm[dev]'")
@@ -567,6 +569,20 @@ def test_many_clients_with_other_masks_get_their_own_answers(running: Running) -
 
     with concurrent.futures.ThreadPoolExecutor(24) as pool:
         list(pool.map(ask, range(96)))
+
+
+def test_what_is_served_has_its_lora_merged(tmp_path: Path) -> None:
+    make_byte_tokenizer().save_pretrained(tmp_path / "base")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base, tokenizer = load_base(str(tmp_path / "base"))
+    base = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    first = FirstModel.from_base(base, tokenizer=tokenizer)
+    first.save_pretrained(str(tmp_path / "artifact"))
+    options = ServeConfig(artifact=str(tmp_path / "artifact"), model=str(tmp_path / "base"))
+    served = load(options)
+    ids = torch.arange(1, 9)[None]
+    assert not served.has_adapter
+    assert torch.allclose(served.forward(ids)[0].logits, first.forward(ids)[0].logits, atol=1e-5)
 
 
 class Serving:
