@@ -64,7 +64,8 @@ class DecodeGraphs:
             and into keys and values. The step of one row has batch 1 and no `rows`.
         layers: per layer, its kind and its extras.
         tail: (hidden,) -> (logits [rows, vocab],).
-        by_row: per output of the head, whether its first dimension is the rows.
+        by_row: per output of the head, whether its first dimension is the rows, of which there may
+            be any number; False throughout in the step of one row.
     """
 
     head: Traced
@@ -323,7 +324,9 @@ def _example(fake: torch.Tensor, rows: int) -> torch.Tensor:
 
 def _anatomy(layer: nn.Module) -> list[Any]:
     """Return what must be equal for two layers to share a graph: shapes, and plain attributes."""
-    found: list[Any] = [(n, p.shape, p.dtype, p.device) for n, p in layer.named_parameters()]
+    found: list[Any] = [
+        (n, p.shape, p.stride(), p.dtype, p.device) for n, p in layer.named_parameters()
+    ]
     for name, module in layer.named_modules():
         plain = {
             key: value

@@ -54,6 +54,11 @@ class DecodeEngine:
             raise ConfigError(f"weights is {weights!r}; expected one of {known}.")
         self.base, self.stack, self.weights, self.compiled = base, stack, weights, compiled
         self._steps: dict[bool, Step] = {}
+        self._made_of: Any = None
+
+    def __deepcopy__(self, memo: Any) -> DecodeEngine:
+        """Return the engine itself: what is copied are batches and caches."""
+        return self
 
     def step(self, rows: int) -> Step:
         """Return the step for one row, or for several; the first call traces and compiles it.
@@ -63,6 +68,10 @@ class DecodeEngine:
         """
         alone = rows == 1
         if alone not in self._steps:
+            stamp = _stamp(self.base)
+            if self._steps and stamp != self._made_of:
+                raise UnsupportedModelError("Its weights have changed since it began to decode.")
+            self._made_of = stamp
             try:
                 self._steps[alone] = self._build(1 if alone else 2)
                 self._try(1 if alone else 2)
@@ -124,7 +133,9 @@ class DecodeEngine:
         ids = torch.arange(1, 10 * rows + 1, device=device).view(rows, 10) * 7919 % vocab
         cache: Any = DynamicCache(config=self.base.config.get_text_config(decoder=True))
         self.base(input_ids=ids[:, :-1], use_cache=True, **{self.stack.cache_argument: cache})
-        stored = [Stored(s.keys, s.values, list(range(rows))) for s in cache.layers]
+        # In another order for the layers, so that each has to find its rows.
+        order = list(reversed(range(rows)))
+        stored = [Stored(s.keys[order], s.values[order], order) for s in cache.layers]
         found = FastBatch(self.step, stored, torch.ones_like(ids[:, :-1]), 1).step(ids[:, -1])
         wanted = self.base(input_ids=ids, use_cache=False).logits[:, -1]
         found, wanted = (x.double() - x.double().mean(-1, keepdim=True) for x in (found, wanted))
@@ -243,8 +254,9 @@ def _compile(traced: Traced, weights: Sequence[torch.Tensor], hints: bool) -> An
     # The graph's own idea of its inputs: weights in oneDNN's order have no strides to go by.
     examples = [n.meta["val"] for n in traced.graph.graph.nodes if n.op == "placeholder"]
     cpp = bool(weights) and weights[0].device.type == "cpu"
+    plain = not any(weight.is_mkldnn for weight in weights)
     try:
-        chosen = config.patch(cpp_wrapper=cpp, size_asserts=False)
+        chosen = config.patch(cpp_wrapper=cpp, size_asserts=plain)
         with torch.no_grad(), chosen, prefetching(hints):
             return standalone_compile(traced.graph, examples, dynamic_shapes="from_graph")
     except Exception as error:  # no compiler, or one that fails

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -38,7 +38,11 @@ class Stored:
 
 @dataclass
 class Part:
-    """A compiled graph, and the inputs before its arguments."""
+    """A compiled graph, and the inputs before its arguments.
+
+    Attributes:
+        forms: what its joined weights are packed to; parts of the same forms may share weights.
+    """
 
     run: Callable[..., Sequence[torch.Tensor]]
     arguments: list[str]
@@ -56,11 +60,25 @@ class Step:
     tail: Part
 
 
+class _Given(NamedTuple):
+    """What every layer of a step is given: states, lengths, and all that the head puts out."""
+
+    hidden: torch.Tensor
+    lengths: torch.Tensor
+    outputs: Sequence[torch.Tensor]
+
+    def row(self, row: int, by_row: Sequence[bool]) -> _Given:
+        """Return views of one row of it."""
+        at = slice(row, row + 1)
+        views = [t[at] if split else t for t, split in zip(self.outputs, by_row, strict=True)]
+        return _Given(self.hidden[at], self.lengths[at], views)
+
+
 class FastBatch:
     """Rows that are being decoded together; each has its own layers and its own length.
 
     Args:
-        steps: gives the step for so many rows.
+        step_for: gives the step for so many rows; the first time compiles it.
         stored: what each layer holds of the prompts; None where no row keeps it.
         attention_mask: [rows, tokens] of the prompts, padded on the left.
         room: tokens that may be added.
@@ -73,12 +91,12 @@ class FastBatch:
 
     def __init__(
         self,
-        steps: Callable[[int], Step],
+        step_for: Callable[[int], Step],
         stored: Sequence[Stored | None],
         attention_mask: torch.Tensor,
         room: int,
     ) -> None:
-        self.steps = steps
+        self.step_for = step_for
         self.count = len(attention_mask)
         self.lengths = attention_mask.sum(1)
         self.longest = int(self.lengths.max())
@@ -104,18 +122,21 @@ class FastBatch:
 
     def _plan(
         self, slabs: Sequence[Stored | None], count: int
-    ) -> list[tuple[int, Stored, torch.Tensor]]:
-        """Return (layer, slab, rows as a tensor) of each layer that some row keeps, in order."""
+    ) -> list[tuple[int, Stored, torch.Tensor | None]]:
+        """Return (layer, slab, its rows as a tensor) of each layer that some row keeps, in order.
+
+        A layer of one row has no tensor. What steps there will be are compiled now.
+        """
         known: dict[tuple[int, ...], torch.Tensor] = {}
         order = []
         for layer, slab in enumerate(slabs):
             if slab is not None:
                 rows = tuple(slab.rows)
-                if rows not in known:
+                if len(rows) > 1 and rows not in known:
                     known[rows] = torch.tensor(rows, device=self._span.device)
-                order.append((layer, slab, known[rows]))
-        for size in {count, *map(len, known)} - {0}:
-            self.steps(size)
+                order.append((layer, slab, known.get(rows)))
+        for size in {count, *(len(slab.rows) for _, slab, _ in order)} - {0}:
+            self.step_for(size)
         return order
 
     def select(self, rows: Sequence[int]) -> None:
@@ -192,44 +213,33 @@ class FastBatch:
         """
         if self.longest >= self.room:
             raise ConfigError(f"The batch is full with {self.room} tokens; raise max_new_tokens.")
-        step = self.steps(self.count)
+        step = self.step_for(self.count)
         span = self._span[: self.longest + 1]
         ids = token_ids.contiguous().view(-1, 1)
-        given = {"token_ids": ids, "positions": self.lengths.view(-1, 1)}
+        arguments = {"token_ids": ids, "positions": self.lengths.view(-1, 1)}
         head = step.head
-        outputs = head.run(*head.weights, *[given[name] for name in head.arguments])
+        outputs = head.run(*head.weights, *[arguments[name] for name in head.arguments])
         hidden = outputs[0].clone()  # layers write into it, and it may be among what they are given
-        everything = (hidden, self.lengths, outputs)
-        lone: dict[int, Any] = {}
+        every = _Given(hidden, self.lengths, outputs)
+        lone: dict[int, _Given] = {}
         for layer, slab, rows in self._order:
-            part = self.steps(len(slab.rows)).layers[layer]
-            if len(slab.rows) > 1:
-                some, picked = everything, [rows]
+            part = self.step_for(len(slab.rows)).layers[layer]
+            if rows is not None:
+                given, index = every, [rows]
             else:  # the step of one row gathers nothing
                 row = slab.rows[0]
                 if row not in lone:
-                    lone[row] = _one_row(row, *everything, step.graphs.by_row)
-                some, picked = lone[row], []
-            states, lengths, others = some
-            extra = [others[i] for i in step.graphs.layers[layer].extra]
-            part.run(*part.weights, states, *picked, slab.keys, slab.values, lengths, span, *extra)
+                    lone[row] = every.row(row, step.graphs.by_row)
+                given, index = lone[row], []
+            extra = [given.outputs[i] for i in step.graphs.layers[layer].extra]
+            part.run(
+                *part.weights,
+                *(given.hidden, *index, slab.keys, slab.values, given.lengths, span, *extra),
+            )
         (logits,) = step.tail.run(*step.tail.weights, hidden)
         self.lengths = self.lengths + 1
         self.longest += 1
         return logits
-
-
-def _one_row(
-    row: int,
-    hidden: torch.Tensor,
-    lengths: torch.Tensor,
-    outputs: Sequence[torch.Tensor],
-    by_row: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Return views of one row of what every layer is given."""
-    at = slice(row, row + 1)
-    views = [t[at] if split else t for t, split in zip(outputs, by_row, strict=True)]
-    return hidden[at], lengths[at], views
 
 
 def _with_room(stored: torch.Tensor, room: int) -> torch.Tensor:

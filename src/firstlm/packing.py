@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from firstlm.errors import UnsupportedModelError
 from firstlm.graphs import Traced, stored
-from firstlm.onednn import ordered, takes
+from firstlm.onednn import ordered, ordered_linear, takes
 
 aten = torch.ops.aten
 INT4_GROUP = 32  # weights that share a scale and a zero point
@@ -83,7 +83,7 @@ def effective_weight(root: nn.Module, name: str) -> torch.Tensor:
 def joined_weight(root: nn.Module, names: Sequence[str]) -> torch.Tensor:
     """Return weights [outputs, inputs] joined along their outputs; one alone is not copied."""
     found = [effective_weight(root, name) for name in names]
-    return found[0] if len(found) == 1 else torch.cat(found)
+    return found[0].contiguous() if len(found) == 1 else torch.cat(found)
 
 
 def pack(weight: torch.Tensor, form: str) -> tuple[torch.Tensor, ...]:
@@ -135,16 +135,17 @@ def pack_linears(traced: Traced, weights: str = "same") -> Packed:
             )
         if weights != "same" and x.meta["val"].dtype == torch.float64:
             raise UnsupportedModelError(f"{names[0]} is in float64, which is not packed.")
+        one_row = all(isinstance(n, int) and n == 1 for n in x.meta["val"].shape[:-1])
+        shapes = [node.args[1].meta["val"] for node in nodes]
+        form = "ordered" if weights == "same" and not one_row and takes(shapes[0]) else weights
         holes = []
-        with x.meta["val"].fake_mode:  # shapes alone
-            tensors = pack(torch.cat([node.args[1].meta["val"] for node in nodes]), weights)
+        with x.meta["val"].fake_mode:  # shapes alone, and what is ordered passes for plain
+            tensors = pack(torch.cat(shapes), weights)
         with graph.inserting_before(first):
             for tensor in tensors:
                 hole = graph.placeholder(f"packed_{len(joined)}_{len(holes)}")
                 hole.meta["val"] = tensor
                 holes.append(hole)
-        one_row = all(isinstance(n, int) and n == 1 for n in x.meta["val"].shape[:-1])
-        form = "ordered" if weights == "same" and not one_row and takes(tensors[0]) else weights
         joined.append(Joined([hole.name for hole in holes], names, form))
         _join(graph, x, nodes, holes, form, one_row)
     for node in list(graph.nodes):
@@ -206,7 +207,7 @@ def _product_node(
     if form == "int4":
         return call(aten._weight_int4pack_mm_for_cpu.default, (x, holes[0], INT4_GROUP, holes[1]))
     if form == "ordered":
-        return call(torch.ops.firstlm.ordered_linear.default, (x, *holes))
+        return call(ordered_linear._opoverload, (x, *holes))
     wide = form == "same" and value.dtype in (torch.float32, torch.float64)
     if not one_row or wide or value.device.type != "cpu":
         kernel = aten._weight_int8pack_mm if form == "int8" else aten.linear
