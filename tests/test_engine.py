@@ -341,6 +341,18 @@ def test_a_step_that_computes_something_else_is_not_kept() -> None:
             engine.step(2)
 
 
+def test_rows_that_are_put_back_in_other_places_are_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def in_their_order(hidden: torch.Tensor, _: int, index: Any, source: torch.Tensor) -> Any:
+        return hidden[: len(index)].copy_(source)
+
+    first = FirstModel.from_base(tiny_llama())
+    monkeypatch.setattr(torch.Tensor, "index_copy_", in_their_order)
+    with pytest.raises(UnsupportedModelError, match="gives other logits"):
+        by_operation(first).step(2)
+
+
 def test_a_failing_compiler_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor
 
