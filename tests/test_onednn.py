@@ -32,12 +32,17 @@ def first() -> FirstModel:
 
 
 @pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine whose oneDNN has no bfloat16."""
+def anew() -> Iterator[None]:
+    """Whether oneDNN can be used is asked again, in the test and after it."""
     onednn._usable.cache_clear()
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     yield
     onednn._usable.cache_clear()
+
+
+@pytest.fixture
+def elsewhere(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose oneDNN has no bfloat16."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
 
 
 def opaque(engine: DecodeEngine, rows: int) -> list[bool]:
@@ -148,9 +153,7 @@ def test_without_it_rows_take_the_plain_product(first: FirstModel) -> None:
 
 
 @needs_onednn
+@pytest.mark.usefixtures("anew")
 def test_another_inductor_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    onednn._usable.cache_clear()
     monkeypatch.delattr("torch._inductor.mkldnn_ir.LinearUnary")
     assert not onednn.takes(torch.zeros(2, 2, dtype=torch.bfloat16))
-    monkeypatch.undo()
-    onednn._usable.cache_clear()

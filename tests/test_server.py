@@ -571,13 +571,19 @@ def test_many_clients_with_other_masks_get_their_own_answers(running: Running) -
         list(pool.map(ask, range(96)))
 
 
+def write_artifact(folder: Path, lora: LoraConfig | None = None) -> FirstModel:
+    """Write a tiny model to `base` and routers for it, and LoRA, to `artifact`."""
+    tiny_llama().save_pretrained(folder / "base")
+    make_byte_tokenizer().save_pretrained(folder / "base")
+    base, tokenizer = load_base(str(folder / "base"))
+    first = FirstModel.from_base(get_peft_model(base, lora) if lora else base, tokenizer=tokenizer)
+    first.save_pretrained(str(folder / "artifact"))
+    return first
+
+
 def test_what_is_served_has_its_lora_merged(tmp_path: Path) -> None:
-    make_byte_tokenizer().save_pretrained(tmp_path / "base")
-    tiny_llama().save_pretrained(tmp_path / "base")
-    base, tokenizer = load_base(str(tmp_path / "base"))
-    base = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
-    first = FirstModel.from_base(base, tokenizer=tokenizer)
-    first.save_pretrained(str(tmp_path / "artifact"))
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    first = write_artifact(tmp_path, lora)
     options = ServeConfig(artifact=str(tmp_path / "artifact"), model=str(tmp_path / "base"))
     served = load(options)
     ids = torch.arange(1, 9)[None]
@@ -589,10 +595,7 @@ class Serving:
     """`firstlm serve` in a process of its own."""
 
     def __init__(self, folder: Path, *words: str) -> None:
-        tiny_llama().save_pretrained(folder / "base")
-        make_byte_tokenizer().save_pretrained(folder / "base")
-        base, tokenizer = load_base(str(folder / "base"))
-        FirstModel.from_base(base, tokenizer=tokenizer).save_pretrained(str(folder / "artifact"))
+        write_artifact(folder)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -30,8 +30,8 @@ def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def ordered(weight: torch.Tensor) -> torch.Tensor:
-    """Return a weight [outputs, inputs] in oneDNN's order; its strides say nothing."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+    """Return a contiguous weight [outputs, inputs] in oneDNN's order; its strides say nothing."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
 
 
 def takes(weight: torch.Tensor) -> bool:

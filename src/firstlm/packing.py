@@ -81,7 +81,10 @@ def effective_weight(root: nn.Module, name: str) -> torch.Tensor:
 
 
 def joined_weight(root: nn.Module, names: Sequence[str]) -> torch.Tensor:
-    """Return weights [outputs, inputs] joined along their outputs; one alone is not copied."""
+    """Return weights [outputs, inputs] joined along their outputs, contiguous.
+
+    One that is alone, and lies so, is not copied.
+    """
     found = [effective_weight(root, name) for name in names]
     return found[0].contiguous() if len(found) == 1 else torch.cat(found)
 
