@@ -27,7 +27,7 @@ COLORS = {
     "early_exit": "#be123c",
     "static_importance": "#4d7c0f",
 }
-SPARE_COLORS = ("#db2777", "#ca8a04", "#475569", "#9333ea", "#65a30d", "#0f766e", "#991b1b")
+SPARE_COLORS = ("#db2777", "#ca8a04", "#475569", "#65a30d", "#0f766e", "#991b1b", "#111827")
 WIDE = 28  # letters of a label, from which on two columns of them are enough
 LENGTH_GROUPS = 4  # of prompts, from short to long
 SWEPT = {"alpha": "alpha, weight of the non-skip penalty", "l2": "lambda, weight of the L2 penalty"}
