@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Row:
     first: int
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Part:
     """Tokens of a step that run a layer.
 
@@ -50,26 +50,38 @@ class Part:
         rows: the requests they belong to, by their place in the step.
         counts: how many of each request's tokens run, from its first one on.
         index: their places in the step's row [tokens].
-        runs: which of the step's tokens they are [all tokens, 1]; only where others ride along.
-        metadata: attention metadata and slots by attention group, as far as built.
+        riding: the places of the step's other tokens, where these ride along.
     """
 
     rows: list[int]
     counts: list[int]
     index: torch.Tensor
-    runs: torch.Tensor | None = None
-    metadata: dict[int, tuple[Any, torch.Tensor]] = field(default_factory=dict)
+    riding: torch.Tensor | None
 
 
 class Step:
-    """One forward pass of the model over some requests."""
+    """One forward pass of the model over some requests.
 
-    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
+    Args:
+        rows: the requests.
+        device: of the model.
+        before: the step before this one. Where both are of answers of the same requests, as most
+            are, nothing changes about which tokens run a layer.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], device: torch.device, before: Step | None = None
+    ) -> None:
         self.rows, self.device = rows, device
         self.visited: set[int] = set()
+        self.metadata: dict[tuple[Part, int], tuple[Any, torch.Tensor]] = {}  # as far as built
         self._whole = tuple(row.tokens for row in rows)
         self._tokens = sum(self._whole)
         self._parts: dict[tuple[int, ...], Part] = {}
+        answers = all(row.first >= row.state.prompt_length for row in rows)
+        self._answers = [(row.state, row.tokens) for row in rows] if answers else None
+        same = before is not None and answers and before._answers == self._answers
+        self._part_of: dict[int, Part | None] = before._part_of if before and same else {}
 
     def part(self, layer: int, states: Callable[[], torch.Tensor]) -> Part | None:
         """Return which tokens run a layer, None where all do; decides for prompts that enter it.
@@ -79,6 +91,11 @@ class Step:
             states: returns the hidden states that enter it [tokens, hidden].
         """
         self.visited.add(layer)
+        if layer not in self._part_of:
+            self._part_of[layer] = self._find(layer, states)
+        return self._part_of[layer]
+
+    def _find(self, layer: int, states: Callable[[], torch.Tensor]) -> Part | None:
         counts = tuple(self._count(row, layer, states) for row in self.rows)
         if counts == self._whole:
             return None
@@ -89,12 +106,11 @@ class Step:
                 for i in rows
                 for place in range(self.rows[i].begin, self.rows[i].begin + counts[i])
             ]
-            index = torch.tensor(places, dtype=torch.long, device=self.device)
-            part = Part(rows, [counts[i] for i in rows], index)
+            index, riding = torch.tensor(places, dtype=torch.long, device=self.device), None
             if self._tokens <= RIDE_ALONG:
-                runs = torch.zeros(self._tokens, 1, dtype=torch.bool, device=self.device)
-                part.runs = runs.index_fill_(0, index, True)
-            self._parts[counts] = part
+                others = sorted(set(range(self._tokens)).difference(places))
+                riding = torch.tensor(others, dtype=torch.long, device=self.device)
+            self._parts[counts] = Part(rows, [counts[i] for i in rows], index, riding)
         return self._parts[counts]
 
     def _count(self, row: Row, layer: int, states: Callable[[], torch.Tensor]) -> int:
@@ -137,6 +153,7 @@ class LayerRouting:
             for layer in layers
         ]
         self._step: Step | None = None
+        self._before: Step | None = None
         self._groups: list[_Group] = []
         self._group_of: dict[str, int] = {}
 
@@ -156,10 +173,11 @@ class LayerRouting:
         Raises:
             RuntimeError: layers ran without asking, as they do when the whole model is compiled.
         """
-        self._step = Step(rows, self.device)
+        self._step, self._before = Step(rows, self.device, self._before), None
         try:
             yield
             missed = self.count - len(self._step.visited)
+            self._before = self._step
         finally:
             self._step = None
         if missed:
@@ -187,16 +205,19 @@ class LayerRouting:
         """
         if residual is None:  # so that a skipped first layer leaves what the next one expects
             residual = torch.zeros_like(hidden)
-        before = residual
-        part = self._part(layer, lambda: hidden + before)
+        entering = residual
+        part = self._part(layer, lambda: hidden + entering)
         if part is None:
             return run(positions, hidden, residual)
         if not part.rows:
             return hidden, residual
-        index, runs = part.index, part.runs
-        if runs is not None and len(runs) == len(hidden):
-            new_hidden, new_residual = run(positions, hidden.clone(), residual.clone())
-            return torch.where(runs, new_hidden, hidden), torch.where(runs, new_residual, residual)
+        index, riding = part.index, part.riding
+        if riding is not None and len(index) + len(riding) == len(hidden):
+            kept = hidden.index_select(0, riding), residual.index_select(0, riding)
+            new = run(positions, hidden, residual)  # which writes into both
+            for tensor, before in zip(new, kept, strict=True):
+                tensor.index_copy_(0, riding, before)
+            return new
         with self._attending(layer, part):
             new_hidden, new_residual = run(positions[index], hidden[index], residual[index])
         return hidden.index_copy(0, index, new_hidden), residual.index_copy(0, index, new_residual)
@@ -225,12 +246,13 @@ class LayerRouting:
                 return value.index_select(1, index) if packed else value
             return tuple(map(pick, value)) if isinstance(value, tuple) else value
 
-        runs = part.runs
+        riding = part.riding
         if not part.rows:
             new = hidden
-        elif runs is not None and len(runs) == tokens:
+        elif riding is not None and len(index) + len(riding) == tokens:
+            kept = hidden.index_select(1, riding)
             output = run(*args, **kwargs)
-            new = torch.where(runs, output[0] if size else output, hidden)
+            new = (output[0] if size else output).index_copy(1, riding, kept)
         else:
             with self._attending(layer, part):
                 picked = {name: pick(value) for name, value in kwargs.items()}
@@ -247,12 +269,12 @@ class LayerRouting:
         from vllm.forward_context import get_forward_context
 
         assert self._step is not None
-        context = get_forward_context()
+        context, built = get_forward_context(), self._step.metadata
         for name in self.attention[layer]:
             group = self._group_of[name]
-            if group not in part.metadata:
-                part.metadata[group] = self._groups[group].of(part, self._step.rows)
-            context.attn_metadata[name], context.slot_mapping[name] = part.metadata[group]
+            if (part, group) not in built:
+                built[part, group] = self._groups[group].of(part, self._step.rows)
+            context.attn_metadata[name], context.slot_mapping[name] = built[part, group]
         yield
 
 
