@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     options = parser.parse_args()
     model = FirstModel.from_pretrained(options.artifact, dtype=options.dtype)
+    model.merge_and_unload()  # as `firstlm generate` and `firstlm serve` do
     file = Path(os.environ[DATA_VARIABLE]) / options.data / "test.jsonl.gz"
     examples = scored_examples(str(file), limit=options.prompts)
     texts = [

@@ -95,10 +95,10 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     options = parser.parse_args()
     folder = str(folder_for(options.artifact, options.dtype))
-    rows = []
+    rows, engines = [], []  # all stay: vLLM's process groups go with the first engine that does
     for mode in options.modes:
-        eager = mode == "eager"
-        ours, stock = (engine(folder, options, s, eager) for s in (False, True))
+        engines += [engine(folder, options, s, mode == "eager") for s in (False, True)]
+        ours, stock = engines[-2:]
         layers = ours.llm_engine.model_config.hf_config.num_hidden_layers
         gone = round(RATE * layers)
         rng = random.Random(0)
@@ -134,9 +134,7 @@ def main() -> None:
                     row[f"{name} realised_over_ideal"] = interval(saved)
             rows.append(row)
             print(row, flush=True)
-            made = provenance()
-            write_json(options.output, {"rows": rows, "provenance": made})
-        del ours, stock
+            write_json(options.output, {"rows": rows, "provenance": provenance()})
 
 
 if __name__ == "__main__":
