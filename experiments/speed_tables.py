@@ -148,6 +148,28 @@ def throughput_table(reports: Sequence[dict]) -> list[str]:
     return markdown(["prompts", "masks of", "skipped", "masks", "tokens/s over all layers"], lines)
 
 
+def vllm_table(report: dict) -> list[str]:
+    """Return a table of vLLM's steps: what the plugin costs, and what skipped layers save."""
+    rows = report["rows"]
+    names = ["", *(f"{row['mode']}, {_requests(row['batch'])}" for row in rows)]
+    figures = {
+        "all_over_stock": "all layers, over stock vLLM",
+        "one mask over all": "one mask for all, over all layers",
+        "one mask realised_over_ideal": "of what the bytes promise",
+        "other masks over all": "a mask of its own for each, over all layers",
+    }
+    lines = []
+    for name, said in figures.items():
+        cells = [row.get(name) for row in rows]
+        shown = ["{:.3f} ({:.3f} to {:.3f})".format(*cell) if cell else "" for cell in cells]
+        lines.append([said, *shown])
+    return markdown(names, lines)
+
+
+def _requests(count: int) -> str:
+    return "1 request" if count == 1 else f"{count} requests"
+
+
 def bench_text(report: dict) -> list[str]:
     """Return what README says about speed."""
     return [

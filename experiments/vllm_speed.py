@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"])
     parser.add_argument("--output", required=True)
     options = parser.parse_args()
+    made = provenance()
     folder = str(folder_for(options.artifact, options.dtype))
     rows, engines = [], []  # all stay: vLLM's process groups go with the first engine that does
     for mode in options.modes:
@@ -134,7 +135,7 @@ def main() -> None:
                     row[f"{name} realised_over_ideal"] = interval(saved)
             rows.append(row)
             print(row, flush=True)
-            write_json(options.output, {"rows": rows, "provenance": provenance()})
+            write_json(options.output, {"rows": rows, "provenance": made})
 
 
 if __name__ == "__main__":
