@@ -141,11 +141,13 @@ def throughput_table(reports: Sequence[dict]) -> list[str]:
             f"{row['skip_rate']:.1%}",
             str(row["masks"]),
             f"{_between(row, 'speedup')}x",
+            f"{_between(row, 'prompts_speedup')}x",
         ]
         for report in reports
         for row in report["rows"][1:]
     ]
-    return markdown(["prompts", "masks of", "skipped", "masks", "tokens/s over all layers"], lines)
+    names = ["prompts", "masks of", "skipped", "masks"]
+    return markdown([*names, "tokens/s over all layers", "prompts/s over all layers"], lines)
 
 
 def vllm_table(report: dict) -> list[str]:

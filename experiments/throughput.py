@@ -25,6 +25,11 @@ from firstlm.model import FirstModel
 from firstlm.results import DATA_VARIABLE, provenance, sha256_of, write_json
 
 
+def ratios(ours: list[float], others: list[float]) -> list[float]:
+    """Return one arm's figures over another's, slice by slice."""
+    return [a / b for a, b in zip(ours, others, strict=True)]
+
+
 def main() -> None:
     """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -60,7 +65,10 @@ def main() -> None:
         "eos_token_ids": None if options.end else (),
         "progress": False,
     }
-    found: dict[str, dict[str, list]] = {name: {"rate": [], "masks": []} for name in arms}
+    made = provenance(0, data={options.data: sha256_of(file)})
+    found: dict[str, dict[str, list]] = {
+        name: {"rate": [], "seconds": [], "masks": []} for name in arms
+    }
     rng = random.Random(0)
     for arm in arms.values():  # compiles
         generate_many(model, texts[: 2 * options.batch_size], **(more | arm))
@@ -70,10 +78,11 @@ def main() -> None:
             start = time.perf_counter()
             answers = generate_many(model, part, **(more | arms[name]))
             seconds = time.perf_counter() - start
+            found[name]["seconds"].append(seconds)
             found[name]["rate"].append(sum(len(a.ids) for a in answers) / seconds)
             found[name]["masks"] += [tuple(a.keep.tolist()) for a in answers]
         print(turn, {name: round(one["rate"][-1], 1) for name, one in found.items()}, flush=True)
-    whole = found["all layers"]["rate"]
+    whole = found["all layers"]
     rows = [
         {
             "arm": name,
@@ -81,7 +90,8 @@ def main() -> None:
             "masks": len(set(one["masks"])),
             "tokens_per_s": sorted(one["rate"])[len(one["rate"]) // 2],
         }
-        | spread("speedup", [a / b for a, b in zip(one["rate"], whole, strict=True)], seed=0)
+        | spread("speedup", ratios(one["rate"], whole["rate"]), seed=0)
+        | spread("prompts_speedup", ratios(whole["seconds"], one["seconds"]), seed=0)
         for name, one in found.items()
     ]
     report = {
@@ -90,7 +100,7 @@ def main() -> None:
         "prompt_tokens": sum(map(len, texts)) / len(texts),
     }
     report["threads"] = torch.get_num_threads()
-    report["provenance"] = provenance(0, data={options.data: sha256_of(file)})
+    report["provenance"] = made
     write_json(options.output, report)
     for row in rows:
         print(row)
