@@ -8,9 +8,11 @@ nothing for models that are not ours.
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -35,6 +37,7 @@ def register() -> None:
     _wrap_requests()
     _wrap_runner()
     _wrap_scheduler()
+    _wrap_streams()
 
 
 class _Config:
@@ -212,3 +215,44 @@ def _wrap_scheduler() -> None:
         return update_from_output
 
     _wrap(Scheduler, "update_from_output", update)
+
+
+def _wrap_streams() -> None:
+    """Say the same in streams: in the chunk that ends an answer."""
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+
+    _wrap(OpenAIServingChat, "chat_completion_stream_generator", streamed)
+    _wrap(OpenAIServingCompletion, "completion_stream_generator", streamed)
+
+
+def streamed(before: Callable[..., AsyncIterator[str]]) -> Callable[..., AsyncIterator[str]]:
+    """Put reports into what one of vLLM's functions streams.
+
+    Args:
+        before: takes `result_generator`, of outputs or of (prompt, output), and yields server-sent
+            events; those of an output come before the next one is taken.
+    """
+    signature = inspect.signature(before)
+
+    async def events(*args: Any, **kwargs: Any) -> AsyncIterator[str]:
+        report: Any = None
+
+        async def noted(results: AsyncIterator[Any]) -> AsyncIterator[Any]:
+            nonlocal report
+            async for result in results:
+                output = result[1] if isinstance(result, tuple) else result
+                report = (output.kv_transfer_params or {}).get(REPORT)
+                yield result
+
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments["result_generator"] = noted(bound.arguments["result_generator"])
+        async for event in before(*bound.args, **bound.kwargs):
+            if report is not None and event.startswith("data: {"):
+                body = json.loads(event.removeprefix("data: "))
+                if any(choice.get("finish_reason") for choice in body.get("choices") or ()):
+                    body["kv_transfer_params"] = {REPORT: report}
+                    event = f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+            yield event
+
+    return events

@@ -205,6 +205,9 @@ def test_vllms_own_server_serves_an_artifact(made: tuple[str, FirstModel], tmp_p
     port = 8000 + os.getpid() % 1000
     words = ["--model", made[0], "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     words += ["--max-model-len", "256", "--max-num-seqs", "8", "--served-model-name", "first"]
+    template = tmp_path / "template"
+    template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    words += ["--chat-template", str(template)]
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     log = (tmp_path / "log").open("w")
     server = subprocess.Popen(
@@ -214,15 +217,31 @@ def test_vllms_own_server_serves_an_artifact(made: tuple[str, FirstModel], tmp_p
         env=env,
     )
 
-    def ask(body: dict[str, Any] | None, path: str = "completions") -> tuple[int, Any]:
+    def send(body: dict[str, Any] | None, path: str) -> tuple[int, bytes]:
         data = None if body is None else json.dumps({"model": "first", **body}).encode()
         head = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/{path}", data, head)
         try:
             with urllib.request.urlopen(request, timeout=60) as found:
-                return found.status, json.loads(found.read())
+                return found.status, found.read()
         except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())
+            return error.code, error.read()
+
+    def ask(body: dict[str, Any] | None, path: str = "completions") -> tuple[int, Any]:
+        status, found = send(body, path)
+        return status, json.loads(found)
+
+    def streamed(body: dict[str, Any], path: str) -> list[Any]:
+        """Return what the events that end an answer say of its layers."""
+        asked = {"stream": True, "stream_options": {"include_usage": True}}
+        status, found = send({**body, **asked}, path)
+        assert status == 200
+        events = [line[6:] for line in found.decode().splitlines() if line]
+        assert events.pop() == "[DONE]"
+        bodies = [json.loads(event) for event in events]
+        ends = [b for b in bodies if b["choices"] and b["choices"][0].get("finish_reason")]
+        assert all("kv_transfer_params" not in b for b in bodies if b not in ends)
+        return [b["kv_transfer_params"]["first"]["keep"] for b in ends]
 
     try:
         for _ in range(240):
@@ -242,6 +261,12 @@ def test_vllms_own_server_serves_an_artifact(made: tuple[str, FirstModel], tmp_p
         assert status == 400
         assert "outside what was calibrated" in json.dumps(found)
         assert ask(prompt)[0] == 200
+        mine = {"vllm_xargs": {"skip_layers": [1, 4]}}
+        assert streamed({**prompt, **mine}, "completions") == [MASK]
+        two = {**prompt, "prompt": PROMPTS[3:5], "vllm_xargs": {"policy": "run_all"}}
+        assert streamed(two, "completions") == [[True] * len(MASK)] * 2
+        said = {"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 4}
+        assert streamed({**said, **mine}, "chat/completions") == [MASK]
     finally:
         server.terminate()
         server.wait(60)
