@@ -231,6 +231,10 @@ def test_policies_that_lack_something_are_refused(tmp_path: Path) -> None:
         model.baseline_for("static_importance", 0.25)
     with pytest.raises(ConfigError, match="firstlm calibrate"):
         model.baseline_for("majority", 0.25)
+    with pytest.raises(ConfigError, match="'routers'; expected one of random, "):
+        model.baseline_for("routers", 0.25)
+    with pytest.raises(ConfigError, match="'routers'; expected one of router, run_all, random, "):
+        model.choices.asked("routers")
     for wrong in ({"policy": "majority"}, {"majority_of": "x"}):
         with pytest.raises(ConfigError, match="go together"):
             config(tmp_path, **wrong)

@@ -303,7 +303,7 @@ def test_what_runs_ahead_of_a_stop_text_is_not_counted() -> None:
         ({"prompt": "a", "keep": [1, 1, 1, 1]}, 400, "keep"),
         ({"prompt": "a", "skip_rate": 1.5}, 400, "skip_rate"),
         ({"prompt": "a", "skip_rate": 0.25}, 400, "calibrat"),
-        ({"prompt": "a", "policy": "magic"}, 400, "policy"),
+        ({"prompt": "a", "policy": "magic"}, 400, "Input should be 'router'"),
         ({"prompt": "a", "policy": "unified"}, 400, "needs a skip_rate"),
         ({"prompt": "a", "policy": "run_all", "skip_rate": 0.5}, 400, "skips no layers"),
         ({"prompt": None}, 400, "prompt"),

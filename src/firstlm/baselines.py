@@ -171,6 +171,17 @@ def random_order(layers: int, free: Sequence[int] | None = None, seed: int = 0) 
     return random.Random(f"{seed} order").sample(free, len(free))
 
 
+def check_name(name: str, *others: str) -> None:
+    """Check that a policy's name is that of a baseline, or one of others.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if name not in (*others, *BASELINES):
+        known = ", ".join((*others, *BASELINES))
+        raise ConfigError(f"policy is {name!r}; expected one of {known}.")
+
+
 @dataclass(frozen=True)
 class Baseline:
     """A policy for every skip rate; what an artifact may have in place of routers.
@@ -195,8 +206,7 @@ class Baseline:
     answers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.name not in BASELINES:
-            raise ConfigError(f"policy is {self.name!r}; expected one of {', '.join(BASELINES)}.")
+        check_name(self.name)
         if self.name == "skip_decode":
             if not self.answers:
                 raise ConfigError("The policy 'skip_decode' needs the lengths of answers.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from firstlm import artifact_files
-from firstlm.baselines import Baseline
+from firstlm.baselines import Baseline, check_name
 from firstlm.config import UNMEASURED, check_skip_rate
 from firstlm.errors import ConfigError
 from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
@@ -63,6 +63,7 @@ class Choices:
 
     def named(self, name: str, skip_rate: float, prefill: str = "skip", seed: int = 0) -> Baseline:
         """Return a baseline; see `FirstModel.baseline_for`."""
+        check_name(name)
         if self.baseline is not None and self.baseline.name == name:
             return replace(self.baseline, rate=skip_rate)
         orders = ()
@@ -108,6 +109,7 @@ class Choices:
             return RunAll()
         if policy in (None, "router"):
             return self.at(skip_rate, prefill)
+        check_name(policy, "router", "run_all")
         if skip_rate is None:
             raise ConfigError(f"The policy {policy!r} needs a skip_rate, such as 0.25.")
         return self.named(policy, check_skip_rate(skip_rate), prefill).at()

@@ -68,13 +68,15 @@ def _mask(extra: Mapping[str, Any], layers: int) -> list[bool] | None:
         raise ConfigError("Both keep and skip_layers were given; give one of them.")
     if skipped is not None:
         if not isinstance(skipped, Sequence) or not all(
-            isinstance(i, int) and 0 <= i < layers for i in skipped
+            isinstance(i, int) and not isinstance(i, bool) and 0 <= i < layers for i in skipped
         ):
             raise ConfigError(
                 f"skip_layers is {skipped!r}; expected a list of layers from 0 to {layers - 1}."
             )
         return [i not in skipped for i in range(layers)]
-    if keep is not None and not (isinstance(keep, Sequence) and all(k in (0, 1) for k in keep)):
+    if keep is not None and not (
+        isinstance(keep, Sequence) and keep and all(k in (0, 1) for k in keep)
+    ):
         raise ConfigError(f"keep is {keep!r}; expected true or false for each of {layers} layers.")
     return None if keep is None else [bool(k) for k in keep]
 

@@ -73,7 +73,10 @@ def test_a_prompt_read_before_under_another_mask_is_read_anew(
         ({"skip_layers": [LAYERS]}, "from 0 to 5"),
         ({"skip_layers": [0], "keep": MASK}, "give one of them"),
         ({"keep": MASK, "skip_rate": 0.2}, "mask of its own"),
-        ({"policy": "best"}, "best"),
+        ({"policy": "best"}, "expected one of router, run_all, random"),
+        ({"policy": "unified"}, "needs a skip_rate"),
+        ({"skip_layers": [True]}, "list of layers"),
+        ({"keep": []}, "true or false for each"),
         ({"prefill": "half"}, "expected 'skip' or 'full'"),
     ],
 )
