@@ -219,6 +219,7 @@ def pages() -> dict[Path, str]:
         ROOT / "docs" / "capacity.md": capacity_page(ROOT / "docs" / "capacity.md"),
         ROOT / "docs" / "speed.md": speed_page(ROOT / "docs" / "speed.md"),
         ROOT / "docs" / "vllm.md": vllm_page(ROOT / "docs" / "vllm.md"),
+        ROOT / "docs" / "quality.md": quality_page(ROOT / "docs" / "quality.md"),
         adaptivity: _filled(
             adaptivity,
             ["\n".join(adaptivity_table())],
@@ -241,6 +242,13 @@ def speed_page(file: Path) -> str:
     tables += [profile_table(profile)]
     made = [f"- `{command(report)}`" for report in (bench, prompts, profile, *many)]
     return _filled(file, *(["\n".join(lines)] for lines in (*tables, made)))
+
+
+def quality_page(file: Path) -> str:
+    """Return the page on how to train for more quality."""
+    found = {section.file: (section, rows) for section, rows in sections().items()}
+    tables = [compact_table(*found[name]) for name in ("qamr_long", "multi30k_long")]
+    return _filled(file, *(["\n".join(lines)] for lines in tables))
 
 
 def vllm_page(file: Path) -> str:
