@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from firstlm.decisions import RoutingState
-from firstlm.policies import FixedMask
+from firstlm.policies import FixedMask, Prompts
 from firstlm.vllm_routing import RIDE_ALONG, Part, Row, Step
 
 CPU = torch.device("cpu")
@@ -70,7 +70,7 @@ def test_answers_of_the_same_requests_run_what_they_ran_the_step_before() -> Non
     assert all(a is b for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("change", ["order", "fewer", "another", "again", "tokens"])
+@pytest.mark.parametrize("change", ["order", "fewer", "another", "a prompt", "again", "tokens"])
 def test_other_requests_are_asked_anew(change: str) -> None:
     requests = states()
     before = Step(rows_of(requests, None, LENGTHS), CPU)
@@ -81,9 +81,11 @@ def test_other_requests_are_asked_anew(change: str) -> None:
         rows, expected = rows_of(requests[::-1], 1, [1, 1, 1]), [[0, 2], [0], None]
     elif change == "fewer":
         rows, expected = rows_of(requests[:2], 1, [1, 1]), [[0], [], None]
-    elif change == "another":  # with the same mask as another one that went
-        others = [requests[0], requests[2], states()[1]]
-        rows = [*rows_of(others[:2], 1, [1, 1]), Row(others[2], 2, 3, 0)]
+    elif change == "another":  # an answer in place of another one
+        rows = rows_of([requests[0], requests[2], requests[2]], 1, [1, 1, 1])
+        expected = [None, [1, 2], None]
+    elif change == "a prompt":  # comes beside answers
+        rows = [*rows_of([requests[0], requests[2]], 1, [1, 1]), Row(states()[1], 2, 3, 0)]
         expected = [[0, 1], [1], None]
     elif change == "again":  # a request that was preempted comes with its prompt
         rows, expected = rows_of(requests, None, LENGTHS), [[0, 1, 5, 6], [5, 6], None]
@@ -109,3 +111,33 @@ def test_chunks_of_equal_length_are_not_taken_for_answers() -> None:
     second = Step([Row(state, 0, 2, 2)], CPU, first)
     assert found(second, lambda: torch.ones(2, 4)) == [None, None, None]
     assert state.complete
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [(0, 4)],
+        [(0, 2), (2, 4)],
+        [(0, 2), (0, 2), (2, 4)],  # preempted, and read again from its beginning
+        [(0, 3), (0, 2), (2, 4)],
+        [(0, 3), (2, 4)],  # and from where its cached keys end
+        [(0, 3), (1, 2), (2, 4)],
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_each_token_of_a_prompt_is_pooled_once(chunks: list[tuple[int, int]], padded: bool) -> None:
+    seen = []
+
+    class Sees:
+        def decide(self, layer: int, prompts: Prompts) -> torch.Tensor:
+            seen.append(prompts.mean)
+            return torch.ones(1, dtype=torch.bool)
+
+    mask = torch.ones(1, 4)
+    mask[0, 0] = not padded
+    hidden = torch.tensor([1.0, 2.0, 4.0, 8.0]).view(1, 4, 1)
+    state = RoutingState(Sees(), mask, 1, prefill="full")
+    whole = [state.observe(0, hidden[:, begin:end], begin) for begin, end in chunks]
+    assert whole == [False] * (len(chunks) - 1) + [True]
+    state.decide(0, CPU)
+    assert seen[0].item() == pytest.approx(14 / 3 if padded else 15 / 4)

@@ -85,6 +85,7 @@ class RoutingState:
         self._row_keep: list[list[bool] | None] = [None] * self.layers
         self._rows: list[torch.Tensor | None] = [None] * self.layers
         self._means: list[torch.Tensor | None] = [None] * self.layers
+        self._pooled = [0] * self.layers  # tokens of the prompt that the means hold
 
     def begin(self, prompt_length: int) -> None:
         """Count a further call that starts with `prompt_length` tokens; decisions stay."""
@@ -157,24 +158,33 @@ class RoutingState:
         if self.row_count == 0:
             self.row_count = hidden.shape[0]
         last = first + hidden.shape[1]
-        part = hidden if self.row_count == prompts else hidden[:: self.row_count // prompts]
-        if self._padded:
-            mask = self.prompt_mask[:, first:last].to(hidden.device)
-            part = torch.where(mask.unsqueeze(-1), part, 0)
-            mean = part.sum(1, dtype=torch.float32) / self._lengths.to(hidden.device)
-        else:
-            mean = part.mean(1, dtype=torch.float32)
-            if part.shape[1] != length:
-                mean = mean * (part.shape[1] / length)
-        before = self._means[layer]
-        self._means[layer] = mean if before is None else before + mean
+        begin = max(first, self._pooled[layer])  # what is read anew, after a preemption, is known
+        if begin < last:
+            part = hidden[:, begin - first :]
+            if self.row_count != prompts:
+                part = part[:: self.row_count // prompts]
+            mean = self._mean(part, begin)
+            before = self._means[layer]
+            self._means[layer] = mean if before is None else before + mean
+            self._pooled[layer] = last
         return last >= length
+
+    def _mean(self, part: torch.Tensor, begin: int) -> torch.Tensor:
+        """Return what a part of the prompts, from a token on, adds to their means."""
+        end = begin + part.shape[1]
+        if self._padded:
+            mask = self.prompt_mask[:, begin:end].to(part.device)
+            part = torch.where(mask.unsqueeze(-1), part, 0)
+            return part.sum(1, dtype=torch.float32) / self._lengths.to(part.device)
+        mean = part.mean(1, dtype=torch.float32)
+        length = self.prompt_mask.shape[1]
+        return mean if part.shape[1] == length else mean * (part.shape[1] / length)
 
     def decide(self, layer: int, device: torch.device) -> None:
         """Ask the policy about a layer and fix the answer for every row."""
         mean = self._means[layer]
         assert mean is not None, "decide before observe"
-        self._means[layer] = None
+        self._means[layer], self._pooled[layer] = None, 0
         answer = self.policy.decide(layer, PromptStates(mean, self))
         if self.decided(layer):  # a checkpointed layer replayed in backward: the answer stands
             score = self.scores[layer]

@@ -12,7 +12,9 @@ import inspect
 import json
 import os
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+import warnings
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from functools import wraps
 from typing import Any
 
@@ -197,7 +199,10 @@ def _rows(runner: Any, decisions: Any) -> list[Any]:
 
 
 def _wrap_scheduler() -> None:
-    """Say in an answer which layers its request ran."""
+    """Say in an answer which layers its request ran.
+
+    Every output says it: whether one is the last, vLLM knows only where it reads the text.
+    """
     from vllm.v1.core.sched.scheduler import Scheduler
 
     def update(before: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,7 +212,7 @@ def _wrap_scheduler() -> None:
             for outputs in found.values():
                 for one in outputs.outputs:
                     keep = made.get(one.request_id)
-                    if one.finish_reason is not None and keep is not None:
+                    if keep is not None:
                         report = {"keep": keep, "skip_rate": 1 - sum(keep) / len(keep)}
                         one.kv_transfer_params = {**(one.kv_transfer_params or {}), REPORT: report}
             return found
@@ -218,15 +223,18 @@ def _wrap_scheduler() -> None:
 
 
 def _wrap_streams() -> None:
-    """Say the same in streams: in the chunk that ends an answer."""
-    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
-
+    """Say the same in streams of completions and chats: in the chunk that ends an answer."""
+    try:
+        from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+        from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    except ImportError as error:
+        warnings.warn(f"Streams do not say which layers ran: {error}.", stacklevel=2)
+        return
     _wrap(OpenAIServingChat, "chat_completion_stream_generator", streamed)
     _wrap(OpenAIServingCompletion, "completion_stream_generator", streamed)
 
 
-def streamed(before: Callable[..., AsyncIterator[str]]) -> Callable[..., AsyncIterator[str]]:
+def streamed(before: Callable[..., AsyncGenerator[str]]) -> Callable[..., AsyncGenerator[str]]:
     """Put reports into what one of vLLM's functions streams.
 
     Args:
@@ -235,24 +243,35 @@ def streamed(before: Callable[..., AsyncIterator[str]]) -> Callable[..., AsyncIt
     """
     signature = inspect.signature(before)
 
-    async def events(*args: Any, **kwargs: Any) -> AsyncIterator[str]:
+    async def events(*args: Any, **kwargs: Any) -> AsyncGenerator[str]:
         report: Any = None
 
-        async def noted(results: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async def noted(results: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
             nonlocal report
-            async for result in results:
-                output = result[1] if isinstance(result, tuple) else result
-                report = (output.kv_transfer_params or {}).get(REPORT)
-                yield result
+            async with aclosing(results):
+                async for result in results:
+                    output = result[1] if isinstance(result, tuple) else result
+                    ends = any(one.finish_reason for one in output.outputs)
+                    report = (output.kv_transfer_params or {}).get(REPORT) if ends else None
+                    yield result
 
         bound = signature.bind(*args, **kwargs)
-        bound.arguments["result_generator"] = noted(bound.arguments["result_generator"])
-        async for event in before(*bound.args, **bound.kwargs):
-            if report is not None and event.startswith("data: {"):
-                body = json.loads(event.removeprefix("data: "))
-                if any(choice.get("finish_reason") for choice in body.get("choices") or ()):
-                    body["kv_transfer_params"] = {REPORT: report}
-                    event = f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
-            yield event
+        results = noted(bound.arguments["result_generator"])
+        bound.arguments["result_generator"] = results
+        # Closed with the stream, so that vLLM drops a request whose client has gone.
+        async with aclosing(results), aclosing(before(*bound.args, **bound.kwargs)) as inner:
+            async for event in inner:
+                yield event if report is None else _with_report(event, report)
 
     return events
+
+
+def _with_report(event: str, report: Mapping[str, Any]) -> str:
+    """Return a server-sent event with a report in it, if it ends an answer."""
+    if not event.startswith("data: {"):
+        return event
+    body = json.loads(event.removeprefix("data: "))
+    if not any(choice.get("finish_reason") for choice in body.get("choices") or ()):
+        return event
+    body["kv_transfer_params"] = {**(body.get("kv_transfer_params") or {}), REPORT: report}
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"

@@ -212,11 +212,11 @@ class LayerRouting:
         if not part.rows:
             return hidden, residual
         index, riding = part.index, part.riding
-        if riding is not None and len(index) + len(riding) == len(hidden):
+        if riding is not None:
             kept = hidden.index_select(0, riding), residual.index_select(0, riding)
-            new = run(positions, hidden, residual)  # which writes into both
-            for tensor, before in zip(new, kept, strict=True):
-                tensor.index_copy_(0, riding, before)
+            new = run(positions, hidden, residual)  # which may write into both
+            for tensor, rows in zip(new, kept, strict=True):
+                tensor.index_copy_(0, riding, rows)
             return new
         with self._attending(layer, part):
             new_hidden, new_residual = run(positions[index], hidden[index], residual[index])
@@ -249,7 +249,7 @@ class LayerRouting:
         riding = part.riding
         if not part.rows:
             new = hidden
-        elif riding is not None and len(index) + len(riding) == tokens:
+        elif riding is not None:
             kept = hidden.index_select(1, riding)
             output = run(*args, **kwargs)
             new = (output[0] if size else output).index_copy(1, riding, kept)

@@ -24,7 +24,7 @@ class Wish:
         policy: what decides.
         prefill: "skip" or "full".
         salt: equal for requests whose keys and values may stand in for one another's; None where
-            the mask depends on the prompt, and nothing may be shared.
+            nothing may be shared: the mask depends on the prompt, or holds for the answer alone.
     """
 
     policy: Policy
@@ -67,7 +67,7 @@ def _mask(extra: Mapping[str, Any], layers: int) -> list[bool] | None:
     if keep is not None and skipped is not None:
         raise ConfigError("Both keep and skip_layers were given; give one of them.")
     if skipped is not None:
-        if not isinstance(skipped, Sequence) or not all(
+        if not isinstance(skipped, (list, tuple)) or not all(
             isinstance(i, int) and not isinstance(i, bool) and 0 <= i < layers for i in skipped
         ):
             raise ConfigError(
@@ -75,18 +75,22 @@ def _mask(extra: Mapping[str, Any], layers: int) -> list[bool] | None:
             )
         return [i not in skipped for i in range(layers)]
     if keep is not None and not (
-        isinstance(keep, Sequence) and keep and all(k in (0, 1) for k in keep)
+        isinstance(keep, (list, tuple)) and keep and all(k in (0, 1) for k in keep)
     ):
         raise ConfigError(f"keep is {keep!r}; expected true or false for each of {layers} layers.")
     return None if keep is None else [bool(k) for k in keep]
 
 
 def _salt(policy: Policy, prefill: str) -> str | None:
-    """Return what tells masks apart that are known before the prompt is."""
-    if isinstance(policy, RunAll):
+    """Return what tells masks apart that are known before the prompt is.
+
+    With prefill="full" an answer's tokens have no keys where they skipped, and a later prompt that
+    holds the answer must not find them.
+    """
+    if isinstance(policy, RunAll) or (isinstance(policy, FixedMask) and policy.keep.all()):
         return "all"
-    if isinstance(policy, FixedMask):
-        return f"{prefill} " + "".join("01"[k] for k in policy.keep.tolist())
+    if isinstance(policy, FixedMask) and prefill == "skip":
+        return "".join("01"[k] for k in policy.keep.tolist())
     return None
 
 

@@ -265,6 +265,13 @@ def test_vllms_own_server_serves_an_artifact(made: tuple[str, FirstModel], tmp_p
         assert streamed({**prompt, **mine}, "completions") == [MASK]
         two = {**prompt, "prompt": PROMPTS[3:5], "vllm_xargs": {"policy": "run_all"}}
         assert streamed(two, "completions") == [[True] * len(MASK)] * 2
+        drawn = {**prompt, "n": 3, "temperature": 1, "ignore_eos": False, "max_tokens": 40}
+        assert streamed({**drawn, "seed": 1, **mine}, "completions") == [MASK] * 3
+        text = ask({**prompt, **mine})[1]["choices"][0]["text"]
+        stopped = ask({**prompt, **mine, "stop": [text[3]]})[1]
+        assert stopped["choices"][0]["finish_reason"] == "stop"
+        assert stopped["kv_transfer_params"]["first"]["keep"] == MASK
+        assert streamed({**prompt, **mine, "stop": [text[3]]}, "completions") == [MASK]
         said = {"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 4}
         assert streamed({**said, **mine}, "chat/completions") == [MASK]
     finally:

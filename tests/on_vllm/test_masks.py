@@ -63,6 +63,20 @@ def test_a_prompt_read_before_under_another_mask_is_read_anew(
     assert answers(llm, [prompt], [ASKS[0]])[0].num_cached_tokens == 0  # the routers read it
 
 
+@pytest.mark.parametrize("prefill", ["skip", "full"])
+def test_a_second_turn_finds_no_keys_that_the_first_did_not_write(
+    served: tuple[Any, FirstModel], prefill: str
+) -> None:
+    llm, model = served
+    ask = {"keep": MASK, "prefill": prefill}
+    prompt = PROMPTS[-1] * 2
+    first = answers(llm, [prompt], [ask], tokens=70)[0]
+    turn = [*prompt, *first.outputs[0].token_ids, 7, 8, 9]
+    second = answers(llm, [turn], [ask])[0]
+    same_as_reference(second, model, turn, ask)
+    assert (second.num_cached_tokens > len(prompt)) == (prefill == "skip")
+
+
 @pytest.mark.parametrize(
     ("ask", "why"),
     [
