@@ -108,6 +108,7 @@ def same_as_reference(
     tokens = output.outputs[0].token_ids
     found = model.generate(
         torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt)),  # a prompt may hold the id of padding
         max_new_tokens=len(tokens),
         eos_token_id=None,
         policy=policy,
