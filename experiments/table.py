@@ -54,8 +54,8 @@ def compact_table(section: Section, rows: Sequence[Row]) -> list[str]:
         by_policy.setdefault(shown, {})[row["skip_rate_asked"]] = row
     for shown, by_rate in by_policy.items():
         cells = [_cell(by_rate.get(rate)) for rate in (0.0, *RATES)]
-        seeds = max(row["seeds"] for row in by_rate.values())
-        lines.append(f"| {shown} | {' | '.join(cells)} | {seeds} |")
+        seeds = sorted({row["seeds"] for row in by_rate.values()})
+        lines.append(f"| {shown} | {' | '.join(cells)} | {' to '.join(map(str, seeds))} |")
     return lines
 
 

@@ -279,6 +279,20 @@ def test_a_journal_of_other_work_is_not_taken_up(tmp_path):
     assert Journal(tmp_path / "j", {"seed": 2}).parts == {"b": 2}
 
 
+@pytest.mark.parametrize("damage", [b"{nope\n", b'{"name": "\xe9", "done": 1}\n', b"[1]\n", b"\n"])
+def test_a_damaged_line_of_a_journal_costs_its_part_alone(tmp_path, damage):
+    file = tmp_path / "j"
+    journal = Journal(file, 1)
+    for name in "abc":
+        journal.put(name, name * 2)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:2], damage, lines[3]]))
+    found = Journal(file, 1)
+    assert found.parts == {"a": "aa", "c": "cc"}
+    found.put("b", "bb")
+    assert Journal(file, 1).parts == {"a": "aa", "c": "cc", "b": "bb"}
+
+
 def test_a_journal_survives_being_cut_off_again_and_again(tmp_path):
     """Also with texts that hold line ends which are none in a file of lines."""
     file = tmp_path / "j"

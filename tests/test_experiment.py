@@ -88,8 +88,12 @@ def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys)
     file = Path(words[2]) / "tiny.yaml"
     plain = "  lora: {train: {stage: lora, skip_rate: 0.0}, eval: {policies: [run_all]}}\n"
     file.write_text(file.read_text() + plain)
+    assert cli.main([*words, "--only", "tiny-first-0", "tiny-lora-0"]) == 0
+    assert cli.main([words[0], "summary", *words[2:]]) == 0
+    assert "2 of 4 are not (all) scored yet: tiny-first-1, tiny-majority" in capsys.readouterr().out
     assert cli.main(words) == 0
     assert cli.main([words[0], "summary", *words[2:]]) == 0
+    assert "not (all) scored" not in capsys.readouterr().out
     folder = Path(words[words.index("--results") + 1])
     found = json.loads((folder / "summary.json").read_text())
     kinds = [(r["policy"], r["lora"], r["lora_of"], r["skip_rate_asked"]) for r in found[::3]]
@@ -529,14 +533,24 @@ def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
         ),
     ],
 )
-def test_wrong_files_say_what_is_wrong(words, old, new, says):
+def test_wrong_files_say_what_is_wrong(words, old, new, says, monkeypatch):
+    monkeypatch.setenv("FIRSTLM_DATA", "data")
     file = Path(words[2]) / "tiny.yaml"
     file.write_text(file.read_text().replace(old, new, 1))
     with pytest.raises(ConfigError, match=says):
         jobs_of(file, "runs", "results")
 
 
-def test_the_experiments_of_this_repository_are_sound():
+def test_data_that_cannot_be_found_is_not_taken_for_other_options(words, monkeypatch):
+    file = Path(words[2]) / "tiny.yaml"
+    file.write_text(file.read_text().replace("data: ", "data: qa/none #", 1))
+    monkeypatch.delenv("FIRSTLM_DATA", raising=False)
+    with pytest.raises(ConfigError, match="no folder here, and FIRSTLM_DATA is not set. Set it"):
+        jobs_of(file, "runs", "results")
+
+
+def test_the_experiments_of_this_repository_are_sound(monkeypatch):
+    monkeypatch.setenv("FIRSTLM_DATA", "data")
     files = sorted((Path(__file__).resolve().parent.parent / "experiments").glob("*.yaml"))
     assert files
     for file in files:

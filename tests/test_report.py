@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -51,6 +52,15 @@ def row(arm: str, asked: float, **more) -> dict:
     found |= {"skip_rate_p5": asked, "skip_rate_p95": asked, "distinct_masks": 1.0}
     found |= {"mask_entropy": 0.0, "length_correlation": None, "layer_length_correlation": None}
     return found | more
+
+
+@pytest.mark.parametrize("content", [b"", b'{"task": 1', b'{"a": "caf\xe9"}'])
+def test_a_damaged_result_is_named(tmp_path, capsys, content):
+    (tmp_path / "summary.json").write_text(json.dumps([row("first", 0.15)]))
+    (tmp_path / "qa-first-1.json").write_bytes(content)
+    assert cli.main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert "qa-first-1.json is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_overview_links_to_every_section_with_what_is_kept():

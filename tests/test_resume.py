@@ -19,8 +19,8 @@ import pytest
 import torch
 from training import config, make_examples, make_model, write_run
 
-from firstlm import FirstModel, processes
-from firstlm.errors import ArtifactError, ConfigError
+from firstlm import FirstModel, artifact_files, processes
+from firstlm.errors import ArtifactError, ConfigError, DataError
 from firstlm.phases import train_joint, train_lora, train_routers, work_folder
 from firstlm.train import run
 from firstlm.trainer import DRIVER_FILE, FirstTrainer, last_checkpoint
@@ -270,12 +270,43 @@ def test_another_number_of_processes_does_not_go_on(
     settings = config(tmp_path, model=str(folder), data=str(data), router_steps=1, lora_steps=1)
     assert run(settings) == 0
     assert run(settings) == 0
+    shutil.rmtree(settings.output)  # else there would be nothing to do
     monkeypatch.setattr(processes, "count", lambda: 4)
     monkeypatch.setattr(processes, "is_first", lambda: True)
     with pytest.raises(
         ConfigError, match=r"begun by 1 process\(es\), which take other rows than 4"
     ):
         run(settings)
+
+
+def test_a_finished_run_leaves_its_artifact_as_it_is(
+    tmp_path: Path, byte_tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    settings = config(tmp_path, model=str(folder), data=str(data), router_steps=1, lora_steps=1)
+    assert run(settings) == 0
+    results = {"data": "d", "count": 1, "prefill": "skip", "weights": "float32"}
+    results["runs"] = {"router@0.25": {"skip_rate": 0.25, "em": 50.0}}
+    artifact_files.record(Path(settings.output), "qa", results)
+    before = (Path(settings.output) / "first_config.json").read_bytes()
+    assert run(settings) == 0
+    assert (Path(settings.output) / "first_config.json").read_bytes() == before
+    assert "stays as it is" in capsys.readouterr().out
+    assert run(replace(settings, resume=False)) == 0
+    assert (Path(settings.output) / "first_config.json").read_bytes() != before
+
+
+def test_a_damaged_checkpoint_is_named_with_a_way_out(tmp_path: Path, byte_tokenizer) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    settings = config(tmp_path, model=str(folder), data=str(data), router_steps=1, lora_steps=1)
+    assert run(settings) == 0
+    shutil.rmtree(settings.output)
+    done = next(Path(f"{settings.output}-run").glob("checkpoints/routers/done"))
+    (done / "trainable.safetensors").write_bytes(b"short")
+    with pytest.raises(DataError, match=r"trainable.safetensors is damaged .*--no-resume"):
+        run(settings)
+    shutil.rmtree(done)
+    assert run(settings) == 0
 
 
 def test_data_that_changed_is_not_resumed(tmp_path: Path, byte_tokenizer) -> None:

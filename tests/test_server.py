@@ -76,7 +76,8 @@ class Running:
         self.scheduler.close(5)
 
     def post(self, path: str = "/v1/completions", **body: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60)
+        head = {"Content-Type": "application/json"}
+        return httpx.post(self.url + path, content=json.dumps(body), headers=head, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +308,8 @@ def test_what_runs_ahead_of_a_stop_text_is_not_counted() -> None:
         ({"prompt": "a", "policy": "unified"}, 400, "needs a skip_rate"),
         ({"prompt": "a", "policy": "run_all", "skip_rate": 0.5}, 400, "skips no layers"),
         ({"prompt": None}, 400, "prompt"),
+        ({"prompt": "\ud800"}, 400, "half a surrogate pair"),
+        ({"prompt": "a", "stop": ["\udc00"], "stream": True}, 400, "half a surrogate pair"),
         ({"prompt": ["a"] * 8, "n": 8}, 400, "at most 44"),
         ({"prompt": "a", "keep": [True]}, 400, "keep is for 1 layers"),
         ({"prompt": "a", "keep": [True] * 4, "policy": "run_all"}, 400, "leave out policy"),

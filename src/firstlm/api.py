@@ -246,7 +246,7 @@ class Answer:
         keep = request.keep
         first = None if request.first is None else request.first - request.arrived
         return {
-            "keep": None if keep is None else keep.int().tolist(),
+            "keep": None if keep is None else keep.tolist(),
             "skip_rate": None if keep is None else 1 - float(keep.float().mean()),
             "kv_bytes": None
             if keep is None

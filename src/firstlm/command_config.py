@@ -219,7 +219,7 @@ class ServeConfig(ArtifactOptions):
     )
     name: str | None = option(None, help="what clients call the model (none: the folder's name)")
     host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines ask")
-    port: int = option(8000, at_least=0, help="port to listen on")
+    port: int = option(8000, at_least=0, at_most=65535, help="port to listen on")
     api_key: str | None = option(
         None, help="key that clients must send (none: $FIRSTLM_API_KEY, or else no key)"
     )

@@ -77,20 +77,28 @@ def run(options: EvalConfig) -> int:
         if name in report["runs"]:
             print(f"{name}: done before, taken from {options.output}")
             continue
-        result = evaluate(
-            model,
-            examples,
-            policy,
-            rate,
-            task=task,
-            prefill=options.prefill,
-            batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
-            timed=options.timed,
-            seed=options.seed,
-            bert_score=bert_score,
-            journal=journal,
-        )
+        try:
+            result = evaluate(
+                model,
+                examples,
+                policy,
+                rate,
+                task=task,
+                prefill=options.prefill,
+                batch_size=options.batch_size,
+                max_new_tokens=options.max_new_tokens,
+                timed=options.timed,
+                seed=options.seed,
+                bert_score=bert_score,
+                journal=journal,
+            )
+        except KeyboardInterrupt:
+            if options.output is not None:
+                print(
+                    f"{options.output} lacks {name} and what comes after it; the same command "
+                    "goes on."
+                )
+            raise
         result["provenance"] = provenance(seed=options.seed)
         report["runs"][name] = result
         report["retention"] = _retention(report["runs"], examples, task, scored, options.seed)

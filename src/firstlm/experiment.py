@@ -26,6 +26,7 @@ from firstlm.results import write_json
 from firstlm.summary import Arm, rows
 
 SUMMARY = "summary.json"
+SHOWN = 8  # jobs that are named where many lack something
 WAIT_S = 5.0  # between looks at what other processes have done
 
 
@@ -145,6 +146,9 @@ def _summary(jobs: list[Job], file: Path) -> int:
             print(f"Note: {arm.name} was scored at several commits: {', '.join(arm.commits)}.")
     found = [row for group in groups for row in rows(group)]
     write_json(file, found)
+    if missing := [job.name for job in jobs if not job.scored]:
+        shown = ", ".join(missing[:SHOWN]) + (" ..." if len(missing) > SHOWN else "")
+        print(f"Note: {len(missing)} of {len(jobs)} are not (all) scored yet: {shown}.")
     print(f"{len(found)} rows are in {file}.")
     return 0
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -240,19 +241,25 @@ def show_comparison(model: FirstModel, prompts: Sequence[Prompt], options: Gener
     shown = _stream_options(options)
     timed = {name: shown[name] for name in shown if name not in ("skip_rate", "max_new_tokens")}
     tokens = min(TIMED_TOKENS, options.max_new_tokens)
-    all_runs: tuple[list[Run], list[Run]] = ([], [])
+    all_times: list[tuple[list[Run], list[Run]]] = []
     for number, prompt in enumerate(prompts, start=1):
         console.print(Text(f"[{number}/{len(prompts)}] {shorten(prompt.text)}", style="bold"))
         answers = arms.answers(prompt.ids, **shown)
         times = arms.timings(prompt.ids, options.skip_rate, tokens, **timed)
-        for runs, more in zip(all_runs, times, strict=True):
-            runs.extend(more)
+        all_times.append(times)
         console.print(comparison(model.tokenizer, answers, times))
-    note = f"Times are medians over runs of {tokens} tokens, base and routed in turns."
+    note = (
+        "base: the model as it was, all layers. routed: its LoRA, and layers skipped. Times are "
+        f"medians over runs of {tokens} tokens, base and routed in turns."
+    )
     if len(prompts) > 1:
-        rates = sorted(run.skip_rate for run in all_runs[1])
+        rates = sorted(run.skip_rate for _, routed in all_times for run in routed)
         average = sum(rates) / len(rates)
-        ratio = [_ratio(*all_runs, what) for what in ("ttft", "tpot", "tokens_per_second")]
+        # Of each prompt's ratio, whose runs took turns: the machine may get slower meanwhile.
+        ratio = [
+            _times(statistics.median(_value(*times, what) for times in all_times))
+            for what in ("ttft", "tpot", "tokens_per_second")
+        ]
         console.print(
             Text(
                 f"{len(prompts)} prompts: skipped {average:.1%} "
@@ -281,17 +288,20 @@ def comparison(tokenizer: Any, answers: Sequence[Run], times: Sequence[list[Run]
     row("answer", [decode(tokenizer, run.ids).strip() for run in answers])
     row("layers", [mask_strip(run.keep) for run in answers])
     row("skipped", [f"{run.skip_rate:.1%}" for run in answers])
-    row("TTFT", [_ms(median(runs, "ttft")) for runs in times], _ratio(base, routed, "ttft"))
-    row("TPOT", [_ms(median(runs, "tpot")) for runs in times], _ratio(base, routed, "tpot"))
+    row("TTFT", [_ms(median(runs, "ttft")) for runs in times], _times(_value(base, routed, "ttft")))
+    row("TPOT", [_ms(median(runs, "tpot")) for runs in times], _times(_value(base, routed, "tpot")))
     speeds = [f"{median(runs, 'tokens_per_second'):.1f}" for runs in times]
-    row("tokens/s", speeds, _ratio(base, routed, "tokens_per_second"))
+    row("tokens/s", speeds, _times(_value(base, routed, "tokens_per_second")))
     sizes = [run.kv_bytes for run in last]
     row("KV", [_bytes(size) for size in sizes], f"{sizes[1] / max(sizes[0], 1):.2f}x")
     return table
 
 
-def _ratio(base: Sequence[Run], routed: Sequence[Run], what: str) -> str:
-    value = median(routed, what) / median(base, what)
+def _value(base: Sequence[Run], routed: Sequence[Run], what: str) -> float:
+    return median(routed, what) / median(base, what)
+
+
+def _times(value: float) -> str:
     return f"{value:.2f}x" if value == value else "-"
 
 

@@ -320,7 +320,13 @@ def _data(name: Any, where: str) -> dict[str, str]:
         )
     folder = Path(name)
     if not folder.is_dir():
-        folder = Path(os.environ.get(DATA_VARIABLE, "")) / name
+        if not os.environ.get(DATA_VARIABLE):
+            raise ConfigError(
+                f"{where} names the data {name!r}, which is no folder here, and {DATA_VARIABLE} is "
+                f"not set. Set it to the folder that holds {name}/train.jsonl.gz and its like, or "
+                "name a folder of your own."
+            )
+        folder = Path(os.environ[DATA_VARIABLE]) / name
     found = {}
     for split in ("train", "validation", "test"):
         files = [folder / f"{split}.jsonl{end}" for end in ("", ".gz")]

@@ -24,14 +24,21 @@ class Journal:
         if path is None:
             return
         # A line ends with a line feed alone: texts may hold Unicode's other line ends.
-        head, *lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-        if head != self._head:
+        head, *lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        if head != self._head.encode():
             return
-        for line in lines[:-1]:
-            part = json.loads(line)
+        whole = [line for line in lines if self._take(line)]
+        if lines != [*whole, b""]:  # one was cut off when it was written, or damaged since
+            write_text(path, b"\n".join([head, *whole, b""]).decode())
+
+    def _take(self, line: bytes) -> bool:
+        """Take a part from its line; False where it is none."""
+        try:
+            part = json.loads(line.decode())
             self.parts[part["name"]] = part["done"]
-        if lines and lines[-1]:  # cut off when it was written; what follows gets a line of its own
-            write_text(path, "\n".join([head, *lines[:-1], ""]))
+        except (ValueError, TypeError, KeyError):
+            return False
+        return True
 
     def get(self, name: str) -> Any:
         """Return what `put` was given under this name, or None."""

@@ -29,10 +29,31 @@ PAPER_METRICS = ("bleu1", "rouge1")
 NOTABLE = 0.005  # difference of two policies' measured skip rates that a table mentions
 TITLE = "firstlm: what was measured"
 INTRODUCTION = (
-    "Every policy has a LoRA of its own of the same budget, unless its name says whose it ran "
-    "with. Skip rates are measured, not asked. Intervals are over test items and seeds; with one "
-    "seed, over items alone. “Of base + LoRA” is against the same budget with all layers."
+    "FiRST (arXiv 2410.12513) puts a small router before each layer of a language model: it reads "
+    "the prompt, and decides whether that layer runs for the whole answer. LoRA, a small addition "
+    "to the weights, gets back what skipped layers cost. Below, what is left of quality at a skip "
+    "rate, beside other policies for choosing layers. Within an experiment every arm has a LoRA of "
+    "its own of the same budget, unless its name says whose it ran with; arms in brackets have the "
+    "budget that the experiment's file gives them. Rates in column heads are those asked for, "
+    "“skipped” and curves show what was measured. Intervals are over test items and seeds; with "
+    "one seed, over items alone. “Of base + LoRA” is against LoRA with all layers."
 )
+GLOSSARY = {
+    "policy": "what decides which layers a prompt runs",
+    "FiRST": "trained routers, which read the prompt",
+    "majority": "the layers that routers skip for most prompts, skipped for every prompt",
+    "majority here": "the same, counted on just these test prompts",
+    "random": "layers drawn for each prompt; random fixed: drawn once; interior: neither end",
+    "unified": "layers at equal distances (Unified Skip)",
+    "static importance": "the layers that change their input least (ShortGPT's block influence)",
+    "early exit": "the last layers",
+    "SkipDecode": "more layers go the longer the answer grows",
+    "length only": "routers that are told nothing but the prompt's length",
+    "token level": "each token decides anew, and missing keys and values are computed again",
+    "p5-p95": "nine of ten prompts skip a share between these",
+    "masks": "how many different sets of layers the prompts of a test set ran; entropy in bits",
+    "policy@0.25": "a policy at the skip rate asked for",
+}
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 62rem; margin: 2rem auto;
@@ -40,6 +61,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 62rem; m
 h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; }
 table { border-collapse: collapse; font-size: .9rem; display: block; overflow-x: auto;
   margin: 1rem 0; }
+dt { font-weight: 600; } dd { margin: 0 0 .4rem 1.2rem; }
 details { margin: 1rem 0; } summary { cursor: pointer; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
@@ -88,16 +110,27 @@ def _read(folder: Path) -> tuple[list[Row], dict[str, Any]]:
             raise ValueError("of an older version; write it anew")
     except (ValueError, TypeError) as error:
         raise DataError(f"{file} is no summary of experiments ({error}).") from error
-    # Other results, such as timings, lie in the same folder; a task is what answers have.
-    others = [other for other in sorted(folder.glob("*.json")) if '"task"' in other.read_text()]
-    found = {other.stem: read(other) for other in others if other != file}
+    found = {}
+    for other in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(other.read_bytes())
+        except ValueError as error:
+            raise DataError(
+                f"{other} is damaged ({error}); remove it, or make it anew with the command that "
+                "did."
+            ) from error
+        # Other results, such as timings, lie in the same folder; a task is what answers have.
+        if other != file and isinstance(content, dict) and "task" in content:
+            found[other.stem] = read(other)
     return rows, {name: report for name, report in found.items() if report is not None}
 
 
 def page(rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
     """Return the HTML page."""
     sections = groups(rows)
-    parts = [f"<h1>{TITLE}</h1>", f"<p>{INTRODUCTION}</p>", _overview(sections)]
+    words = "".join(f"<dt>{word}</dt><dd>{text}</dd>" for word, text in GLOSSARY.items())
+    parts = [f"<h1>{TITLE}</h1>", f"<p>{INTRODUCTION}</p>"]
+    parts += [f"<details><summary>Words</summary><dl>{words}</dl></details>", _overview(sections)]
     for number, (section, found) in enumerate(sections.items()):
         shown = [picture for picture in pictures if picture.section == section]
         parts.append(f'<h2 id="s{number}">{html.escape(title(section, found))}</h2>')
@@ -275,7 +308,7 @@ def _paper(rows: Sequence[Row]) -> str:
             ]
             lines.append(
                 [
-                    title(section, found),
+                    f"{title(section, found)}, {row['arm'].partition('-')[2]}",
                     metric_name(row["metric"]),
                     f"{plain[0]:.1f}" if plain else "-",
                     f"{row['score']:.1f}",

@@ -150,6 +150,12 @@ class Server:
 
     def asks(self, body: CompletionRequest | ChatRequest) -> list[Ask]:
         """Return what a request asks for: n answers to each prompt."""
+        try:
+            json.dumps(body.model_dump(), ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                "The request holds half a surrogate pair, which is no text."
+            ) from error
         if len(body.stops) > 16:
             raise ConfigError(f"{len(body.stops)} stop texts; at most 16.")
         mask = None if body.keep is None else tuple(body.keep)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import set_seed
 
 from firstlm import artifact, artifact_files, processes
@@ -41,7 +41,7 @@ from firstlm.phases import (
 )
 from firstlm.pretrained import SMOLLM2, load_base, resolve_device
 from firstlm.results import atomic_dir, provenance, sha256_of, write_json, write_text
-from firstlm.trainer import WEIGHTS_FILE, mixed_precision, take_weights
+from firstlm.trainer import WEIGHTS_FILE, mixed_precision, read_weights, take_weights
 
 VALIDATION_SHARE = 0.1
 CALIBRATION_PROMPTS = 128
@@ -59,6 +59,13 @@ def run(config: TrainConfig) -> int:
         raise ConfigError("Nothing to train on: name a file or a hub dataset with --data.")
     artifact_files.check_target(config.output)
     processes.join(resolve_device(config.device))
+    hashes = _data_hash(config)
+    if config.resume and _finished(config, hashes):
+        processes.say(
+            f"{config.output} was trained by this command before, and stays as it is; --no-resume "
+            "trains it anew."
+        )
+        return 0
     model, train, validation = prepare(config)
     model.baseline = _baseline(model, train, config)
     if processes.shards() and config.stage != "routers":
@@ -69,7 +76,6 @@ def run(config: TrainConfig) -> int:
             )
         set_seed(config.seed)
         lora_to_train(model, config)  # what comes after layers are split would be left out
-    hashes = _data_hash(config)
     with processes.first_alone() as first:
         if first:
             _claim(config, hashes)
@@ -117,7 +123,7 @@ def _once(
     done = work_folder(config) / "checkpoints" / phase / "done"
     if done.is_dir():
         processes.say(f"The phase {phase!r} is done ({done}); going on.")
-        tensors = load_file(done / WEIGHTS_FILE)
+        tensors = read_weights(done)
         if not model.has_adapter and any(map(is_lora, tensors)):
             add_lora(model, config)
         take_weights(model, tensors)
@@ -265,6 +271,20 @@ def _claim(config: TrainConfig, hashes: dict[str, str]) -> None:
     work.mkdir(parents=True, exist_ok=True)
     write_text(file, to_yaml(config))
     write_json(data_file, {**hashes, PROCESSES: processes.count()})
+
+
+def _finished(config: TrainConfig, hashes: Mapping[str, str]) -> bool:
+    """Whether the artifact is there that this run makes, and its run with it."""
+    folder = Path(config.output)
+    files = (folder / artifact_files.ARTIFACT_FILE, work_folder(config) / RUN_FILE)
+    if not all(file.is_file() for file in files):
+        return False
+    record = artifact_files.read_config(folder).get("training") or {}
+    before, made = record.get("run") or {}, record.get("provenance") or {}
+    known = set(to_dict(config)) - set(FREE)
+    return (
+        known <= set(before) and not changed_options(before, config) and made.get("data") == hashes
+    )
 
 
 def changed_options(before: Mapping[str, Any], config: TrainConfig) -> list[str]:

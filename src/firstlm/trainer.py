@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft.helpers import disable_input_dtype_casting
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
@@ -25,7 +26,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from firstlm import processes
 from firstlm.data import IGNORE
 from firstlm.decisions import RoutingState
-from firstlm.errors import FirstError
+from firstlm.errors import DataError, FirstError
 from firstlm.lora import swapped
 from firstlm.losses import (
     FullDepth,
@@ -333,7 +334,23 @@ class FirstTrainer(Trainer):
             self._load_best_model()
 
     def _load_weights(self, folder: Path) -> None:
-        take_weights(self.first, load_file(folder / WEIGHTS_FILE))
+        take_weights(self.first, read_weights(folder))
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return what was trained, from a checkpoint's folder.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    file = folder / WEIGHTS_FILE
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{file} is damaged ({error}). Remove {folder} and give the same command again to go "
+            "on from what came before it, or start over with --no-resume."
+        ) from error
 
 
 def take_weights(first: FirstModel, tensors: dict[str, torch.Tensor]) -> None:
