@@ -545,7 +545,7 @@ def test_data_that_cannot_be_found_is_not_taken_for_other_options(words, monkeyp
     file = Path(words[2]) / "tiny.yaml"
     file.write_text(file.read_text().replace("data: ", "data: qa/none #", 1))
     monkeypatch.delenv("FIRSTLM_DATA", raising=False)
-    with pytest.raises(ConfigError, match="no folder here, and FIRSTLM_DATA is not set. Set it"):
+    with pytest.raises(ConfigError, match=r"no folder here, and FIRSTLM_DATA is not set\. Set"):
         jobs_of(file, "runs", "results")
 
 
