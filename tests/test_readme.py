@@ -63,6 +63,7 @@ def test_the_tables_are_the_results() -> None:
         sys.path.pop(0)
     found = pages()
     names = {"README.md", "results.md", "adaptivity.md", "speed.md", "capacity.md"}
+    names |= {"quality.md", "vllm.md"}
     assert {file.name for file in found} == names
     for file, content in found.items():
         assert file.read_text(encoding="utf-8") == content
