@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from firstlm.errors import ConfigError, DataError
-from firstlm.rows import Row, read_rows
+from firstlm.rows import Row, is_text, read_rows
 
 TEMPLATES = {
     "translation": "{source_language}: {source}\n{target_language}:",
@@ -140,7 +140,7 @@ def _example(
     for name, value in (("prompt", prompt), ("answer", completion)):
         if not value.strip() and (answers or name == "prompt"):
             raise DataError(f"{where}: the {name} is empty; fill it or take the row out.")
-        if any("\ud800" <= letter <= "\udfff" for letter in value):
+        if not is_text(value):
             raise DataError(f"{where}: the {name} holds half a surrogate pair, which is no text.")
     name = _unique(values.get("id"), row.number, seen)
     references = references or (completion.strip(),)

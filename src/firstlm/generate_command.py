@@ -18,6 +18,7 @@ from firstlm.data import check_room, encode_prompt
 from firstlm.errors import ConfigError, DataError
 from firstlm.examples import load_examples
 from firstlm.model import FirstModel
+from firstlm.rows import is_text
 
 TIMED_TOKENS = 32  # per timed run
 KEPT, SKIPPED = ("█", "·"), ("#", ".")  # in a strip of layers, and where these can't be shown
@@ -130,7 +131,7 @@ def read_texts(options: GenerateConfig) -> list[str] | None:
     where = file or ("--prompt" if options.prompt else "stdin")
     if not texts or not all(text.strip() for text in texts):
         raise DataError(f"{where}: the prompt is empty; give it some text.")
-    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+    if not all(map(is_text, texts)):
         raise DataError(f"{where}: the prompt is not UTF-8 text.")
     return texts
 
@@ -257,7 +258,7 @@ def show_comparison(model: FirstModel, prompts: Sequence[Prompt], options: Gener
         average = sum(rates) / len(rates)
         # Of each prompt's ratio, whose runs took turns: the machine may get slower meanwhile.
         ratio = [
-            _times(statistics.median(_value(*times, what) for times in all_times))
+            _times(statistics.median(_ratio(*times, what) for times in all_times))
             for what in ("ttft", "tpot", "tokens_per_second")
         ]
         console.print(
@@ -288,16 +289,16 @@ def comparison(tokenizer: Any, answers: Sequence[Run], times: Sequence[list[Run]
     row("answer", [decode(tokenizer, run.ids).strip() for run in answers])
     row("layers", [mask_strip(run.keep) for run in answers])
     row("skipped", [f"{run.skip_rate:.1%}" for run in answers])
-    row("TTFT", [_ms(median(runs, "ttft")) for runs in times], _times(_value(base, routed, "ttft")))
-    row("TPOT", [_ms(median(runs, "tpot")) for runs in times], _times(_value(base, routed, "tpot")))
+    row("TTFT", [_ms(median(runs, "ttft")) for runs in times], _times(_ratio(base, routed, "ttft")))
+    row("TPOT", [_ms(median(runs, "tpot")) for runs in times], _times(_ratio(base, routed, "tpot")))
     speeds = [f"{median(runs, 'tokens_per_second'):.1f}" for runs in times]
-    row("tokens/s", speeds, _times(_value(base, routed, "tokens_per_second")))
+    row("tokens/s", speeds, _times(_ratio(base, routed, "tokens_per_second")))
     sizes = [run.kv_bytes for run in last]
     row("KV", [_bytes(size) for size in sizes], f"{sizes[1] / max(sizes[0], 1):.2f}x")
     return table
 
 
-def _value(base: Sequence[Run], routed: Sequence[Run], what: str) -> float:
+def _ratio(base: Sequence[Run], routed: Sequence[Run], what: str) -> float:
     return median(routed, what) / median(base, what)
 
 

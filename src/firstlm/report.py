@@ -17,7 +17,7 @@ from firstlm.command_config import ReportConfig
 from firstlm.errors import ConfigError, DataError
 from firstlm.figures import Picture, Row, Section, draw, groups, labelled, metric_name, title
 from firstlm.results import write_text
-from firstlm.summary import read
+from firstlm.summary import checked
 
 # arXiv 2410.12513, Llama-3-8B, about 15% of 32 layers skipped: score over that of base + LoRA.
 PAPER = (
@@ -121,8 +121,8 @@ def _read(folder: Path) -> tuple[list[Row], dict[str, Any]]:
             ) from error
         # Other results, such as timings, lie in the same folder; a task is what answers have.
         if other != file and isinstance(content, dict) and "task" in content:
-            found[other.stem] = read(other)
-    return rows, {name: report for name, report in found.items() if report is not None}
+            found[other.stem] = checked(content, other)
+    return rows, found
 
 
 def page(rows: Sequence[Row], pictures: Sequence[Picture]) -> str:

@@ -24,6 +24,15 @@ HUB_ID = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+){0,2})(:(?P<split>[\w.\[\]:%+-]+
 LOOKS_LIKE_A_FILE = re.compile(r"^[./~]|\\|\.(jsonl?|gz|csv|tsv|txt|parquet|ya?ml)$")
 
 
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8: JSON may hold half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Row:
     """One row as it was found: `number` counts lines from 1, `where` is for messages."""

@@ -39,6 +39,7 @@ from firstlm.command_config import ServeConfig
 from firstlm.errors import ConfigError, FirstError, first_line
 from firstlm.inputs import kv_token_bytes
 from firstlm.model import FirstModel
+from firstlm.rows import is_text
 from firstlm.scheduler import Ask, ClosedError, Piece, QueueFullError, Scheduler
 
 LOG = logging.getLogger("firstlm.server")
@@ -150,12 +151,8 @@ class Server:
 
     def asks(self, body: CompletionRequest | ChatRequest) -> list[Ask]:
         """Return what a request asks for: n answers to each prompt."""
-        try:
-            json.dumps(body.model_dump(), ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                "The request holds half a surrogate pair, which is no text."
-            ) from error
+        if not is_text(json.dumps(body.model_dump(), ensure_ascii=False)):
+            raise ConfigError("The request holds half a surrogate pair, which is no text.")
         if len(body.stops) > 16:
             raise ConfigError(f"{len(body.stops)} stop texts; at most 16.")
         mask = None if body.keep is None else tuple(body.keep)

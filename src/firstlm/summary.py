@@ -309,7 +309,19 @@ def read(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise _no_report(file, error) from error
+    return checked(found, file)
+
+
+def checked(found: Any, file: Path) -> dict[str, Any]:
+    """Return what a file holds, if it is a report of `firstlm eval`.
+
+    Raises:
+        DataError: it is something else.
+    """
+    try:
         if not {"task", "options", "inputs", "runs"} <= set(found):
             raise ValueError("task, options, inputs or runs are missing")
         if not {"data"} <= set(found["inputs"]) or not isinstance(found["options"], dict):
@@ -318,7 +330,9 @@ def read(file: Path) -> dict[str, Any] | None:
             if not {"policy", "count", "skip_rate", "items"} <= set(run):
                 raise ValueError(f"the run {name!r} lacks policy, count, skip_rate or items")
     except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{file} holds no results of `firstlm eval` ({error}); move it elsewhere."
-        ) from error
+        raise _no_report(file, error) from error
     return found
+
+
+def _no_report(file: Path, error: Exception) -> DataError:
+    return DataError(f"{file} holds no results of `firstlm eval` ({error}); move it elsewhere.")

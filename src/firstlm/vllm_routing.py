@@ -80,8 +80,9 @@ class Step:
         self._parts: dict[tuple[int, ...], Part] = {}
         answers = all(row.first >= row.state.prompt_length for row in rows)
         self._answers = [(row.state, row.tokens) for row in rows] if answers else None
-        same = before is not None and answers and before._answers == self._answers
-        self._part_of: dict[int, Part | None] = before._part_of if before and same else {}
+        self._part_of: dict[int, Part | None] = {}
+        if before is not None and answers and before._answers == self._answers:
+            self._part_of = before._part_of
 
     def part(self, layer: int, states: Callable[[], torch.Tensor]) -> Part | None:
         """Return which tokens run a layer, None where all do; decides for prompts that enter it.
