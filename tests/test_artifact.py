@@ -312,9 +312,10 @@ def test_a_base_with_an_adapter_is_refused(saved: Path) -> None:
         load(saved, trained().detach())
 
 
-def test_a_missing_adapter_is_no_artifact_without_one(saved: Path) -> None:
-    (saved / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors is missing"):
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_adapter_is_no_artifact_without_one(saved: Path, name: str) -> None:
+    (saved / "adapter" / name).unlink()
+    with pytest.raises(ArtifactError, match=rf"{name} is missing"):
         load(saved)
     shutil.rmtree(saved / "adapter")
     with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors is missing"):

@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from training import config, make_examples, make_model, write_run
 
 from firstlm import FirstModel, artifact_files, processes
 from firstlm.errors import ArtifactError, ConfigError, DataError
 from firstlm.phases import train_joint, train_lora, train_routers, work_folder
-from firstlm.train import run
+from firstlm.train import LOCK_FILE, run
 from firstlm.trainer import DRIVER_FILE, FirstTrainer, last_checkpoint
 
 
@@ -34,14 +35,14 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def interrupted(step: int) -> Callable[..., Any]:
-    """Return a compute_loss that presses Ctrl-C amid the given step, its decisions taken."""
+def interrupted(step: int, sent: signal.Signals = signal.SIGINT) -> Callable[..., Any]:
+    """Return a compute_loss that sends a signal amid the given step, its decisions taken."""
     original = FirstTrainer.compute_loss
 
     def compute_loss(self: FirstTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = original(self, *args, **kwargs)
         if self.state.global_step == step - 1:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(sent)
         return loss
 
     return compute_loss
@@ -198,6 +199,25 @@ def test_a_run_that_goes_on_from_an_artifact_with_lora_can_resume_in_any_phase(
         torch.testing.assert_close(resumed[name], whole[name], msg=name)
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_who_manages_jobs_ends_training_with_a_checkpoint(
+    tmp_path: Path, ignored: bool, monkeypatch
+) -> None:
+    """SIGTERM is heard, by a background job too, which ignores Ctrl-C; then all is as before."""
+    train, validation = make_examples(32, 0), make_examples(8, 1)
+    settings = config(tmp_path, lora_steps=6, save_steps=6)
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(FirstTrainer, "compute_loss", interrupted(3, signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            train_lora(make_model(), train, validation, settings)
+    folder = work_folder(settings) / "checkpoints" / "lora"
+    assert last_checkpoint(folder) == folder / "checkpoint-3"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
     settings = config(tmp_path, router_steps=6, save_steps=3)
     train_routers(make_model(), make_examples(32, 0), make_examples(8, 1), settings)
@@ -244,6 +264,25 @@ def test_a_run_that_started_without_resume_can_be_resumed(
     with pytest.raises(ConfigError, match=r"other options \(lora_steps"):
         run(replace(settings, resume=True, lora_steps=2))
     assert run(replace(settings, resume=True)) == 0
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_in_which_another_training_is_at_work_is_left_alone(
+    tmp_path: Path, byte_tokenizer, resume: bool
+) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    settings = config(tmp_path, model=str(folder), data=str(data), router_steps=1, lora_steps=1)
+    assert run(settings) == 0
+    shutil.rmtree(settings.output)
+    work, more = work_folder(settings), replace(settings, resume=resume)
+    before = {f: f.read_bytes() for f in work.rglob("*") if f.is_file()}
+    with (
+        FileLock(work / LOCK_FILE),
+        pytest.raises(ConfigError, match="Another training is at work in"),
+    ):
+        run(more)
+    assert {f: f.read_bytes() for f in work.rglob("*") if f.is_file()} == before
+    assert run(more) == 0
 
 
 def test_folders_with_other_files_are_left_alone(tmp_path: Path, byte_tokenizer) -> None:

@@ -28,10 +28,11 @@ from peft import LoraConfig, get_peft_model
 
 from firstlm import FirstModel, FixedMask
 from firstlm.command_config import ServeConfig
+from firstlm.errors import ConfigError
 from firstlm.policies import RunAll
 from firstlm.pretrained import load_base
 from firstlm.scheduler import Ask, Piece, Request, Scheduler
-from firstlm.serve import load
+from firstlm.serve import load, run
 from firstlm.thresholds import Threshold
 
 openai = pytest.importorskip("openai", reason="pip install 'firstlm[dev]'")
@@ -316,6 +317,8 @@ def test_what_runs_ahead_of_a_stop_text_is_not_counted() -> None:
         ({"prompt": "a" * 3000}, 400, "the model takes"),
         ({"prompt": "a" * 3_000_000}, 413, "larger than"),
         ({"prompt": "a", "model": "gpt-4"}, 404, "no model 'gpt-4'"),
+        ({"prompt": "a", "best_of": 3}, 400, "best_of is not offered here; leave it out"),
+        ({"prompt": "a", "tools": [{"type": "function"}]}, 400, "tools is not offered"),
     ],
 )
 def test_bad_requests_are_refused(
@@ -388,7 +391,8 @@ def test_too_many_get_429_and_are_told_when_to_come_back(running: Running) -> No
 
 def test_what_openai_allows_is_taken(running: Running) -> None:
     nothing = dict.fromkeys(("n", "temperature", "top_p", "stream", "stop", "echo", "prefill"))
-    response = running.post(prompt="bees", max_tokens=3, seed=1, **nothing)
+    default = {"frequency_penalty": 0.0, "best_of": 1, "logit_bias": {}, "tools": []}
+    response = running.post(prompt="bees", max_tokens=3, seed=1, **nothing, **default)
     assert response.status_code == 200
     assert len(response.json()["choices"]) == 1
     parts = [{"type": "text", "text": "be"}, {"type": "text", "text": "es"}]
@@ -592,6 +596,18 @@ def test_what_is_served_has_its_lora_merged(tmp_path: Path) -> None:
     ids = torch.arange(1, 9)[None]
     assert not served.has_adapter
     assert torch.allclose(served.forward(ids)[0].logits, first.forward(ids)[0].logits, atol=1e-5)
+
+
+def test_a_port_that_is_taken_is_named_before_a_model_is_loaded(capsys) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"127.0.0.1:{port} cannot .* in use\. Name another"):
+            run(ServeConfig(artifact="nowhere", port=port))
+    with pytest.raises(ConfigError, match=r"nobody.invalid:8000 cannot be listened on"):
+        run(ServeConfig(artifact="nowhere", host="nobody.invalid", api_key="k"))
+    assert "Serving" not in capsys.readouterr().err
 
 
 class Serving:

@@ -37,6 +37,21 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+# Fields of OpenAI's that change answers and are not offered, with values that change nothing.
+NOT_OFFERED: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+
+
 class Options(BaseModel):
     """What completions and chats have in common."""
 
@@ -45,9 +60,12 @@ class Options(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, body: Any) -> Any:
-        """Let null mean what a field that is left out does, as OpenAI has it."""
+        """Let null mean what a field that is left out does, as OpenAI has it; refuse the rest."""
         if isinstance(body, dict):
-            return {name: value for name, value in body.items() if value is not None}
+            body = {name: value for name, value in body.items() if value is not None}
+            for name, without in NOT_OFFERED.items():
+                if body.get(name, without[0]) not in without:
+                    raise ValueError(f"{name} is not offered here; leave it out")
         return body
 
     _numbers = field_validator(*NUMBERS, mode="before", check_fields=False)(_no_bool)

@@ -34,6 +34,7 @@ ROUTERS_FILE = "routers.safetensors"
 CARD_FILE = "README.md"
 ADAPTER_DIR = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 RESULT_KEYS = {"data", "count", "prefill", "weights", "runs"}
 FINGERPRINT = re.compile(r"[0-9a-f]+(\.([0-9a-f]+|-)){2}")
 
@@ -133,11 +134,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 def adapter_folder(folder: Path, config: dict[str, Any]) -> Path | None:
     """Return the folder of an artifact's LoRA, or None where it has none."""
     adapter = folder / ADAPTER_DIR
-    if config.get("adapter") and not (adapter / ADAPTER_FILE).is_file():
-        raise ArtifactError(
-            f"{folder} was saved with LoRA, but {ADAPTER_DIR}/{ADAPTER_FILE} is missing. "
-            "Copy or train the artifact again."
-        )
+    for name in (ADAPTER_FILE, ADAPTER_CONFIG) if config.get("adapter") else ():
+        if not (adapter / name).is_file():
+            raise ArtifactError(
+                f"{folder} was saved with LoRA, but {ADAPTER_DIR}/{name} is missing. "
+                "Copy or train the artifact again."
+            )
     return adapter if adapter.is_dir() else None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from firstlm.artifact_files import (
+    ADAPTER_CONFIG,
     ADAPTER_FILE,
     ROUTERS_FILE,
     adapter_folder,
@@ -97,7 +98,7 @@ def _read_adapter(folder: Path | None) -> dict[str, Any] | None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         with safe_open(folder / ADAPTER_FILE, framework="pt") as content:
             shapes = [content.get_slice(name).get_shape() for name in content.keys()]  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:

@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import os
+import socket
 import sys
 import threading
 from dataclasses import replace
@@ -35,6 +36,7 @@ def run(options: ServeConfig) -> int:
     options = replace(options, api_key=options.api_key or os.environ.get(KEY_VARIABLE))
     if options.host not in LOCAL and not options.api_key:
         print(f"Anyone who reaches {options.host} may ask: set --api-key.", file=sys.stderr)
+    listener = _bind(options.host, options.port)  # before a model is loaded for nothing
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
@@ -66,15 +68,28 @@ def run(options: ServeConfig) -> int:
 
     config = uvicorn.Config(
         create_app(server),
-        host=options.host,
-        port=options.port,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=max(1, round(options.grace)),
     )
-    print(f"Serving {name} at http://{options.host}:{options.port}", file=sys.stderr)
-    Draining(config).run()
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"Serving {name} at http://{host}:{listener.getsockname()[1]}", file=sys.stderr)
+    Draining(config).run([listener])
     return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take a port, on which nothing listens yet; 0 takes one that is free."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"{host}:{port} cannot be listened on: {error.strerror}. Name another --port or --host."
+        ) from error
+    return listener
 
 
 def load(options: ServeConfig) -> FirstModel:

@@ -327,7 +327,9 @@ def create_app(server: Server) -> FastAPI:
     async def invalid(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
-        return JSONResponse(failure(f"{where}: {first['msg']}", "invalid_request", where), 400)
+        text = first["msg"].removeprefix("Value error, ")  # pydantic's, before one of ours
+        text = f"{where}: {text}" if where else text
+        return JSONResponse(failure(text, "invalid_request", where or None), 400)
 
     @app.exception_handler(FirstError)
     async def refused(_: HttpRequest, error: FirstError) -> JSONResponse:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from transformers import set_seed
 
@@ -49,6 +51,7 @@ INFLUENCE_ROWS = 64  # on which block influence is measured
 RECORD_FILE = "record.json"
 START_FILE = "started.json"  # in a work folder: hashes of its data, and what is below
 PROCESSES = "processes"  # that began the run
+LOCK_FILE = ".lock"  # held while a run is at work in its folder
 # Options that may differ between a run and its resumption: they change no result.
 FREE = ("resume", "output", "tensorboard", "logging_steps", "device")
 
@@ -76,9 +79,26 @@ def run(config: TrainConfig) -> int:
             )
         set_seed(config.seed)
         lora_to_train(model, config)  # what comes after layers are split would be left out
-    with processes.first_alone() as first:
-        if first:
-            _claim(config, hashes)
+    with ExitStack() as held:
+        with processes.first_alone() as first:
+            if first:
+                held.enter_context(_claimed(config, hashes))
+        record = _phases(model, train, validation, config, hashes)
+        finish(model, draw(validation, CALIBRATION_PROMPTS, config.seed), config)
+        model.training_record, model.results = record, {}
+        artifact.save(model, config.output, more={RUN_FILE: to_yaml(config)})
+        processes.say(f"Saved the artifact to {config.output}; logs are in {work_folder(config)}.")
+    return 0
+
+
+def _phases(
+    model: FirstModel,
+    train: list[Encoded],
+    validation: list[Encoded],
+    config: TrainConfig,
+    hashes: Mapping[str, str],
+) -> dict[str, Any]:
+    """Train one phase after the other; returns what an artifact says of its training."""
     record: dict[str, Any] = {
         "run": to_dict(config),
         "provenance": provenance(seed=config.seed, data=hashes),
@@ -109,11 +129,7 @@ def run(config: TrainConfig) -> int:
         again = "the same command" if config.resume else "the command without --no-resume"
         processes.say(f"Run {again} again to go on; checkpoints are in {work_folder(config)}.")
         raise
-    finish(model, draw(validation, CALIBRATION_PROMPTS, config.seed), config)
-    model.training_record, model.results = record, {}
-    artifact.save(model, config.output, more={RUN_FILE: to_yaml(config)})
-    processes.say(f"Saved the artifact to {config.output}; logs are in {work_folder(config)}.")
-    return 0
+    return record
 
 
 def _once(
@@ -237,16 +253,37 @@ def load_options(config: TrainConfig) -> dict[str, Any]:
     return options
 
 
-def _claim(config: TrainConfig, hashes: dict[str, str]) -> None:
-    """Write a run's options and data hashes into its work folder; one of another run is refused."""
+@contextmanager
+def _claimed(config: TrainConfig, hashes: dict[str, str]) -> Iterator[None]:
+    """Within this scope a run's work folder is its own; one that another run has is refused."""
     work = work_folder(config)
-    file, data_file = work / RUN_FILE, work / START_FILE
-    if work.is_dir() and any(work.iterdir()) and not file.is_file():
+    held = work.is_dir() and {path.name for path in work.iterdir()} - {LOCK_FILE}
+    if held and not (work / RUN_FILE).is_file():
         raise ConfigError(
             f"{work}, where logs and checkpoints go, holds other files. Name another --output."
         )
+    work.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(work / LOCK_FILE).acquire(timeout=0))
+        except Timeout:
+            raise ConfigError(
+                f"Another training is at work in {work}. Wait for it, or name another --output."
+            ) from None
+        _begin(config, hashes)
+        yield
+
+
+def _begin(config: TrainConfig, hashes: dict[str, str]) -> None:
+    """Write a run's options and data hashes into its work folder, unless they are others there."""
+    work = work_folder(config)
+    file, data_file = work / RUN_FILE, work / START_FILE
     if not config.resume:
-        shutil.rmtree(work, ignore_errors=True)
+        for path in work.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK_FILE:
+                path.unlink()
     elif file.is_file():
         changed = changed_options(to_dict(load_yaml(TrainConfig, file)), config)
         if changed:
@@ -268,7 +305,6 @@ def _claim(config: TrainConfig, hashes: dict[str, str]) -> None:
                 f"{work} holds a run on data that has changed since: {', '.join(changed)}. Name "
                 "another --output, put it back to resume, or start over with --no-resume."
             )
-    work.mkdir(parents=True, exist_ok=True)
     write_text(file, to_yaml(config))
     write_json(data_file, {**hashes, PROCESSES: processes.count()})
 
