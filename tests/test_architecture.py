@@ -37,6 +37,7 @@ FLOORS = {
     "slabs": "mechanism",
     "capture": "mechanism",
     "onednn": "mechanism",
+    "replays": "mechanism",
     "fast_batch": "mechanism",
     "packing": "mechanism",
     "prefetch": "mechanism",

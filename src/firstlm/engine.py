@@ -27,6 +27,7 @@ from firstlm.layers import LayerStack
 from firstlm.lora import lora_layers, lora_left_out
 from firstlm.packing import linears, pack_linears
 from firstlm.prefetch import prefetching
+from firstlm.replays import Calls, Replays, cuda_graphs
 
 KEPT = 2  # states of one model's weights whose engines stay: with LoRA and without
 # How like the model's own logits those of a trial step must be (cosine).
@@ -41,18 +42,28 @@ class DecodeEngine:
         stack: its layers; units must be whole blocks.
         weights: number format of linear layers: one of `config.WEIGHT_FORMATS`.
         compiled: False runs the graphs operation by operation, which is slow and needs no compiler.
+        calls: how graphs are called; None records and replays them on CUDA.
 
     Raises:
         ConfigError: no such format.
     """
 
     def __init__(
-        self, base: Any, stack: LayerStack, weights: str = "same", compiled: bool = True
+        self,
+        base: Any,
+        stack: LayerStack,
+        weights: str = "same",
+        compiled: bool = True,
+        calls: Calls | None = None,
     ) -> None:
         if weights not in WEIGHT_FORMATS:
             known = ", ".join(WEIGHT_FORMATS)
             raise ConfigError(f"weights is {weights!r}; expected one of {known}.")
         self.base, self.stack, self.weights, self.compiled = base, stack, weights, compiled
+        if calls is None:
+            device = base.get_input_embeddings().weight.device
+            calls = Replays(cuda_graphs(device)) if device.type == "cuda" else Calls()
+        self.calls = calls
         self._steps: dict[bool, Step] = {}
         self._made_of: Any = None
 
@@ -111,7 +122,7 @@ class DecodeEngine:
                 _check_share(traced)
             for i, made in zip(members, part(traced, modules, known), strict=True):
                 layers[i] = made
-        return Step(graphs, head[0], layers, tail[0])
+        return Step(graphs, head[0], layers, tail[0], self.calls)
 
     def _part(
         self, traced: Traced, roots: list[nn.Module], known: list[Part] | None, hints: bool

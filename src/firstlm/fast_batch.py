@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from firstlm.capture import DecodeGraphs
 from firstlm.errors import ConfigError
+from firstlm.replays import Calls
 
 BLOCK = 32  # memory for keys and values comes in blocks of so many tokens
 
@@ -52,12 +54,13 @@ class Part:
 
 @dataclass
 class Step:
-    """All of a decode step for one row, or for several."""
+    """All of a decode step for one row, or for several, and what calls it."""
 
     graphs: DecodeGraphs
     head: Part
     layers: list[Part]
     tail: Part
+    calls: Calls
 
 
 class _Given(NamedTuple):
@@ -127,14 +130,12 @@ class FastBatch:
 
         A layer of one row has no tensor. What steps there will be are compiled now.
         """
-        known: dict[tuple[int, ...], torch.Tensor] = {}
         order = []
         for layer, slab in enumerate(slabs):
             if slab is not None:
                 rows = tuple(slab.rows)
-                if len(rows) > 1 and rows not in known:
-                    known[rows] = torch.tensor(rows, device=self._span.device)
-                order.append((layer, slab, known.get(rows)))
+                index = _places(rows, self._span.device) if len(rows) > 1 else None
+                order.append((layer, slab, index))
         for size in {count, *(len(slab.rows) for _, slab, _ in order)} - {0}:
             self.step_for(size)
         return order
@@ -214,13 +215,24 @@ class FastBatch:
         if self.longest >= self.room:
             raise ConfigError(f"The batch is full with {self.room} tokens; raise max_new_tokens.")
         step = self.step_for(self.count)
-        span = self._span[: self.longest + 1]
-        ids = token_ids.contiguous().view(-1, 1)
-        arguments = {"token_ids": ids, "positions": self.lengths.view(-1, 1)}
-        head = step.head
-        outputs = head.run(*head.weights, *[arguments[name] for name in head.arguments])
-        hidden = outputs[0].clone()  # layers write into it, and it may be among what they are given
-        every = _Given(hidden, self.lengths, outputs)
+        with step.calls.alone:
+            logits = self._run(step, token_ids)
+        self.lengths = self.lengths + 1
+        self.longest += 1
+        return logits
+
+    def _run(self, step: Step, token_ids: torch.Tensor) -> torch.Tensor:
+        calls, head, tail = step.calls, step.head, step.tail
+        span = calls.span(self._span[: self.room], self.longest + 1)
+        lengths = calls.put("lengths", self.lengths)
+        arguments = {
+            "token_ids": calls.put("ids", token_ids.view(-1, 1)),
+            "positions": lengths.view(-1, 1),
+        }
+        outputs = calls(head.run, head.weights, [arguments[name] for name in head.arguments])
+        # Layers write into it, and it may be among what they are given.
+        hidden = calls.put("hidden", outputs[0])
+        every = _Given(hidden, lengths, outputs)
         lone: dict[int, _Given] = {}
         for layer, slab, rows in self._order:
             part = self.step_for(len(slab.rows)).layers[layer]
@@ -232,14 +244,16 @@ class FastBatch:
                     lone[row] = every.row(row, step.graphs.by_row)
                 given, index = lone[row], []
             extra = [given.outputs[i] for i in step.graphs.layers[layer].extra]
-            part.run(
-                *part.weights,
-                *(given.hidden, *index, slab.keys, slab.values, given.lengths, span, *extra),
-            )
-        (logits,) = step.tail.run(*step.tail.weights, hidden)
-        self.lengths = self.lengths + 1
-        self.longest += 1
-        return logits
+            inputs = (given.hidden, *index, slab.keys, slab.values, given.lengths, span, *extra)
+            calls(part.run, part.weights, inputs)
+        (logits,) = calls(tail.run, tail.weights, [hidden])
+        return calls.result(logits)
+
+
+@lru_cache(1024)
+def _places(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return rows as a tensor, the same one for all steps, so that these can be replayed."""
+    return torch.tensor(rows, device=device)
 
 
 def _with_room(stored: torch.Tensor, room: int) -> torch.Tensor:
