@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import tiny_routed
 
-from firstlm import FirstModel
-from firstlm.batching import Answer, alike, generate_many
+from firstlm import FirstModel, FixedMask
+from firstlm.batching import Answer, _Run, alike, generate_many
 from firstlm.errors import ConfigError
 from firstlm.fast_batch import FastBatch
 from firstlm.generate import stream
@@ -34,6 +34,26 @@ def alone(model: FirstModel, prompt: list[int], **options: object) -> Answer:
         answer.ids.append(int(token.ids[0]))
         answer.keep = token.decoding.state.keep[0]
     return answer
+
+
+def test_prompts_that_wait_hold_at_most_twice_their_own_memory(
+    model: FirstModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also rare masks, which wait for others like them while those beside them have gone."""
+    admit, held = _Run.admit, []
+
+    def watched(run: _Run, count: int) -> None:
+        admit(run, count)
+        held.append((sum(pool.batch.count for pool in run.pools), len(run.ahead)))
+
+    monkeypatch.setattr(_Run, "admit", watched)
+    masks = torch.ones(80, 4).bool()
+    masks[::5, 1:3] = False
+    generate_many(
+        model, prompts(80), FixedMask(masks), batch_size=4, max_new_tokens=3, progress=False
+    )
+    assert max(waiting for _, waiting in held) >= 4
+    assert all(rows <= 2 * waiting for rows, waiting in held)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 50])

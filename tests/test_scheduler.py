@@ -114,6 +114,22 @@ def test_answers_are_those_of_each_request_alone(model: FirstModel, scheduler: S
     assert scheduler.kv_bytes == 0
 
 
+def test_requests_go_on_one_by_one_where_the_engine_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after weights were changed to some that it cannot run."""
+    model = tiny_routed()
+    scheduler = Scheduler(model)
+    asks = [Ask([5, 6, 7 + i], max_new_tokens=6, eos_token_ids=()) for i in range(3)]
+    try:
+        monkeypatch.setattr(model.engines, "get", lambda *_: None)
+        clients = [Client(scheduler, ask) for ask in asks]
+        for client, ask in zip(clients, asks, strict=True):
+            assert ids_of(client.wait()) == alone(model, ask)[0]
+    finally:
+        scheduler.close()
+
+
 def test_rows_with_other_masks_share_steps(
     scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from firstlm.errors import ConfigError
 from firstlm.fast_batch import FastBatch
 from firstlm.generate import Decoding, check_sampling, decode_step, end_ids, pick, prefill
-from firstlm.inputs import pad_left
+from firstlm.inputs import check_ids, pad_left
 from firstlm.model import FirstModel
-from firstlm.policies import Policy
+from firstlm.policies import FixedMask, Policy
 
 
 @dataclass
@@ -59,13 +59,15 @@ def generate_many(
     Args:
         model: a routed model.
         prompts: token ids of each.
-        policy: what decides; default the routers.
+        policy: what decides; default the routers. A `FixedMask` of [prompts, layers] has a mask for
+            each prompt.
         skip_rate: share of layers to skip; needs a calibrated model.
         prefill_mode: "skip" or "full".
         max_new_tokens: longest answer.
         batch_size: rows that are decoded together.
         lookahead: how many times as many prompts run ahead, to choose from those with like masks;
-            their keys and values take memory meanwhile. 0: first come, first served.
+            their keys and values, and at most as many again, take memory meanwhile. 0: first come,
+            first served.
         temperature: 0 takes the likeliest token, above 0 samples.
         top_p: sample from the likeliest tokens that make up this share.
         seed: of sampling; what a prompt draws depends on the prompts beside it.
@@ -81,9 +83,12 @@ def generate_many(
         raise ConfigError(f"batch_size is {batch_size}; expected 1 or more.")
     if lookahead < 0:
         raise ConfigError(f"lookahead is {lookahead}; expected 0 or more.")
-    empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
-    if empty:
-        raise ConfigError(f"Prompt {empty[0]} has no tokens; expected one or more.")
+    prompts = [[int(token) for token in prompt] for prompt in prompts]
+    for i, prompt in enumerate(prompts):
+        check_ids(prompt, model.config, f"Prompt {i}")
+    masks = policy.keep if isinstance(policy, FixedMask) else torch.ones(0)
+    if masks.dim() == 2 and len(masks) != len(prompts):
+        raise ConfigError(f"The policy has {len(masks)} masks for {len(prompts)} prompts.")
     check_sampling(max_new_tokens, temperature, top_p)
     generator = None
     if seed is not None:
@@ -120,7 +125,7 @@ class _Pool:
     """Prompts that have run together, and wait.
 
     Attributes:
-        batch: their keys and values, kept until the last of them has come in.
+        batch: their keys and values, and those of some that have come in: at most as many.
         left: row -> the prompt, of those that wait.
     """
 
@@ -159,7 +164,10 @@ class _Run:
         """Run prompts, and let them wait for room in the batch."""
         ids, mask = pad_left([self.prompts[i] for i in taken], self.model.pad_id)
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-        decoding = prefill(self.model, ids, mask, **self.options)
+        options = dict(self.options)
+        if isinstance(options["policy"], FixedMask):
+            options["policy"] = options["policy"].of(taken)
+        decoding = prefill(self.model, ids, mask, **options)
         for i, keep in zip(taken, decoding.state.keep, strict=True):
             self.answers[i].keep = keep
         if decoding.cache.engine is None:
@@ -183,6 +191,9 @@ class _Run:
             if rows:
                 self.rows += [pool.left.pop(row) for row in rows]
                 coming.append(pool.batch.pick(rows))
+                if 0 < 2 * len(pool.left) <= pool.batch.count:  # not for each row that goes
+                    pool.batch.select(list(pool.left))
+                    pool.left = dict(enumerate(pool.left.values()))
         self.pools = [pool for pool in self.pools if pool.left]
         if self.batch is not None and self.batch.count:
             self.batch.join(coming)

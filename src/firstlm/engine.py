@@ -7,6 +7,7 @@ are decoded with these steps.
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Sequence
@@ -24,11 +25,12 @@ from firstlm.errors import ConfigError, UnsupportedModelError, first_line
 from firstlm.fast_batch import FastBatch, Part, Step, Stored
 from firstlm.graphs import Traced
 from firstlm.layers import LayerStack
-from firstlm.lora import lora_layers, lora_left_out
+from firstlm.lora import is_on_shared_weights, lora_layers, lora_left_out
 from firstlm.packing import linears, pack_linears
 from firstlm.prefetch import prefetching
 from firstlm.replays import Calls, Replays, cuda_graphs
 
+LONGEST = "max_position_embeddings"  # its name in configs
 KEPT = 2  # states of one model's weights whose engines stay: with LoRA and without
 # How like the model's own logits those of a trial step must be (cosine).
 ALIKE = {"int8": 0.97, "int4": 0.7, torch.float64: 0.99999, torch.float32: 0.99999}
@@ -84,8 +86,9 @@ class DecodeEngine:
                 raise UnsupportedModelError("Its weights have changed since it began to decode.")
             self._made_of = stamp
             try:
-                self._steps[alone] = self._build(1 if alone else 2)
-                self._try(1 if alone else 2)
+                with torch.autocast(self.base.device.type, enabled=False):
+                    self._steps[alone] = self._build(1 if alone else 2)
+                    self._try(1 if alone else 2)
             except Exception as error:
                 self._steps.pop(alone, None)
                 if isinstance(error, UnsupportedModelError):
@@ -104,6 +107,8 @@ class DecodeEngine:
         return sum(t.nbytes for t in next(iter(self._steps.values())).tail.weights)
 
     def _build(self, rows: int) -> Step:
+        if is_on_shared_weights(self.base):
+            raise UnsupportedModelError("It has LoRA on one of two layers that share a weight.")
         with lora_left_out(self.base):
             graphs = capture(self.base, self.stack, rows)
         # Both steps share what they are given: packed weights.
@@ -156,6 +161,26 @@ class DecodeEngine:
             raise UnsupportedModelError(
                 f"Its fast step gives other logits (cosine {alike:.4f}; expected {bound} or more)."
             )
+        if rows > 1:
+            self._try_apart(self._steps[False])
+
+    def _try_apart(self, step: Step) -> None:
+        """Refuse models that turn all rows by the longest of them: rows that decode together have
+        run their prompts apart."""
+        longest = getattr(self.base.config.get_text_config(decoder=True), LONGEST, None)
+        if longest is None:
+            return
+
+        def given(other: int) -> list[torch.Tensor]:
+            """Return what the first of two rows is given beside a row at some position."""
+            positions = torch.tensor([[1], [other]], device=self.base.device)
+            arguments = {"token_ids": torch.zeros_like(positions), "positions": positions}
+            head, by_row = step.head, step.graphs.by_row
+            found = head.run(*head.weights, *[arguments[name] for name in head.arguments])
+            return [t[0] if split else t for t, split in zip(found, by_row, strict=True)]
+
+        if not all(map(torch.equal, given(1), given(longest - 1))):
+            raise UnsupportedModelError("A long row changes what short ones beside it compute.")
 
     def start(self, cache: SkipCache, attention_mask: torch.Tensor, room: int) -> FastBatch:
         """Take over from prompts that have run, all decisions made.
@@ -180,7 +205,7 @@ class DecodeEngine:
 
 
 class Engines:
-    """The engines of one model; weights that have changed since make new ones.
+    """The engines of one model; weights that have changed since make new ones. Copies have none.
 
     Args:
         stack: the model's layers.
@@ -191,6 +216,9 @@ class Engines:
         self.stack, self.unit = stack, unit
         self._made: dict[Any, dict[str, DecodeEngine | None]] = {}
         self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: Any) -> Engines:
+        return Engines(copy.deepcopy(self.stack, memo), self.unit)
 
     def clear(self) -> None:
         """Let go of all engines, and of the weights that they hold."""

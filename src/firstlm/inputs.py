@@ -58,6 +58,22 @@ def _check_prompts(input_ids: Any) -> None:
         )
 
 
+def check_ids(ids: Sequence[int], config: Any, name: str) -> int:
+    """Refuse a prompt that has no tokens, or unknown ones; returns how many tokens there are.
+
+    Args:
+        ids: of its tokens.
+        config: of the model.
+        name: of the prompt, in errors.
+    """
+    vocab = config.get_text_config(decoder=True).vocab_size
+    if not len(ids):
+        raise ConfigError(f"{name} has no tokens; expected one or more.")
+    if min(ids) < 0 or max(ids) >= vocab:
+        raise ConfigError(f"{name} has a token id outside 0 to {vocab - 1}.")
+    return vocab
+
+
 def _check_mask(attention_mask: torch.Tensor, input_ids: torch.Tensor) -> None:
     """Refuse a mask that does not fit its prompts [batch, tokens], or hides a whole prompt."""
     if attention_mask.shape != input_ids.shape:
@@ -72,11 +88,23 @@ def _check_mask(attention_mask: torch.Tensor, input_ids: torch.Tensor) -> None:
         )
 
 
-def refuse_rollback(generate_kwargs: dict[str, Any]) -> None:
+def asked(name: str, generation_config: Any, generate_kwargs: dict[str, Any]) -> Any:
+    """Return an option of transformers' `generate`, or None.
+
+    Args:
+        name: of the option.
+        generation_config: the model's own, which fills in what a given one leaves open.
+        generate_kwargs: what `generate` is called with.
+    """
+    configs = generate_kwargs.get("generation_config"), generation_config
+    found = (generate_kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in found if value is not None), None)
+
+
+def refuse_rollback(generation_config: Any, generate_kwargs: dict[str, Any]) -> None:
     """Refuse what transformers' `generate` can do but skipped layers cannot follow."""
-    config = generate_kwargs.get("generation_config")
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-        if generate_kwargs.get(name, getattr(config, name, None)) is not None:
+        if asked(name, generation_config, generate_kwargs) is not None:
             raise ConfigError(f"{name} rolls the cache back, which is not supported with skips.")
     if generate_kwargs.get("inputs_embeds") is not None:
         raise ConfigError("inputs_embeds is not supported; give prompts as input_ids.")
@@ -86,11 +114,10 @@ def refuse_rollback(generate_kwargs: dict[str, Any]) -> None:
 
 def refuse_for_engine(generation_config: Any, generate_kwargs: dict[str, Any]) -> None:
     """Refuse what transformers' `generate` can do but the fast engine cannot."""
-    config = generate_kwargs.get("generation_config") or generation_config
-    if (generate_kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1) > 1:
+    if (asked("num_beams", generation_config, generate_kwargs) or 1) > 1:
         raise ConfigError("Beam search reorders rows; use it with engine='hf'.")
     for name in ("output_hidden_states", "output_attentions"):
-        if generate_kwargs.get(name) or getattr(config, name, False):
+        if asked(name, generation_config, generate_kwargs):
             raise ConfigError(f"{name} needs engine='hf': the fast engine keeps logits alone.")
 
 
@@ -132,11 +159,10 @@ def _infer_mask(generation_config: Any, input_ids: torch.Tensor) -> torch.Tensor
 
 def longest_row(generation_config: Any, prompt_length: int, generate_kwargs: dict[str, Any]) -> int:
     """Return how many tokens a row may have in the end, as transformers' `generate` counts."""
-    config = generate_kwargs.get("generation_config") or generation_config
-    new = generate_kwargs.get("max_new_tokens") or config.max_new_tokens
+    new = asked("max_new_tokens", generation_config, generate_kwargs)
     if new is not None:
         return prompt_length + new
-    return generate_kwargs.get("max_length") or config.max_length or prompt_length + 20
+    return asked("max_length", generation_config, generate_kwargs) or prompt_length + 20
 
 
 def kv_token_bytes(config: Any, size: int) -> int:

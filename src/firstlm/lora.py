@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +55,13 @@ def lora_left_out(model: nn.Module) -> Iterator[None]:
     finally:
         for module in on:
             module._disable_adapters = False
+
+
+def is_on_shared_weights(model: nn.Module) -> bool:
+    """Tell whether active LoRA is on a weight that another module has, too (tied embeddings)."""
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    on = [m for m in lora_layers(model) if not (m.disable_adapters or m.merged)]
+    return any(owners[id(p)] > 1 for m in on for p in m.get_base_layer().parameters())
 
 
 @contextmanager

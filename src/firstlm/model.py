@@ -28,6 +28,7 @@ from firstlm.decisions import RoutingState
 from firstlm.engine import DecodeEngine, Engines
 from firstlm.errors import ConfigError
 from firstlm.inputs import (
+    asked,
     longest_row,
     pad_on_the_left,
     position_ids,
@@ -462,20 +463,20 @@ class FirstModel(nn.Module):
         Raises:
             ConfigError: options that cannot work together.
         """
-        refuse_rollback(generate_kwargs)
+        defaults = self.base.generation_config
+        refuse_rollback(defaults, generate_kwargs)
         if engine != "hf":
-            refuse_for_engine(self.base.generation_config, generate_kwargs)
+            refuse_for_engine(defaults, generate_kwargs)
         for name in ("use_cache", "return_dict_in_generate"):
             generate_kwargs.pop(name, None)
-        input_ids, attention_mask = take_prompts(
-            input_ids, attention_mask, self.base.generation_config, self.device
-        )
+        input_ids, attention_mask = take_prompts(input_ids, attention_mask, defaults, self.device)
         cache = take_cache(generate_kwargs)
-        asked = getattr(generate_kwargs.get("generation_config"), "cache_implementation", None)
-        kind = generate_kwargs.pop("cache_implementation", None) or asked or "dynamic"
-        decoder = self.engine_for(engine, weights, len(input_ids), kind)
+        own = getattr(generate_kwargs.get("generation_config"), "cache_implementation", None)
+        kind = generate_kwargs.pop("cache_implementation", None) or own or "dynamic"
+        answers = asked("num_return_sequences", defaults, generate_kwargs) or 1
+        decoder = self.engine_for(engine, weights, len(input_ids) * answers, kind)
         start = time.perf_counter()
-        longest = longest_row(self.base.generation_config, input_ids.shape[1], generate_kwargs)
+        longest = longest_row(defaults, input_ids.shape[1], generate_kwargs)
         if cache is None:
             input_ids, attention_mask = pad_on_the_left(input_ids, attention_mask)
             state = self.new_state(attention_mask, policy, skip_rate, prefill, input_ids=input_ids)
@@ -499,21 +500,22 @@ class FirstModel(nn.Module):
             )
             config.update(**ours)
             # None gives way to the model's own default, unless it comes as an argument.
-            own = self.base.generation_config.cache_implementation
-            ours = {} if own is None else {"cache_implementation": None}
+            fills_in = defaults.cache_implementation is not None
+            ours = {"cache_implementation": None} if fills_in else {}
         if "logits_to_keep" in inspect.signature(self.plain_base.forward).parameters:
             # As an index: for a number transformers takes a strided view, for which the CPU copies
             # the vocabulary's matrix once a row, and where layers share keys and values it cuts
             # prompts to their last token, so that routers would see no more of them. A tensor
             # would be repeated for beams.
             generate_kwargs.setdefault("logits_to_keep", [-1])
-        hf = self.base.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            **{self.routing.stack.cache_argument: cache},
-            **generate_kwargs,
-            **ours,
-        )
+        with self.routing.only_with_a_cache():
+            hf = self.base.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                **{self.routing.stack.cache_argument: cache},
+                **generate_kwargs,
+                **ours,
+            )
         end = time.perf_counter()
         first = state.first_token_at or end
         return GenerateOutput(

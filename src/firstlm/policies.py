@@ -101,6 +101,10 @@ class FixedMask:
             )
         return self.keep[:, layer]
 
+    def of(self, rows: Sequence[int]) -> FixedMask:
+        """Return the mask for some rows of a batch."""
+        return self if self.keep.dim() == 1 else FixedMask(self.keep[list(rows)])
+
     def check(self, layers: int, locked: frozenset[int] = frozenset()) -> None:
         """Raise `ConfigError` unless the mask fits a model with these layers and locked layers."""
         if self.keep.shape[-1] != layers:

@@ -9,6 +9,7 @@ scope of `Routing.tracing(state)`.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import UserDict
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from firstlm.layers import LayerStack, decoder_layers
 
 # The state of the batch whose layer is running, for units inside a layer that get no cache (mlp).
 _ACTIVE: ContextVar[RoutingState | None] = ContextVar("firstlm_active", default=None)
+_ONLY_CACHED: ContextVar[bool] = ContextVar("firstlm_only_cached", default=False)
+_OVERRIDING = threading.Lock()  # two threads that generate for the first time
 
 
 class Routing:
@@ -52,8 +55,9 @@ class Routing:
 
     def decode_fast(self, model: nn.Module) -> None:
         """Let a cache's engine answer for the whole model, where the cache has one."""
-        if all(module is not model for module, _ in self._undo):
-            self._override(model, self._decode)
+        with _OVERRIDING:
+            if all(module is not model for module, _ in self._undo):
+                self._override(model, self._decode)
 
     def _decode(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Run one step of transformers' `generate` by the engine, or else as it always was."""
@@ -109,11 +113,28 @@ class Routing:
         finally:
             self.trace = before
 
+    @staticmethod
+    @contextmanager
+    def only_with_a_cache() -> Iterator[None]:
+        """Refuse forward passes without a routed cache, in which every layer would run."""
+        token = _ONLY_CACHED.set(True)
+        try:
+            yield
+        finally:
+            _ONLY_CACHED.reset(token)
+
     def _visit(self, layer: int, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Run layer `layer` as the batch's state says."""
         cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, SkipCache)), None)
         state = cache.state if cache is not None else self.trace
         if state is None:
+            if _ONLY_CACHED.get():
+                raise ConfigError(
+                    "transformers' generate drops this model's cache, and with it which layers run "
+                    "as soon as a row is longer than what its first rotary factors are for "
+                    "(original_max_position_embeddings). Keep prompt and answer within that, or "
+                    "answer with firstlm.generate.stream."
+                )
             return original(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         tokens = hidden.shape[1]

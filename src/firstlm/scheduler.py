@@ -19,9 +19,9 @@ import torch
 from firstlm.errors import ConfigError, FirstError
 from firstlm.fast_batch import FastBatch
 from firstlm.generate import Decoding, check_sampling, decode_step, end_ids, pick, prefill
-from firstlm.inputs import pad_left
+from firstlm.inputs import check_ids, pad_left
 from firstlm.model import FirstModel
-from firstlm.policies import Policy, SteppedPolicy
+from firstlm.policies import FixedMask, Policy, SteppedPolicy
 
 LOG = logging.getLogger(__name__)
 GROUP_TOKENS = 4096  # of prompts that run together, padding among them
@@ -192,12 +192,10 @@ class Scheduler:
 
     def check(self, ask: Ask) -> None:
         """Raise `ConfigError` where a request cannot be answered as asked."""
-        if not len(ask.ids):
-            raise ConfigError("The prompt has no tokens; expected one or more.")
+        vocab = check_ids(ask.ids, self.model.config, "The prompt")
         check_sampling(ask.max_new_tokens, ask.temperature, ask.top_p)
-        vocab = self.model.config.get_text_config(decoder=True).vocab_size
-        if min(ask.ids) < 0 or max(ask.ids) >= vocab:
-            raise ConfigError(f"The prompt has a token id outside 0 to {vocab - 1}.")
+        if isinstance(ask.policy, FixedMask) and ask.policy.keep.dim() != 1:
+            raise ConfigError("keep is for several prompts; expected [layers], for one.")
         if ask.logprobs is not None and not 0 <= ask.logprobs <= vocab:
             raise ConfigError(f"logprobs is {ask.logprobs}; expected 0 to {vocab}, or None.")
         longest = self.model.context_length
@@ -345,6 +343,11 @@ class Scheduler:
             engine=self.engine,
             weights=self.weights,
         )
+        if self._fast and decoding.cache.engine is None:  # weights were changed: one by one now
+            self._fast = False
+            with self._wake:
+                self.waiting.extendleft(reversed(group))
+            return
         for request, keep in zip(group, decoding.state.keep, strict=True):
             request.keep = keep
         if not self._fast:
