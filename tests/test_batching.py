@@ -47,12 +47,18 @@ def test_prompts_that_wait_hold_at_most_twice_their_own_memory(
         held.append((sum(pool.batch.count for pool in run.pools), len(run.ahead)))
 
     monkeypatch.setattr(_Run, "admit", watched)
-    masks = torch.ones(80, 4).bool()
-    masks[::5, 1:3] = False
+    masks = torch.tensor([True, False, True, True]).repeat(240, 1)
+    masks[::12] = torch.tensor([True, True, False, True])
     generate_many(
-        model, prompts(80), FixedMask(masks), batch_size=4, max_new_tokens=3, progress=False
+        model,
+        prompts(240),
+        FixedMask(masks),
+        batch_size=8,
+        max_new_tokens=12,
+        eos_token_ids=list(range(3, 40)),
+        progress=False,
     )
-    assert max(waiting for _, waiting in held) >= 4
+    assert max(waiting for _, waiting in held) >= 8
     assert all(rows <= 2 * waiting for rows, waiting in held)
 
 
