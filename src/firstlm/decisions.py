@@ -158,6 +158,11 @@ class RoutingState:
         if self.row_count == 0:
             self.row_count = hidden.shape[0]
         last = first + hidden.shape[1]
+        if first > self._pooled[layer]:
+            raise RuntimeError(
+                f"Layer {layer} is to be decided from a whole prompt, and the tokens from "
+                f"{self._pooled[layer]} to {first} never entered it: they came out of a cache."
+            )
         begin = max(first, self._pooled[layer])  # what is read anew, after a preemption, is known
         if begin < last:
             part = hidden[:, begin - first :]

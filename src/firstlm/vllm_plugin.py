@@ -22,6 +22,7 @@ from firstlm.errors import ConfigError
 from firstlm.vllm_folder import ARCHITECTURES, choices_in, folder_for, is_artifact, prefill_of
 
 REPORT = "first"  # name, in an answer's kv_transfer_params, of which layers ran
+PRIVATE = "first-private"  # begins the salt of requests that share nothing with others
 MADE = "first_made"  # attribute of a step's output: request id -> layers that run
 
 
@@ -54,6 +55,8 @@ class _Config:
             "speculative decoding": config.speculative_config is not None,
             "LoRA requests (an artifact's own LoRA is merged)": config.lora_config is not None,
             "dual batch overlap": getattr(parallel, "enable_dbo", False),
+            "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+            "KV transfer (routers read whole prompts)": config.kv_transfer_config is not None,
         }
         if found := [what for what, asked in barred.items() if asked]:
             raise ConfigError(f"The FiRST plugin does not go with {', '.join(found)}.")
@@ -64,6 +67,7 @@ class _Config:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # masks ride on the first model runner
         if prefill_of(config.model_config.hf_config) == "skip":
             scheduler.enable_chunked_prefill = False
+            scheduler.long_prefill_token_threshold = 0  # chunks prompts all the same
             length = config.model_config.max_model_len
             scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, length)
 
@@ -104,7 +108,10 @@ def _wrap_engine() -> None:
 
 def _wrap_requests() -> None:
     """Check what requests ask for where they are admitted, and keep masks apart in the cache."""
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
     from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
 
     from firstlm.vllm_wishes import wish
@@ -121,13 +128,34 @@ def _wrap_requests() -> None:
                 found = wish(request.sampling_params.extra_args, self.first_choices, prefill)
             except ConfigError as error:
                 raise VLLMValidationError(str(error)) from error
-            salt = found.salt or uuid.uuid4().hex
-            request.cache_salt = f"{salt} {request.cache_salt or ''}"
+            request.cache_salt = f"{found.salt or PRIVATE} {request.cache_salt or ''}"
             return request
 
         return process_inputs
 
+    def add(before: Callable[..., Any]) -> Callable[..., Any]:
+        def preprocess_add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            # Here, as a request for several answers is copied in between.
+            if _ours(self.vllm_config) and (request.cache_salt or "").startswith(PRIVATE):
+                request.cache_salt = request.cache_salt.replace(PRIVATE, uuid.uuid4().hex, 1)
+            return before(self, request, *args, **kwargs)
+
+        return preprocess_add_request
+
+    def beams(before: Callable[..., Any]) -> Callable[..., Any]:
+        def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
+            engine = getattr(self, "llm_engine", None) or self.engine_client
+            if _ours(engine.vllm_config):
+                # It asks anew for each token, without what was asked for.
+                raise VLLMValidationError("Beam search is not served with skipped layers.")
+            return before(self, *args, **kwargs)
+
+        return beam_search
+
     _wrap(InputProcessor, "process_inputs", process)
+    _wrap(EngineCore, "preprocess_add_request", add)
+    for owner in (BeamSearchOfflineMixin, BeamSearchOnlineMixin):
+        _wrap(owner, "beam_search", beams)
 
 
 def _wrap_runner() -> None:

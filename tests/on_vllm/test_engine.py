@@ -72,8 +72,39 @@ def test_64_requests_that_come_at_random_times(
     assert len(model.first_routing.decisions) <= 1  # of the last step, which no other followed
 
 
+def test_several_answers_to_a_long_prompt_are_each_routed_by_all_of_it(
+    made: tuple[str, FirstModel],
+) -> None:
+    """They are copies of one request, and find in no cache what another of them has read."""
+    from vllm import SamplingParams
+
+    llm = engine(made[0], block_size=32, long_prefill_token_threshold=64)
+    rng = random.Random(2)
+    asks = {"router": {"skip_rate": 0.4}, "mine": {"skip_layers": [1, 4], "prefill": "full"}}
+    for name, ask in asks.items():
+        prompt = [1, *(rng.randrange(5, 255) for _ in range(150))]
+        options = {"temperature": 1.0, "top_k": 1, "max_tokens": 8, "ignore_eos": True}
+        params = SamplingParams(n=3, **options, extra_args=ask)
+        llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        found: list[Any] = []
+        while not found:
+            found = [output for output in llm.llm_engine.step() if output.finished]
+        assert len({tuple(one.token_ids) for one in found[0].outputs}) == 1
+        same_as_reference(found[0], made[1], prompt, ask)
+
+
+def test_beam_search_is_refused(made: tuple[str, FirstModel]) -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    llm = engine(made[0])
+    params = BeamSearchParams(beam_width=2, max_tokens=4)
+    with pytest.raises(VLLMValidationError, match="Beam search is not served"):
+        llm.beam_search([{"prompt_token_ids": PROMPTS[0]}], params)
+
+
+@pytest.mark.parametrize("caching", [False, True])
 def test_masks_outlive_preemption(
-    made: tuple[str, FirstModel], monkeypatch: pytest.MonkeyPatch
+    made: tuple[str, FirstModel], monkeypatch: pytest.MonkeyPatch, caching: bool
 ) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -85,7 +116,8 @@ def test_masks_outlive_preemption(
         return before(self, request, *args, **kwargs)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", noted)
-    llm = engine(made[0], block_size=32, num_gpu_blocks_override=14, enable_prefix_caching=False)
+    options = {"num_gpu_blocks_override": 14, "enable_prefix_caching": caching}
+    llm = engine(made[0], block_size=32, **options)
     asked = {
         f"r{i}": (
             PROMPTS[i % 8],
