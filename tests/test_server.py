@@ -55,7 +55,8 @@ class Running:
     def __init__(self, **options: Any) -> None:
         self.model = make_model()
         config = ServeConfig(artifact="tiny", **options)
-        self.scheduler = Scheduler(self.model, config.batch_size, config.queue_size)
+        sizes = config.batch_size, config.queue_size
+        self.scheduler = Scheduler(self.model, *sizes, batch_tokens=config.batch_tokens)
         self.server = Server(self.model, self.scheduler, config, "tiny")
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))

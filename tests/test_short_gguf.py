@@ -19,6 +19,8 @@ def whole(tmp_path: Path) -> Path:
     """Three layers, with matrices in four bits, and a list with an entry for each."""
     file = tmp_path / "whole.gguf"
     writer = GGUFWriter(file, "llama")
+    writer.add_custom_alignment(256)
+    writer.add_array("general.tags", ["x", "y", "z"])  # not one for each layer
     writer.add_block_count(3)
     writer.add_array("llama.attention.head_count_kv", [2, 4, 8])
     writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c", "d"])

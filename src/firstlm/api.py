@@ -11,9 +11,17 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    field_validator,
+    model_validator,
+)
 
 from firstlm.scheduler import Piece, Request
 
@@ -76,14 +84,16 @@ class Options(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1)
     n: int = Field(1, ge=1, le=16, description="answers to each prompt")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: str | list[str] | None = Field(None, description="texts that end an answer, up to 16")
+    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=16)] | None = Field(
+        None, description="texts that end an answer, up to 16"
+    )
     stream: StrictBool = False
     stream_options: dict[str, Any] | None = None
     skip_rate: float | None = Field(None, ge=0, lt=1, description="share of layers to skip")
     policy: Literal["router", "run_all", "majority", "unified", "random"] | None = Field(
         None, description="what decides which layers run"
     )
-    keep: list[StrictBool] | None = Field(
+    keep: Annotated[list[StrictBool], Field(fail_fast=True)] | None = Field(
         None, description="per layer, whether it runs: a mask of yours"
     )
     prefill: Literal["skip", "full"] = Field("skip", description="whether the prompt skips, too")
@@ -95,10 +105,21 @@ class Options(BaseModel):
         return [text for text in found if text]
 
 
+def _of_one_kind(prompt: Any) -> Any:
+    """Refuse a prompt of mixed parts at once: pydantic would tell of each, in each of four ways."""
+    parts = prompt if isinstance(prompt, list) else []
+    kinds, allowed = {type(part) for part in parts}, {str, int}
+    if kinds == {list}:
+        kinds, allowed = {type(token) for part in parts for token in part}, {int}
+    if len(kinds) > 1 or not kinds <= allowed:
+        raise ValueError("expected a text, texts, token ids, or lists of token ids")
+    return prompt
+
+
 class CompletionRequest(Options):
     """Body of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_of_one_kind)]
     logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens to tell")
 
     _also_a_number = field_validator("logprobs", mode="before")(_no_bool)
@@ -118,7 +139,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     @property
     def text(self) -> str:
@@ -131,7 +152,7 @@ class Message(BaseModel):
 class ChatRequest(Options):
     """Body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, le=TOKEN_LIMIT)
     logprobs: StrictBool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)

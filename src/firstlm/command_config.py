@@ -228,6 +228,9 @@ class ServeConfig(ArtifactOptions):
         "same", choices=WEIGHT_FORMATS, help="number format in which the fast engine keeps weights"
     )
     batch_size: int = count_option(16, "requests that are answered together")
+    batch_tokens: int = count_option(
+        65536, "rows that are decoded together times the longest of them, in tokens; others wait"
+    )
     queue_size: int = count_option(256, "requests that may wait; more get 429")
     max_tokens: int = count_option(1024, "longest answer that a client may ask for, in tokens")
     default_tokens: int = count_option(128, "longest answer where a client names none")

@@ -95,6 +95,7 @@ class Request:
         keep: [layers] bool, once the prompt has run.
         arrived: when it came, on `time.perf_counter`'s clock.
         started: when its prompt began to run.
+        room: for how many tokens it has memory from then on.
         first: when its first token was there.
         finished: when it ended.
         count: tokens so far.
@@ -106,6 +107,7 @@ class Request:
     keep: torch.Tensor | None = None
     arrived: float = field(default_factory=time.perf_counter)
     started: float | None = None
+    room: int = 0
     first: float | None = None
     finished: float | None = None
     count: int = 0
@@ -125,6 +127,8 @@ class Scheduler:
         engine: "fast" or "hf"; without the fast engine, or where the artifact's policy lets layers
             go with each step, requests are answered side by side, each by itself.
         weights: number format of "fast".
+        batch_tokens: for how many tokens there is memory: rows that are decoded together, times the
+            longest that one of them may become. Requests wait for it. None: as many as come.
 
     Attributes:
         tokens: of all requests so far, told or not.
@@ -137,6 +141,7 @@ class Scheduler:
         queue_size: int = 256,
         engine: str = "fast",
         weights: str = "same",
+        batch_tokens: int | None = None,
     ) -> None:
         if batch_size < 1 or queue_size < 1:
             raise ConfigError(
@@ -148,6 +153,7 @@ class Scheduler:
         self._fast = model.engine_for(engine, weights, max(batch_size, 2)) is not None
         self.model = model
         self.batch_size, self.queue_size = batch_size, queue_size
+        self.batch_tokens = batch_tokens
         self.engine, self.weights = engine, weights
         self.waiting: deque[Request] = deque()
         self.starting: list[Request] = []  # whose prompts run now
@@ -204,6 +210,12 @@ class Scheduler:
                 f"The prompt has {len(ask.ids)} tokens and {ask.max_new_tokens} more are asked "
                 f"for; the model takes {longest} in all."
             )
+        most = self.batch_tokens
+        if most is not None and len(ask.ids) + ask.max_new_tokens > most:
+            raise ConfigError(
+                f"The prompt has {len(ask.ids)} tokens and {ask.max_new_tokens} more are asked "
+                f"for; there is memory for {most} in all."
+            )
         one = torch.ones(1, 1, dtype=torch.long)
         state = self.model.new_state(one, ask.policy, ask.skip_rate, ask.prefill, input_ids=one)
         if state.stepped and self._fast:
@@ -234,7 +246,8 @@ class Scheduler:
     @property
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values of the batch."""
-        return self._batch.kv_bytes if self._batch is not None else 0
+        batch = self._batch  # it may be let go meanwhile
+        return 0 if batch is None else batch.kv_bytes
 
     def close(self, timeout: float | None = None) -> bool:
         """Take no more requests, end those that are there; True if all did within `timeout`.
@@ -311,24 +324,34 @@ class Scheduler:
             # Rows that end cannot leave where no engine decodes, so each starts by itself.
             most = room if self._fast else min(room, 1)
             while self.waiting and len(group) < most:
-                ask, other = self.waiting[0].ask, group[0].ask if group else None
+                first = self.waiting[0]
+                ask, other = first.ask, group[0].ask if group else None
                 alike = other is None or (
                     ask.policy is other.policy
                     and (ask.skip_rate, ask.prefill) == (other.skip_rate, other.prefill)
                 )
                 longest = max(longest, len(ask.ids))
                 small = (len(group) + 1) * longest <= GROUP_TOKENS
-                if not alike or (group and not small):
+                if not alike or (group and not small) or not self._has_memory([*group, first]):
                     break
                 group.append(self.waiting.popleft())
             self.starting = group
         return group
 
+    def _has_memory(self, coming: Sequence[Request]) -> bool:
+        """Whether some may join the batch, whose rows take as much as the longest of them."""
+        if self.batch_tokens is None:
+            return True
+        there = [*self.rows, *self.alone]
+        longest = max([_room(coming), *(request.room for request in there)])
+        return (len(there) + len(coming)) * longest <= self.batch_tokens
+
     def _admit(self, group: list[Request]) -> None:
         """Run prompts, and put them to the rows that are being decoded."""
         now = time.perf_counter()
+        room = _room(group)
         for request in group:
-            request.started = now
+            request.started, request.room = now, room
         ids, mask = pad_left([r.ask.ids for r in group], self.model.pad_id)
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         ask = group[0].ask
@@ -416,9 +439,15 @@ class Scheduler:
             request.cancelled = True
 
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
+        LOG.error("%d requests failed", len(requests), exc_info=error)
         for request in requests:
             if request.finished is None:
                 self._end(request, Piece(None, "error", error=f"{type(error).__name__}: {error}"))
+
+
+def _room(group: Sequence[Request]) -> int:
+    """Return for how many tokens each of some requests has memory that are read together."""
+    return max(len(r.ask.ids) for r in group) + max(r.ask.max_new_tokens for r in group)
 
 
 def _likeliest(

@@ -20,6 +20,7 @@ from firstlm.scheduler import Scheduler
 
 LOG = logging.getLogger("firstlm.server")
 LOCAL = ("127.0.0.1", "localhost", "::1")
+LINGER = 5  # seconds in which clients may read on once all answers have ended
 KEY_VARIABLE = "FIRSTLM_API_KEY"
 
 
@@ -33,7 +34,10 @@ def run(options: ServeConfig) -> int:
         raise ConfigError(
             f"{error}. Install the server with pip install 'firstlm[serve]'."
         ) from error
-    options = replace(options, api_key=options.api_key or os.environ.get(KEY_VARIABLE))
+    key = os.environ.get(KEY_VARIABLE) if options.api_key is None else options.api_key
+    if key == "":
+        raise ConfigError(f"The API key is empty; leave out --api-key and {KEY_VARIABLE} for none.")
+    options = replace(options, api_key=key)
     if options.host not in LOCAL and not options.api_key:
         print(f"Anyone who reaches {options.host} may ask: set --api-key.", file=sys.stderr)
     listener = _bind(options.host, options.port)  # before a model is loaded for nothing
@@ -42,7 +46,12 @@ def run(options: ServeConfig) -> int:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     model = load(options)
     scheduler = Scheduler(
-        model, options.batch_size, options.queue_size, options.engine, options.weights
+        model,
+        options.batch_size,
+        options.queue_size,
+        options.engine,
+        options.weights,
+        options.batch_tokens,
     )
     name = options.name or options.artifact.rstrip("/").rpartition("/")[2]
     server = Server(model, scheduler, options, name)
@@ -70,7 +79,7 @@ def run(options: ServeConfig) -> int:
         create_app(server),
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=max(1, round(options.grace)),
+        timeout_graceful_shutdown=LINGER,
     )
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"Serving {name} at http://{host}:{listener.getsockname()[1]}", file=sys.stderr)

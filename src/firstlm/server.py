@@ -10,6 +10,7 @@ import asyncio
 import hmac
 import json
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from firstlm.scheduler import Ask, ClosedError, Piece, QueueFullError, Scheduler
 
 LOG = logging.getLogger("firstlm.server")
 RETRY_AFTER = 1  # seconds
+BODY_SECONDS = 30.0  # in which the body of a request must have come
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 FAILURES: dict[int | str, dict[str, Any]] = {
     code: {"model": Failure, "description": text}
@@ -51,6 +53,7 @@ FAILURES: dict[int | str, dict[str, Any]] = {
         400: "the request cannot be answered as asked",
         401: "the API key is missing or wrong",
         404: "there is no such model",
+        408: "the body took too long",
         413: "the body is too large",
         429: "too many requests wait",
         500: "the answer failed",
@@ -119,10 +122,16 @@ class Server:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.scheduler)
+        self._reading = threading.Lock()  # tokenizers are not made for several threads
         base = self.model.plain_base
         self.kv_token_bytes = kv_token_bytes(base.config, base.dtype.itemsize)
         # One object for equal wishes: prompts whose policy is the same one are read together.
         self.policy = lru_cache(maxsize=64)(self.model.choices.asked)
+
+    def check_name(self, model: str | None) -> None:
+        """Answer 404 where another model than the one here is asked for."""
+        if model not in (None, self.name):
+            raise HTTPException(404, f"There is no model {model!r} here, but {self.name!r}.")
 
     def prompts(self, body: CompletionRequest | ChatRequest) -> list[list[int]]:
         """Return the token ids of each prompt."""
@@ -132,9 +141,10 @@ class Server:
                 raise ConfigError("This model has no chat template; use /v1/completions.")
             messages = [{"role": m.role, "content": m.text} for m in body.messages]
             try:
-                found = tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=False
-                )
+                with self._reading:
+                    found = tokenizer.apply_chat_template(
+                        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+                    )
             except TemplateError as error:
                 raise ConfigError(
                     f"The model's chat template refuses these messages: {first_line(error)}"
@@ -147,7 +157,8 @@ class Server:
             raise ConfigError("There is no prompt; expected a text, texts, or token ids.")
         if len(prompt) > self.options.max_prompts:
             raise ConfigError(f"{len(prompt)} prompts; at most {self.options.max_prompts} at once.")
-        return [tokenizer(p)["input_ids"] if isinstance(p, str) else p for p in prompt]
+        with self._reading:
+            return [tokenizer(p)["input_ids"] if isinstance(p, str) else p for p in prompt]
 
     def asks(self, body: CompletionRequest | ChatRequest) -> list[Ask]:
         """Return what a request asks for: n answers to each prompt."""
@@ -162,7 +173,7 @@ class Server:
         if isinstance(body, ChatRequest):
             longest = body.max_completion_tokens or longest
             logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        longest = min(longest or self.options.default_tokens, self.options.max_tokens)
+        default, most_tokens = self.options.default_tokens, self.options.max_tokens
         prompts, most = self.prompts(body), self.options.batch_size + self.options.queue_size
         if len(prompts) * body.n > most:
             raise ConfigError(
@@ -176,7 +187,7 @@ class Server:
                     ids=ids,
                     policy=policy,
                     prefill=body.prefill,
-                    max_new_tokens=longest,
+                    max_new_tokens=min(longest or self._left(ids, default), most_tokens),
                     temperature=body.temperature,
                     top_p=body.top_p,
                     seed=seed,
@@ -186,13 +197,17 @@ class Server:
                 found.append(ask)
         return found
 
+    def _left(self, ids: Sequence[int], wanted: int) -> int:
+        """Return how many tokens of an answer fit behind a prompt, at most as many as wanted."""
+        limits = (self.model.context_length, self.options.batch_tokens)
+        return max(min([wanted, *(n - len(ids) for n in limits if n is not None)]), 1)
+
     async def answer(self, body: CompletionRequest | ChatRequest, http: HttpRequest) -> Response:
         """Answer a request, whole or in parts."""
         if self.closing:
             raise HTTPException(503, "The server is shutting down; ask another one.")
-        if body.model not in (None, self.name):
-            raise HTTPException(404, f"There is no model {body.model!r} here, but {self.name!r}.")
-        asks = self.asks(body)
+        self.check_name(body.model)
+        asks = await asyncio.to_thread(self.asks, body)  # a long text takes seconds
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
 
@@ -246,7 +261,7 @@ class Server:
                 if answer.finish is not None:
                     continue
                 if piece.finish == "error":
-                    raise HTTPException(500, piece.error)
+                    raise HTTPException(500, "The model failed; the server's log says how.")
                 if piece.finish == "cancelled":  # not by us: we read no more of what we cancel
                     raise HTTPException(503, "The server has shut down amid this answer.")
                 new = answer.take(piece)
@@ -317,6 +332,8 @@ async def _gone(http: HttpRequest) -> None:
 def create_app(server: Server) -> FastAPI:
     """Return the application with all routes."""
     app = FastAPI(
+        docs_url=None,  # pages that load scripts from elsewhere
+        redoc_url=None,
         title="firstlm",
         description="Answers of a language model that skips layers a prompt does not need.",
         version="1",
@@ -357,9 +374,20 @@ def create_app(server: Server) -> FastAPI:
         text = generate_latest(server.metrics.registry)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
+
     @app.get("/v1/models", responses={401: FAILURES[401]})
     async def models() -> dict[str, Any]:
         """List the one model."""
+        return {"object": "list", "data": [about_model()]}
+
+    @app.get("/v1/models/{name:path}", responses={401: FAILURES[401], 404: FAILURES[404]})
+    async def one_model(name: str) -> dict[str, Any]:
+        """Describe the model, if it is the one that is here."""
+        server.check_name(name)
+        return about_model()
+
+    def about_model() -> dict[str, Any]:
         about = {
             "layers": server.model.layer_count,
             "skip_rates": sorted(
@@ -368,7 +396,7 @@ def create_app(server: Server) -> FastAPI:
             "chat": bool(getattr(server.model.tokenizer, "chat_template", None)),
         }
         one = {"id": server.name, "object": "model", "created": 0, "owned_by": "firstlm"}
-        return {"object": "list", "data": [one | {"firstlm": about}]}
+        return one | {"firstlm": about}
 
     @app.post("/v1/completions", responses=ANSWERS, response_model=None)
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
@@ -411,8 +439,14 @@ class Guard:
             await send(message)
 
         try:
-            refusal = self._refusal(scope["path"], headers)
-            body = b"" if refusal else await self._read(receive)
+            refusal, body = self._refusal(scope["path"], headers), b""
+            if not refusal:
+                try:
+                    async with asyncio.timeout(BODY_SECONDS):
+                        body = await self._read(receive)
+                except TimeoutError:
+                    text = f"The body did not come within {BODY_SECONDS:g} s."
+                    refusal = JSONResponse(failure(text, "timeout"), 408)
             if body is None:
                 refusal = self._too_large()
             await (refusal or self.app)(scope, self._again(body, receive), noting)
@@ -421,6 +455,9 @@ class Guard:
             known = {route.path for route in scope["app"].routes}
             route = scope["path"] if scope["path"] in known else "other"
             self.server.metrics.requests.labels(route, str(status)).inc()
+            if status >= 400:
+                fields = {"route": route, "method": scope["method"], "status": status}
+                LOG.warning("refused" if status < 500 else "failed", extra={"fields": fields})
 
     async def _read(self, receive: Any) -> bytes | None:
         """Return a request's body, or None where it is too large."""

@@ -46,13 +46,16 @@ def shorter_gguf(
         raise ConfigError(f"keep is for {len(keep)} layers; {source.name} has {count}.")
     places = {old: new for new, old in enumerate(i for i, runs in enumerate(keep) if runs)}
     writer = GGUFWriter(target, name)
+    writer.data_alignment = int(reader.alignment)
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue
         value = field.contents()
         if field.name == count_key:
             value = len(places)
-        elif isinstance(value, list) and len(value) == count:  # an entry per layer
+        elif (
+            isinstance(value, list) and len(value) == count and field.name.startswith(f"{name}.")
+        ):  # an entry per layer
             value = [value[i] for i in places]
         kind, inner = field.types[0], field.types[-1]
         is_array = kind == GGUFValueType.ARRAY
