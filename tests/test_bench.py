@@ -17,7 +17,8 @@ from firstlm.bench import bandwidth, row_of
 from firstlm.cells import Cell, at_random, count_bytes, count_compute, evenly
 from firstlm.cli import main
 from firstlm.command_config import BenchConfig
-from firstlm.peers import PeerMaker
+from firstlm.peers import Peer, PeerMaker
+from firstlm.probes import peak_bytes
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,7 @@ def test_every_combination_is_measured_and_the_last_line_is_json(
             if r["skip_rate"] == 0 and all(r[k] == row[k] for k in ("engine", "dtype", "batch"))
         )
         assert row["kv_bytes"] * 6 == full["kv_bytes"] * kept
+        assert row["peak_bytes"] > 100e6  # all of this process
         assert (row["realised_over_ideal"] is None) == (row is full)
         # MB over GB/s are ms.
         assert row["roofline_ms"] == pytest.approx(row["step_mb"] / found["bandwidth_gb_s"])
@@ -109,6 +111,7 @@ def test_the_cut_model_mixed_masks_and_peers_run_beside(
             ratios = {x["skip_rate_asked"]: x["tpot_ratio"] for x in row["over_fast"]}
             assert ratios.keys() == {0.0, 0.5}
             assert min(ratios.values()) > 0
+            assert row["kv_bytes"] is None
             continue
         assert (row["tpot_over_cut"] is not None) == (
             row["engine"] == "fast" and row["masks"] == "shared" and halved
@@ -123,7 +126,10 @@ def test_the_cut_model_mixed_masks_and_peers_run_beside(
 
 
 def test_a_peer_that_fails_loses_no_rows(
-    report: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    report: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, _ = report
 
@@ -131,11 +137,16 @@ def test_a_peer_that_fails_loses_no_rows(
         raise RuntimeError("the peer's own")
 
     monkeypatch.setattr(PeerMaker, "economize", fail)
-    more = ["--engines", "hf", "--skip-rates", "0.5", "--peers", "economize"]
-    with pytest.raises(RuntimeError, match="the peer's own"):
-        call(folder, *more, "--output", str(tmp_path / "out.json"))
+    peer = Peer("transformers", "float32", torch.ones(6).bool(), fail)
+    monkeypatch.setattr(PeerMaker, "transformers", lambda *_: [peer])
+    more = ["--engines", "hf", "--skip-rates", "0.5", "--peers", "economize", "transformers"]
+    assert call(folder, *more, "--output", str(tmp_path / "out.json")) == 0
+    out = capsys.readouterr().out
+    for name in ("economize", "transformers"):
+        assert f"{name} is left out at a skip rate of 0.5: RuntimeError: the peer's own" in out
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["skip_rate"] for row in rows] == [0.0, 0.5]
+    assert json.loads(out.splitlines()[-1])["rows"] == rows
 
 
 def test_ideal_is_the_share_of_bytes_and_realised_is_what_was_saved() -> None:
@@ -187,3 +198,18 @@ def test_random_masks_differ_and_skip_what_was_asked(count: int) -> None:
 
 def test_bandwidth_is_of_this_world() -> None:
     assert 1e8 < bandwidth(torch.device("cpu"), megabytes=16, rounds=3) < 1e13
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_the_peak_is_that_of_a_call_and_not_of_what_came_before() -> None:
+    def large() -> None:
+        torch.ones(100, 2**20).sum()
+
+    device = torch.device("cpu")
+    large()
+    before = peak_bytes(device, lambda: None)
+    most = peak_bytes(device, large)
+    assert before is not None
+    assert most is not None
+    assert most - before > 300 * 2**20
+    assert (peak_bytes(device, lambda: None) or 0) < most - 300 * 2**20

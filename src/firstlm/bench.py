@@ -21,11 +21,12 @@ from firstlm.cells import Cell, evenly, make_cells, measure, prompts, timed
 from firstlm.command_config import BenchConfig
 from firstlm.config import RouterConfig
 from firstlm.decisions import RoutingState
-from firstlm.errors import FirstError
+from firstlm.errors import FirstError, first_line
 from firstlm.model import FirstModel
 from firstlm.peers import Peer, PeerMaker, ours
 from firstlm.policies import RouterPolicy
 from firstlm.pretrained import dtype_name, gguf_file, load_base, resolve_device, resolve_dtype
+from firstlm.probes import synchronize
 from firstlm.results import check_file, provenance, to_json, write_json
 
 DRAWS = 2000  # of the bootstrap
@@ -126,6 +127,7 @@ def row_of(
         "tpot_ms_quartiles": [1e3 * x for x in _quartiles(cell.steps)],
         "tokens_per_s": cell.batch / tpot,
         "kv_bytes": cell.kv_bytes,
+        "peak_bytes": cell.peak_bytes,
         "layer_calls": cell.layer_calls,
         "step_mb": (cell.step_bytes - cell.skipped_bytes) / 1e6,
         "roofline_ms": 1e3 * roofline,
@@ -187,8 +189,10 @@ def router_overhead(model: FirstModel, options: BenchConfig) -> float:
 
     class Timed(RoutingState):
         def observe(self, *args: Any) -> bool:
+            synchronize(model.device)
             start = time.perf_counter()
             whole = super().observe(*args)
+            synchronize(model.device)
             spent[0] += time.perf_counter() - start
             return whole
 
@@ -232,23 +236,38 @@ def race(model: FirstModel, options: BenchConfig) -> list[dict[str, Any]]:
                 print(f"{name} is left out ({error}); pip install 'firstlm[peers]'.")
             except FirstError as error:
                 print(f"{name} is left out at a skip rate of {rate}: {error}")
+            except Exception as error:  # a peer's own, which must not cost what was measured
+                print(f"{name} is left out at a skip rate of {rate}: {_told(error)}")
     generator = torch.Generator().manual_seed(options.seed)
     ids = prompts(model, 1, options.prompt_tokens, generator)
     rng = random.Random(options.seed)
     for turn in tqdm(range(options.peer_rounds + 1), "racing", unit="round"):
-        for _, peer in rng.sample(runners, len(runners)):
-            seconds = peer.answer(ids, options.peer_tokens)
+        for runner in rng.sample(runners, len(runners)):
+            rate, peer = runner
+            try:
+                seconds = peer.answer(ids, options.peer_tokens)
+            except Exception as error:
+                if peer.name == "fast":
+                    raise
+                print(f"{peer.name} is left out at a skip rate of {rate}: {_told(error)}")
+                runners.remove(runner)
+                continue
             if turn:  # the first compiles
                 peer.seconds.append(seconds)
     mine = [(rate, peer) for rate, peer in runners if peer.name == "fast"]
     return [_peer_row(rate, p, mine, options) for rate, p in runners if p.name != "fast"]
 
 
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def _peer_row(
     rate: float, peer: Peer, mine: Sequence[tuple[float, Peer]], options: BenchConfig
 ) -> dict[str, Any]:
     tpot = statistics.median(peer.seconds)
-    return {
+    unknown = ("ttft_ms", "kv_bytes", "peak_bytes", "layer_calls", "realised_over_ideal")
+    return dict.fromkeys(unknown) | {
         "engine": peer.name,
         "dtype": peer.dtype,
         "batch": 1,
@@ -283,7 +302,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for name in ("engine", "format", "batch", "skipped", "TTFT", "TPOT", "tokens/s", "ratio"):
         table.add_column(name, justify="left" if name in ("engine", "format") else "right")
-    for name in ("realised / ideal", "KV", "roofline", "time / fast"):
+    for name in ("realised / ideal", "KV", "peak", "roofline", "time / fast"):
         table.add_column(name, justify="right")
     for row in rows:
         ratio, share = row.get("tpot_ratio"), row.get("realised_over_ideal")
@@ -296,12 +315,15 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             row["dtype"],
             str(row["batch"]),
             f"{row['skip_rate']:.1%}",
-            f"{row['ttft_ms']:.1f} ms" if "ttft_ms" in row else "",
+            "" if row["ttft_ms"] is None else f"{row['ttft_ms']:.1f} ms",
             f"{row['tpot_ms']:.2f} ms",
             f"{row['tokens_per_s']:.1f}",
             "" if ratio is None else f"{ratio:.3f}x",
             "" if share is None else f"{share:.2f} ({_range(around)})",
-            f"{row['kv_bytes'] / 2**20:.2f} MiB" if "kv_bytes" in row else "",
+            *(
+                "" if n is None else f"{n / 2**20:.2f} MiB"
+                for n in (row["kv_bytes"], row["peak_bytes"])
+            ),
             f"{row['roofline_share']:.0%}" if "roofline_share" in row else "",
             ", ".join(f"{x['tpot_ratio']:.2f}x {x['dtype']}" for x in alike),
         )

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from firstlm.generate import Decoding, decode_step, prefill
 from firstlm.inputs import kv_token_bytes
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask, Policy, RunAll
-from firstlm.probes import synchronize
+from firstlm.probes import peak_bytes, synchronize
 
 WARMUP = 3  # rounds that do not count
 
@@ -61,6 +62,7 @@ class Cell:
     steps: list[float] = field(default_factory=list)
     layer_calls: int = 0
     kv_bytes: int = 0
+    peak_bytes: int | None = None
     step_bytes: float = 0.0
     skipped_bytes: float = 0.0
     skipped_compute: float = 0.0
@@ -144,7 +146,7 @@ def measure(model: FirstModel, cells: Sequence[Cell], options: BenchConfig) -> N
             for cell in mine:  # compiles, and warms up
                 if cell.by == "fast" and engine_of(cell) is None:
                     raise ConfigError("The fast engine cannot run this model; use --engines hf.")
-                decode_step(cell.model, cell.start(ids, 2), ids[:, 0])
+                _answer(cell, ids)
             for _ in range(options.prefill_rounds):
                 for cell in rng.sample(mine, len(mine)):
                     cell.ttft.append(timed(model.device, cell.start, ids, 2))
@@ -159,11 +161,17 @@ def measure(model: FirstModel, cells: Sequence[Cell], options: BenchConfig) -> N
                         cell.steps.append(seconds)
                 if turn >= WARMUP:
                     bar.update()
+            for cell in mine:
+                cell.peak_bytes = peak_bytes(model.device, partial(_answer, cell, ids))
             for cell, decoding in runs:
                 cell.layer_calls = decoding.state.layer_calls["decode"] // room
                 cell.kv_bytes = decoding.cache.kv_bytes
                 count_bytes(cell, model, options.prompt_tokens + options.rounds / 2)
                 count_compute(cell, model, options.prompt_tokens)
+
+
+def _answer(cell: Cell, ids: torch.Tensor) -> None:
+    decode_step(cell.model, cell.start(ids, 2), ids[:, 0])
 
 
 def prompts(model: FirstModel, count: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
