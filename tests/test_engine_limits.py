@@ -19,7 +19,7 @@ from firstlm import FirstModel, FixedMask
 from firstlm.batching import generate_many
 from firstlm.engine import DecodeEngine
 from firstlm.errors import ConfigError, UnsupportedModelError
-from firstlm.generate import stream
+from firstlm.generate import prefill, stream
 
 KEEP = [True, False, False, True]
 
@@ -137,14 +137,22 @@ def test_what_a_given_config_leaves_open_the_models_own_fills_in() -> None:
         first.generate(ids, mask, generation_config=given, **options)
 
 
-def test_an_engine_that_is_made_under_autocast_computes_as_one_that_is_not() -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_prompts_that_run_under_autocast_are_decoded_as_they_are_outside(compiled: bool) -> None:
+    """Compiled layers check no number formats; the wrong ones would be read past their ends."""
     first = FirstModel.from_base(tiny_llama())
-    inside, outside = by_operation(first), by_operation(first)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside.step(1)
-    outside.step(1)
-    graphs = [str(e.step(1).graphs.kinds[0].graph.graph) for e in (inside, outside)]
-    assert graphs[0] == graphs[1]
+    engine = DecodeEngine(first.plain_base, first.routing.stack, compiled=compiled)
+    ids, mask = batch((9, 5))
+    found = []
+    for autocast in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            decoding = prefill(first, ids, mask, policy=FixedMask(KEEP))
+            ours = engine.start(decoding.cache, mask, 4)
+            found.append(torch.stack([ours.step(torch.tensor([5, 6])) for _ in range(4)]))
+    assert found[0].dtype == found[1].dtype == torch.float32
+    # Prompts are rounded to bfloat16, steps are not.
+    assert 0 < (found[0] - found[1]).abs().max() / found[1].abs().max() < 0.02
+    assert "bfloat16" not in str(engine.step(1).graphs.kinds[0].graph.graph)
 
 
 @pytest.mark.usefixtures("uncompiled")

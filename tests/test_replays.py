@@ -130,7 +130,11 @@ def test_rows_that_join_and_leave(llama: FirstModel) -> None:
 
 
 def test_where_recording_fails_steps_are_called_after_one_warning(llama: FirstModel) -> None:
+    tries = 0
+
     def failing(_run: Callable[[], None]) -> Any:
+        nonlocal tries
+        tries += 1
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     engine = engine_of(llama, Replays(failing))
@@ -143,6 +147,7 @@ def test_where_recording_fails_steps_are_called_after_one_warning(llama: FirstMo
             token = theirs.logits.argmax(-1)
             found, wanted = ours.step(token), decode_step(llama, theirs, token)
             torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert tries == replays.FAILURES
     (warning,) = caught
     assert "kernel by kernel, not recorded: operation" in str(warning.message)
 
@@ -183,6 +188,19 @@ def test_a_replay_reads_what_lies_in_the_same_place_now() -> None:
     other = torch.full((3,), 9.0)  # elsewhere: called as it is
     assert calls(run, weights, [other])[0].tolist() == [10.0] * 3
     assert calls(run, [torch.zeros(3)], [place])[0].tolist() == [3.0] * 3  # other weights
+
+
+def test_steps_in_inference_mode_and_outside_take_turns(llama: FirstModel) -> None:
+    engine = engine_of(llama, Replays(Recorder()))
+    ids, mask = batch((9,))
+    found = []
+    for inference in (True, False, True):
+        with torch.inference_mode(inference):
+            cache = prefill(llama, ids, mask, policy=FixedMask([True] * 4)).cache
+            ours = engine.start(cache, mask, STEPS)
+            found.append(torch.stack([ours.step(torch.tensor([5])) for _ in range(3)]).clone())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_results_outlive_the_next_step(llama: FirstModel) -> None:

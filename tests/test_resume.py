@@ -22,6 +22,7 @@ from training import config, make_examples, make_model, write_run
 
 from firstlm import FirstModel, artifact_files, processes
 from firstlm.errors import ArtifactError, ConfigError, DataError
+from firstlm.interrupts import TOGETHER, Interrupts
 from firstlm.phases import train_joint, train_lora, train_routers, work_folder
 from firstlm.train import LOCK_FILE, run
 from firstlm.trainer import DRIVER_FILE, FirstTrainer, last_checkpoint
@@ -216,6 +217,33 @@ def test_who_manages_jobs_ends_training_with_a_checkpoint(
     folder = work_folder(settings) / "checkpoints" / "lora"
     assert last_checkpoint(folder) == folder / "checkpoint-3"
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_signals_that_come_together_are_one_and_a_later_ctrl_c_ends_all() -> None:
+    """A launcher passes on what a job manager has sent to its processes, too."""
+    interrupts = Interrupts()
+    with interrupts.caught():
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert interrupts.asked
+        interrupts._since -= 2 * TOGETHER
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_starting_over_takes_a_link_away_and_not_what_it_leads_to(
+    tmp_path: Path, byte_tokenizer
+) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    settings = config(tmp_path, model=str(folder), data=str(data), router_steps=1, lora_steps=1)
+    assert run(settings) == 0
+    checkpoints, elsewhere = work_folder(settings) / "checkpoints", tmp_path / "large"
+    checkpoints.rename(elsewhere)
+    checkpoints.symlink_to(elsewhere)
+    assert run(replace(settings, resume=False)) == 0
+    assert not checkpoints.is_symlink()
+    assert any(elsewhere.iterdir())
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:

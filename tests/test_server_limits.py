@@ -28,7 +28,7 @@ from firstlm.serve import run
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
-    one = Running(batch_size=4, queue_size=40, batch_tokens=300)
+    one = Running(batch_size=4, queue_size=40, batch_tokens=320)
     yield one
     one.close()
 
@@ -113,12 +113,12 @@ def test_one_model_and_health_are_asked_for_as_clients_do(running: Running) -> N
 
 def test_an_answer_of_no_named_length_takes_what_room_there_is(running: Running) -> None:
     prompt = [5] * (running.model.context_length or 0)
-    ids = prompt[: 300 - 7]
+    ids = prompt[: 320 - 7]
     found = running.post(prompt=ids, temperature=0)
     assert found.status_code == 200, found.text
     assert found.json()["usage"]["completion_tokens"] <= 7
     found = running.post(prompt=ids, max_tokens=8)
-    assert (found.status_code, "memory for 300" in found.text) == (400, True)
+    assert (found.status_code, "memory for 320" in found.text) == (400, True)
 
 
 def test_requests_wait_for_memory() -> None:
@@ -143,7 +143,7 @@ def test_requests_wait_for_memory() -> None:
     finally:
         FastBatch.step = step  # type: ignore[method-assign]
         scheduler.close()
-    assert max(sizes) <= 128 + 4 * 32  # memory comes in blocks of 32 tokens
+    assert max(sizes) <= 128
     assert len(sizes) < 20 * len(lengths)  # some did share steps
 
 

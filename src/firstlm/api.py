@@ -48,6 +48,7 @@ def _no_bool(value: Any) -> Any:
 # Fields of OpenAI's that change answers and are not offered, with values that change nothing.
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
+    "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -67,8 +68,8 @@ class Options(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, body: Any) -> Any:
-        """Let null mean what a field that is left out does, as OpenAI has it; refuse the rest."""
+    def _as_openai_has_it(cls, body: Any) -> Any:
+        """Let null mean what a field that is left out does; refuse fields that are not offered."""
         if isinstance(body, dict):
             body = {name: value for name, value in body.items() if value is not None}
             for name, without in NOT_OFFERED.items():
@@ -123,7 +124,6 @@ class CompletionRequest(Options):
     logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens to tell")
 
     _also_a_number = field_validator("logprobs", mode="before")(_no_bool)
-    echo: Literal[False] = Field(False, description="not offered")
 
 
 class TextPart(BaseModel):

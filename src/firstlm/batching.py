@@ -8,6 +8,7 @@ anyway.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,11 +84,12 @@ def generate_many(
         raise ConfigError(f"batch_size is {batch_size}; expected 1 or more.")
     if lookahead < 0:
         raise ConfigError(f"lookahead is {lookahead}; expected 0 or more.")
-    prompts = [[int(token) for token in prompt] for prompt in prompts]
+    prompts = [[operator.index(token) for token in prompt] for prompt in prompts]
+    vocab = model.config.get_text_config(decoder=True).vocab_size
     for i, prompt in enumerate(prompts):
-        check_ids(prompt, model.config, f"Prompt {i}")
-    masks = policy.keep if isinstance(policy, FixedMask) else torch.ones(0)
-    if masks.dim() == 2 and len(masks) != len(prompts):
+        check_ids(prompt, vocab, f"Prompt {i}")
+    masks = policy.keep if isinstance(policy, FixedMask) else None
+    if masks is not None and masks.dim() == 2 and len(masks) != len(prompts):
         raise ConfigError(f"The policy has {len(masks)} masks for {len(prompts)} prompts.")
     check_sampling(max_new_tokens, temperature, top_p)
     generator = None
@@ -125,7 +127,7 @@ class _Pool:
     """Prompts that have run together, and wait.
 
     Attributes:
-        batch: their keys and values, and those of some that have come in: at most as many.
+        batch: their keys and values, and those of some that have come in: at most as many as wait.
         left: row -> the prompt, of those that wait.
     """
 

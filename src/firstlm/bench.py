@@ -250,7 +250,7 @@ def race(model: FirstModel, options: BenchConfig) -> list[dict[str, Any]]:
                 if peer.name == "fast":
                     raise
                 print(f"{peer.name} is left out at a skip rate of {rate}: {_told(error)}")
-                runners.remove(runner)
+                runners = [other for other in runners if other is not runner]
                 continue
             if turn:  # the first compiles
                 peer.seconds.append(seconds)

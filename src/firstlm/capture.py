@@ -47,10 +47,12 @@ class LayerStep:
     Attributes:
         kind: index into `DecodeGraphs.kinds`.
         extra: which outputs of the head its last arguments are.
+        dtype: number format of its keys and values.
     """
 
     kind: int
     extra: list[int]
+    dtype: torch.dtype
 
 
 @dataclass
@@ -134,7 +136,7 @@ def _trace(base: Any, stack: LayerStack, rows: int, shapes: list[KvShape]) -> De
         used = kinds[kind][1]
         picked = [node.args[1][i] for i in used]
         extras += [n for n in picked if n not in extras]
-        steps.append(LayerStep(kind, [1 + extras.index(n) for n in picked]))
+        steps.append(LayerStep(kind, [1 + extras.index(n) for n in picked], shapes[index].dtype))
     (output,) = [n for n in frame.graph.graph.nodes if n.op == "output"]
     tail = part(frame, list(output.args[0]), [nodes[-1]])
     head = part(frame, [nodes[0].args[0], *extras], [])

@@ -46,6 +46,7 @@ class Cell:
         steps: seconds that decode steps took, one per round.
         layer_calls: layers that ran in a step.
         kv_bytes: allocated for keys and values.
+        peak_bytes: most memory while a prompt and a step run; see `probes.peak_bytes`.
         step_bytes: that a step reads with all layers: weights, and keys and values so far.
         skipped_bytes: of them, those of skipped layers.
         skipped_compute: share of the prompt's compute that is in skipped layers.
@@ -147,6 +148,8 @@ def measure(model: FirstModel, cells: Sequence[Cell], options: BenchConfig) -> N
                 if cell.by == "fast" and engine_of(cell) is None:
                     raise ConfigError("The fast engine cannot run this model; use --engines hf.")
                 _answer(cell, ids)
+            for cell in mine:  # before caches of all of them are there
+                cell.peak_bytes = peak_bytes(model.device, partial(_answer, cell, ids))
             for _ in range(options.prefill_rounds):
                 for cell in rng.sample(mine, len(mine)):
                     cell.ttft.append(timed(model.device, cell.start, ids, 2))
@@ -161,8 +164,6 @@ def measure(model: FirstModel, cells: Sequence[Cell], options: BenchConfig) -> N
                         cell.steps.append(seconds)
                 if turn >= WARMUP:
                     bar.update()
-            for cell in mine:
-                cell.peak_bytes = peak_bytes(model.device, partial(_answer, cell, ids))
             for cell, decoding in runs:
                 cell.layer_calls = decoding.state.layer_calls["decode"] // room
                 cell.kv_bytes = decoding.cache.kv_bytes

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from firstlm.errors import ConfigError
+from firstlm.errors import ConfigError, FirstError
 from firstlm.policies import Policy, SteppedPolicy
 
 
@@ -159,7 +159,7 @@ class RoutingState:
             self.row_count = hidden.shape[0]
         last = first + hidden.shape[1]
         if first > self._pooled[layer]:
-            raise RuntimeError(
+            raise FirstError(
                 f"Layer {layer} is to be decided from a whole prompt, and the tokens from "
                 f"{self._pooled[layer]} to {first} never entered it: they came out of a cache."
             )

@@ -194,13 +194,19 @@ class DecodeEngine:
             UnsupportedModelError: as `step`.
         """
         stored: list[Stored | None] = []
+        steps = self.step(1).graphs.layers
         every = range(len(attention_mask))
         for layer, slot in enumerate(cache.layers):
             rows = cache.state.stored_rows(layer)
             picked = list(every) if rows is None else rows.tolist()
             if picked and getattr(slot, "keys", None) is None:
                 raise UnsupportedModelError(f"Its layer {layer} stores no keys.")
-            stored.append(Stored(slot.keys, slot.values, picked) if picked else None)
+            if not picked:
+                stored.append(None)
+                continue
+            # Prompts that run under autocast leave other formats than compiled layers read.
+            keys, values = (tensor.to(steps[layer].dtype) for tensor in (slot.keys, slot.values))
+            stored.append(Stored(keys, values, picked))
         return FastBatch(self.step, stored, attention_mask, room)
 
 

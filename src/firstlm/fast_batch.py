@@ -103,7 +103,7 @@ class FastBatch:
         self.count = len(attention_mask)
         self.lengths = attention_mask.sum(1)
         self.longest = int(self.lengths.max())
-        self._needs = [-(-(n + room) // BLOCK) * BLOCK for n in self.lengths.tolist()]
+        self._needs = [in_blocks(n + room) for n in self.lengths.tolist()]
         self.room = max(self._needs)
         self._span = torch.arange(self.room, device=attention_mask.device)
         self._slabs = [None if s is None else self._allocate(s, attention_mask) for s in stored]
@@ -215,7 +215,8 @@ class FastBatch:
         if self.longest >= self.room:
             raise ConfigError(f"The batch is full with {self.room} tokens; raise max_new_tokens.")
         step = self.step_for(self.count)
-        with step.calls.alone:
+        # Graphs are traced without autocast, and the kernels that they call obey it.
+        with step.calls.one_step, torch.autocast(token_ids.device.type, enabled=False):
             logits = self._run(step, token_ids)
         self.lengths = self.lengths + 1
         self.longest += 1
@@ -248,6 +249,11 @@ class FastBatch:
             calls(part.run, part.weights, inputs)
         (logits,) = calls(tail.run, tail.weights, [hidden])
         return calls.result(logits)
+
+
+def in_blocks(tokens: int) -> int:
+    """Return for how many tokens there is memory where so many are asked for."""
+    return -(-tokens // BLOCK) * BLOCK
 
 
 @lru_cache(1024)

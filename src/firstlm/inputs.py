@@ -58,20 +58,18 @@ def _check_prompts(input_ids: Any) -> None:
         )
 
 
-def check_ids(ids: Sequence[int], config: Any, name: str) -> int:
-    """Refuse a prompt that has no tokens, or unknown ones; returns how many tokens there are.
+def check_ids(ids: Sequence[int], vocab: int, name: str) -> None:
+    """Refuse a prompt that has no tokens, or unknown ones.
 
     Args:
         ids: of its tokens.
-        config: of the model.
+        vocab: how many tokens the model knows.
         name: of the prompt, in errors.
     """
-    vocab = config.get_text_config(decoder=True).vocab_size
     if not len(ids):
         raise ConfigError(f"{name} has no tokens; expected one or more.")
     if min(ids) < 0 or max(ids) >= vocab:
         raise ConfigError(f"{name} has a token id outside 0 to {vocab - 1}.")
-    return vocab
 
 
 def _check_mask(attention_mask: torch.Tensor, input_ids: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,18 +16,21 @@ from transformers import TrainerCallback
 
 from firstlm import processes
 
+TOGETHER = 2.0  # seconds within which two signals are one wish
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts(TrainerCallback):
-    """Lets Ctrl-C, or the SIGTERM of who manages jobs, end training after the running step.
+    """Lets Ctrl-C, or the SIGTERM of a job manager, end training after the running step.
 
-    A checkpoint is written then; a second signal ends it now. An interrupt amid a step would leave
-    decisions counted whose weights were not updated.
+    A checkpoint is written then. A second Ctrl-C ends it now, but not one that comes along with the
+    first signal: launchers pass on what their processes have got, too. An interrupt amid a step
+    would leave decisions counted whose weights were not updated.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self._since = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop if any process was told to; Trainer calls this."""
@@ -54,8 +58,9 @@ class Interrupts(TrainerCallback):
             for number in heard:
                 signal.signal(number, before[number])
 
-    def _note(self, *_: Any) -> None:
-        if self.asked:
+    def _note(self, number: int, _frame: Any) -> None:
+        if not self.asked:
+            self.asked, self._since = True, time.monotonic()
+            tqdm.write("Stopping after this step; press Ctrl-C again to stop at once.")
+        elif number == signal.SIGINT and time.monotonic() - self._since > TOGETHER:
             raise KeyboardInterrupt
-        self.asked = True
-        tqdm.write("Stopping after this step; Ctrl-C or SIGTERM again stops at once.")

@@ -471,8 +471,8 @@ class FirstModel(nn.Module):
             generate_kwargs.pop(name, None)
         input_ids, attention_mask = take_prompts(input_ids, attention_mask, defaults, self.device)
         cache = take_cache(generate_kwargs)
-        own = getattr(generate_kwargs.get("generation_config"), "cache_implementation", None)
-        kind = generate_kwargs.pop("cache_implementation", None) or own or "dynamic"
+        given = getattr(generate_kwargs.get("generation_config"), "cache_implementation", None)
+        kind = generate_kwargs.pop("cache_implementation", None) or given or "dynamic"
         answers = asked("num_return_sequences", defaults, generate_kwargs) or 1
         decoder = self.engine_for(engine, weights, len(input_ids) * answers, kind)
         start = time.perf_counter()

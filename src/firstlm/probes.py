@@ -193,9 +193,9 @@ def decode_times(model: FirstModel, batch: Batch, policy: Policy, mode: str) -> 
 
 
 def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int | None:
-    """Return the most memory there is while something is called; None where nobody tells.
+    """Return the most memory that is taken while something is called; None where nobody tells.
 
-    On a GPU what tensors take there, elsewhere all of this process, on Linux.
+    On a GPU by tensors, elsewhere by all of this process (Linux): weights that others use, too.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -203,11 +203,11 @@ def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-        call()
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    except (OSError, IndexError):
+    except OSError:
         return None
+    call()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def synchronize(device: torch.device) -> None:

@@ -24,13 +24,14 @@ Run = Callable[..., Sequence[torch.Tensor]]
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 SPAN = 256  # tokens; attention reads multiples of it, as each length is a recording of its own
+FAILURES = 3  # to record a call, after which no other is tried
 LIMIT = 4096  # calls that are known; the one that was not seen for the longest time goes first
 
 
 class Calls:
     """Calls graphs as they are."""
 
-    alone: AbstractContextManager[object] = nullcontext()  # held for a step
+    one_step: AbstractContextManager[object] = nullcontext()  # held for a step
 
     def __call__(
         self, run: Run, weights: list[torch.Tensor], inputs: Sequence[torch.Tensor]
@@ -58,25 +59,29 @@ class Calls:
 
 @dataclass
 class _Call:
-    """What is known of a call: where its outputs lie, and what replays it, once recorded."""
+    """What is known of a call: what it is of, where its outputs lie, and what replays it."""
 
+    run: Run
+    weights: list[torch.Tensor]
     outputs: list[torch.Tensor]
-    replay: Callable[[], None] | None = None
+    replay: Callable[[], None] | None = None  # once recorded
 
 
 class Replays(Calls):
     """Records a call when it comes for the second time, and replays it from then on.
 
     The first time loads and tunes kernels, which cannot be recorded. What a step writes lies in
-    places of its own, where the calls after it find it again; memory of recordings is shared.
+    places of its own, where the calls after it find it again; memory of recordings is shared. So
+    all steps of an engine must run on one stream.
 
     Args:
         record: takes a function, and returns one that does again what it did, on the same places.
     """
 
     def __init__(self, record: Record) -> None:
-        self.alone = Lock()  # the places are those of one step at a time
-        self._record: Record | None = record
+        self.one_step = Lock()  # the places are those of one step at a time
+        self._record = record
+        self._failures = 0
         self._known: OrderedDict[object, _Call] = OrderedDict()
         self._places: dict[object, torch.Tensor] = {}
 
@@ -85,11 +90,11 @@ class Replays(Calls):
     ) -> Sequence[torch.Tensor]:
         """Call a compiled graph, or replay an earlier call with inputs at the same places."""
         where = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in inputs)
-        key = id(run), id(weights), where  # a layer's list of weights lives as long as its engine
+        key = id(run), id(weights), where
         call = self._known.get(key)
         if call is None:
             found = run(*weights, *inputs)
-            call = self._known[key] = _Call([tensor.clone() for tensor in found])
+            call = self._known[key] = _Call(run, weights, [_place(t).copy_(t) for t in found])
             if len(self._known) > LIMIT:
                 self._known.popitem(last=False)
             return call.outputs
@@ -106,36 +111,43 @@ class Replays(Calls):
         return outputs
 
     def _recorded(self, run: Callable[[], None]) -> Callable[[], None] | None:
-        """Record a call; None, after one warning, where that fails."""
-        if self._record is None:
+        """Record a call; None where that fails, which is told once, and tried a few times."""
+        if self._failures == FAILURES:
             return None
         try:
             return self._record(run)
         except RuntimeError as error:
-            self._record = None
-            warnings.warn(
-                f"Steps are launched kernel by kernel, not recorded: {first_line(error)}",
-                stacklevel=2,
-            )
+            self._failures += 1
+            if self._failures == 1:
+                warnings.warn(
+                    f"Steps are launched kernel by kernel, not recorded: {first_line(error)}",
+                    stacklevel=2,
+                )
             return None
 
     def put(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy at a place that is the same for all steps of as many rows."""
         key = name, tensor.shape, tensor.dtype
         if key not in self._places:
-            self._places[key] = torch.empty_like(tensor)
+            self._places[key] = _place(tensor)
         return self._places[key].copy_(tensor)
 
     def span(self, places: torch.Tensor, tokens: int) -> torch.Tensor:
         """Return places as `Calls` does, rounded up so that a recording serves many steps."""
         size = min(-(-tokens // SPAN) * SPAN, len(places))
         if size not in self._places:
-            self._places[size] = torch.arange(size, device=places.device)
+            self._places[size] = _place(places[:size]).copy_(places[:size])
         return self._places[size]
 
     def result(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy."""
         return tensor.clone()
+
+
+def _place(like: torch.Tensor) -> torch.Tensor:
+    """Return memory for a tensor that steps within inference mode may write, and others too."""
+    with torch.inference_mode(False):
+        return torch.empty_like(like)
 
 
 def cuda_graphs(device: torch.device) -> Record:

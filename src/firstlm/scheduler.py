@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from firstlm.errors import ConfigError, FirstError
-from firstlm.fast_batch import FastBatch
+from firstlm.fast_batch import FastBatch, in_blocks
 from firstlm.generate import Decoding, check_sampling, decode_step, end_ids, pick, prefill
 from firstlm.inputs import check_ids, pad_left
 from firstlm.model import FirstModel
@@ -198,7 +198,8 @@ class Scheduler:
 
     def check(self, ask: Ask) -> None:
         """Raise `ConfigError` where a request cannot be answered as asked."""
-        vocab = check_ids(ask.ids, self.model.config, "The prompt")
+        vocab = self.model.config.get_text_config(decoder=True).vocab_size
+        check_ids(ask.ids, vocab, "The prompt")
         check_sampling(ask.max_new_tokens, ask.temperature, ask.top_p)
         if isinstance(ask.policy, FixedMask) and ask.policy.keep.dim() != 1:
             raise ConfigError("keep is for several prompts; expected [layers], for one.")
@@ -211,10 +212,10 @@ class Scheduler:
                 f"for; the model takes {longest} in all."
             )
         most = self.batch_tokens
-        if most is not None and len(ask.ids) + ask.max_new_tokens > most:
+        if most is not None and in_blocks(len(ask.ids) + ask.max_new_tokens) > most:
             raise ConfigError(
                 f"The prompt has {len(ask.ids)} tokens and {ask.max_new_tokens} more are asked "
-                f"for; there is memory for {most} in all."
+                f"for; the server has memory for {most} in all (--batch-tokens)."
             )
         one = torch.ones(1, 1, dtype=torch.long)
         state = self.model.new_state(one, ask.policy, ask.skip_rate, ask.prefill, input_ids=one)
@@ -447,7 +448,8 @@ class Scheduler:
 
 def _room(group: Sequence[Request]) -> int:
     """Return for how many tokens each of some requests has memory that are read together."""
-    return max(len(r.ask.ids) for r in group) + max(r.ask.max_new_tokens for r in group)
+    longest = max(len(r.ask.ids) for r in group)
+    return in_blocks(longest + max(r.ask.max_new_tokens for r in group))
 
 
 def _likeliest(

@@ -83,22 +83,27 @@ def run(options: ServeConfig) -> int:
     )
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"Serving {name} at http://{host}:{listener.getsockname()[1]}", file=sys.stderr)
-    Draining(config).run([listener])
+    try:
+        Draining(config).run([listener])
+    except OSError as error:  # another that was loading, too, listens there now
+        raise ConfigError(_not_listening(options.host, options.port, error)) from error
     return 0
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Take a port, on which nothing listens yet; 0 takes one that is free."""
+    """Take a port, and do not listen yet; 0 takes one that is free."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            f"{host}:{port} cannot be listened on: {error.strerror}. Name another --port or --host."
-        ) from error
+        raise ConfigError(_not_listening(host, port, error)) from error
     return listener
+
+
+def _not_listening(host: str, port: int, error: OSError) -> str:
+    return f"{host}:{port} cannot be listened on: {error.strerror}. Name another --port or --host."
 
 
 def load(options: ServeConfig) -> FirstModel:

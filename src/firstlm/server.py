@@ -10,9 +10,9 @@ import asyncio
 import hmac
 import json
 import logging
-import threading
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -38,6 +38,7 @@ from firstlm.api import (
 )
 from firstlm.command_config import ServeConfig
 from firstlm.errors import ConfigError, FirstError, first_line
+from firstlm.fast_batch import BLOCK
 from firstlm.inputs import kv_token_bytes
 from firstlm.model import FirstModel
 from firstlm.rows import is_text
@@ -45,6 +46,7 @@ from firstlm.scheduler import Ask, ClosedError, Piece, QueueFullError, Scheduler
 
 LOG = logging.getLogger("firstlm.server")
 RETRY_AFTER = 1  # seconds
+LEFT = 499  # to a client that has gone; nobody reads it
 BODY_SECONDS = 30.0  # in which the body of a request must have come
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 FAILURES: dict[int | str, dict[str, Any]] = {
@@ -122,7 +124,7 @@ class Server:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.scheduler)
-        self._reading = threading.Lock()  # tokenizers are not made for several threads
+        self._reader = ThreadPoolExecutor(1, "firstlm-reader")
         base = self.model.plain_base
         self.kv_token_bytes = kv_token_bytes(base.config, base.dtype.itemsize)
         # One object for equal wishes: prompts whose policy is the same one are read together.
@@ -141,10 +143,9 @@ class Server:
                 raise ConfigError("This model has no chat template; use /v1/completions.")
             messages = [{"role": m.role, "content": m.text} for m in body.messages]
             try:
-                with self._reading:
-                    found = tokenizer.apply_chat_template(
-                        messages, add_generation_prompt=True, tokenize=True, return_dict=False
-                    )
+                found = tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=False
+                )
             except TemplateError as error:
                 raise ConfigError(
                     f"The model's chat template refuses these messages: {first_line(error)}"
@@ -157,15 +158,12 @@ class Server:
             raise ConfigError("There is no prompt; expected a text, texts, or token ids.")
         if len(prompt) > self.options.max_prompts:
             raise ConfigError(f"{len(prompt)} prompts; at most {self.options.max_prompts} at once.")
-        with self._reading:
-            return [tokenizer(p)["input_ids"] if isinstance(p, str) else p for p in prompt]
+        return [tokenizer(p)["input_ids"] if isinstance(p, str) else p for p in prompt]
 
     def asks(self, body: CompletionRequest | ChatRequest) -> list[Ask]:
         """Return what a request asks for: n answers to each prompt."""
         if not is_text(json.dumps(body.model_dump(), ensure_ascii=False)):
             raise ConfigError("The request holds half a surrogate pair, which is no text.")
-        if len(body.stops) > 16:
-            raise ConfigError(f"{len(body.stops)} stop texts; at most 16.")
         mask = None if body.keep is None else tuple(body.keep)
         policy = self.policy(body.policy, body.skip_rate, mask, body.prefill)
         longest = body.max_tokens
@@ -199,7 +197,7 @@ class Server:
 
     def _left(self, ids: Sequence[int], wanted: int) -> int:
         """Return how many tokens of an answer fit behind a prompt, at most as many as wanted."""
-        limits = (self.model.context_length, self.options.batch_tokens)
+        limits = (self.model.context_length, self.options.batch_tokens // BLOCK * BLOCK)
         return max(min([wanted, *(n - len(ids) for n in limits if n is not None)]), 1)
 
     async def answer(self, body: CompletionRequest | ChatRequest, http: HttpRequest) -> Response:
@@ -207,8 +205,9 @@ class Server:
         if self.closing:
             raise HTTPException(503, "The server is shutting down; ask another one.")
         self.check_name(body.model)
-        asks = await asyncio.to_thread(self.asks, body)  # a long text takes seconds
         loop = asyncio.get_running_loop()
+        # A long text takes seconds; one at a time, as they came.
+        asks = await loop.run_in_executor(self._reader, self.asks, body)
         arrived: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
 
         def teller(index: int) -> Any:
@@ -235,7 +234,7 @@ class Server:
         try:
             await asyncio.wait({reading, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
-                return Response(status_code=499)  # nobody reads it
+                return Response(status_code=LEFT)
             reading.result()
         finally:
             for task in (reading, leaving):
@@ -454,8 +453,10 @@ class Guard:
             # What is refused here never comes to its route.
             known = {route.path for route in scope["app"].routes}
             route = scope["path"] if scope["path"] in known else "other"
+            if route == "other" and scope["path"].startswith("/v1/models/"):
+                route = "/v1/models/{name}"
             self.server.metrics.requests.labels(route, str(status)).inc()
-            if status >= 400:
+            if status >= 400 and status != LEFT:
                 fields = {"route": route, "method": scope["method"], "status": status}
                 LOG.warning("refused" if status < 500 else "failed", extra={"fields": fields})
 

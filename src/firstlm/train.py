@@ -257,11 +257,8 @@ def load_options(config: TrainConfig) -> dict[str, Any]:
 def _claimed(config: TrainConfig, hashes: dict[str, str]) -> Iterator[None]:
     """Within this scope a run's work folder is its own; one that another run has is refused."""
     work = work_folder(config)
-    held = work.is_dir() and {path.name for path in work.iterdir()} - {LOCK_FILE}
-    if held and not (work / RUN_FILE).is_file():
-        raise ConfigError(
-            f"{work}, where logs and checkpoints go, holds other files. Name another --output."
-        )
+    if work.is_dir() and not (work / LOCK_FILE).is_file():
+        _refuse_others_files(work)  # before anything is written there
     work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
@@ -270,8 +267,18 @@ def _claimed(config: TrainConfig, hashes: dict[str, str]) -> Iterator[None]:
             raise ConfigError(
                 f"Another training is at work in {work}. Wait for it, or name another --output."
             ) from None
+        _refuse_others_files(work)
         _begin(config, hashes)
         yield
+
+
+def _refuse_others_files(work: Path) -> None:
+    """Refuse a folder that holds something, but no run."""
+    held = {path.name for path in work.iterdir()} - {LOCK_FILE}
+    if held and RUN_FILE not in held:
+        raise ConfigError(
+            f"{work}, where logs and checkpoints go, holds other files. Name another --output."
+        )
 
 
 def _begin(config: TrainConfig, hashes: dict[str, str]) -> None:
@@ -279,8 +286,9 @@ def _begin(config: TrainConfig, hashes: dict[str, str]) -> None:
     work = work_folder(config)
     file, data_file = work / RUN_FILE, work / START_FILE
     if not config.resume:
-        for path in work.iterdir():
-            if path.is_dir():
+        # What says that a run's files are there goes last.
+        for path in sorted(work.iterdir(), key=lambda path: path.name == RUN_FILE):
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name != LOCK_FILE:
                 path.unlink()

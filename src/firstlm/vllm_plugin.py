@@ -55,7 +55,10 @@ class _Config:
             "speculative decoding": config.speculative_config is not None,
             "LoRA requests (an artifact's own LoRA is merged)": config.lora_config is not None,
             "dual batch overlap": getattr(parallel, "enable_dbo", False),
-            "context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+            "context parallelism": any(
+                getattr(parallel, f"{part}_context_parallel_size", 1) > 1
+                for part in ("prefill", "decode")
+            ),
             "KV transfer (routers read whole prompts)": config.kv_transfer_config is not None,
         }
         if found := [what for what, asked in barred.items() if asked]:
