@@ -138,7 +138,7 @@ def test_requests_wait_for_memory() -> None:
         clients = [Client(scheduler, ask) for ask in asks]
         for client in clients:
             assert client.wait()[-1].finish == "length"
-        with pytest.raises(ConfigError, match="there is memory for 128 in all"):
+        with pytest.raises(ConfigError, match="has memory for 128 in all"):
             scheduler.check(Ask([5] * 109, max_new_tokens=20))
     finally:
         FastBatch.step = step  # type: ignore[method-assign]
