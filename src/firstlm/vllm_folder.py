@@ -52,11 +52,18 @@ def folder_for(artifact: str, dtype: str = "auto") -> Path:
         dtype: number format of the weights; "auto" takes the base model's.
     """
     source = artifact_files.find(artifact)
-    key = f"{artifact_files.content_hash(artifact)} {artifact_files.base_id(artifact)} {dtype}"
+    base = artifact_files.base_id(artifact)
+    key = f"{artifact_files.content_hash(artifact)} {base} {_weights_of(base)} {dtype}"
     target = cache_folder() / "vllm" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not (target / "config.json").is_file():
         write(source, target, dtype)
     return target
+
+
+def _weights_of(base: str) -> str:
+    """Return what changes when other weights are put into a base model's folder."""
+    found = [(file.name, file.stat()) for file in sorted(Path(base).glob("*.safetensors"))]
+    return " ".join(f"{name} {about.st_size} {about.st_mtime_ns}" for name, about in found)
 
 
 def write(source: Path, target: Path, dtype: str = "auto") -> None:
