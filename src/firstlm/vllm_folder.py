@@ -53,7 +53,8 @@ def folder_for(artifact: str, dtype: str = "auto") -> Path:
     """
     source = artifact_files.find(artifact)
     base = artifact_files.base_id(artifact)
-    key = f"{artifact_files.content_hash(artifact)} {base} {_weights_of(base) if base else ''} {dtype}"
+    weights = _weights_of(base) if base else ""
+    key = f"{artifact_files.content_hash(artifact)} {base} {weights} {dtype}"
     target = cache_folder() / "vllm" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not (target / "config.json").is_file():
         write(source, target, dtype)
