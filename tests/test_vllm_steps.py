@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from firstlm.decisions import RoutingState
+from firstlm.errors import FirstError
 from firstlm.policies import FixedMask, Prompts
 from firstlm.vllm_routing import RIDE_ALONG, Part, Row, Step
 
@@ -141,3 +142,20 @@ def test_each_token_of_a_prompt_is_pooled_once(chunks: list[tuple[int, int]], pa
     assert whole == [False] * (len(chunks) - 1) + [True]
     state.decide(0, CPU)
     assert seen[0].item() == pytest.approx(14 / 3 if padded else 15 / 4)
+
+
+def test_what_a_cache_kept_from_a_router_is_noticed_and_no_matter_to_fixed_masks() -> None:
+    class Reads:
+        def decide(self, layer: int, prompts: Prompts) -> torch.Tensor:
+            return prompts.mean[:, 0] > 0
+
+    fixed = FixedMask([False])
+    for policy in (Reads(), fixed):
+        state = RoutingState(policy, torch.ones(1, 4), 1)
+        assert state.observe(0, torch.ones(1, 2, 1), 2)
+        if policy is fixed:
+            state.decide(0, CPU)
+            assert state.row_keep(0) == [False]
+            continue
+        with pytest.raises(FirstError, match="2 of their tokens never entered it"):
+            state.decide(0, CPU)

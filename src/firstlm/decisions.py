@@ -15,10 +15,19 @@ from firstlm.policies import Policy, SteppedPolicy
 class PromptStates:
     """View of the prompts in a batch at one layer; what policies look at."""
 
-    def __init__(self, mean: torch.Tensor, batch: RoutingState) -> None:
-        self.mean = mean  # over each prompt's own tokens [prompts, hidden], float32
+    def __init__(self, mean: torch.Tensor, batch: RoutingState, missed: int) -> None:
         self.count = len(mean)
-        self._batch = batch
+        self._mean, self._batch, self._missed = mean, batch, missed
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean over each prompt's own tokens [prompts, hidden], float32."""
+        if self._missed:
+            raise FirstError(
+                f"A layer is to be decided from whole prompts, and {self._missed} of their tokens "
+                "never entered it: they came out of a cache."
+            )
+        return self._mean
 
     @property
     def keys(self) -> list[int]:
@@ -86,6 +95,7 @@ class RoutingState:
         self._rows: list[torch.Tensor | None] = [None] * self.layers
         self._means: list[torch.Tensor | None] = [None] * self.layers
         self._pooled = [0] * self.layers  # tokens of the prompt that the means hold
+        self._missed = [0] * self.layers  # tokens of it that never came
 
     def begin(self, prompt_length: int) -> None:
         """Count a further call that starts with `prompt_length` tokens; decisions stay."""
@@ -158,11 +168,7 @@ class RoutingState:
         if self.row_count == 0:
             self.row_count = hidden.shape[0]
         last = first + hidden.shape[1]
-        if first > self._pooled[layer]:
-            raise FirstError(
-                f"Layer {layer} is to be decided from a whole prompt, and the tokens from "
-                f"{self._pooled[layer]} to {first} never entered it: they came out of a cache."
-            )
+        self._missed[layer] += max(first - self._pooled[layer], 0)  # no matter to fixed masks
         begin = max(first, self._pooled[layer])  # what is read anew, after a preemption, is known
         if begin < last:
             part = hidden[:, begin - first :]
@@ -189,8 +195,9 @@ class RoutingState:
         """Ask the policy about a layer and fix the answer for every row."""
         mean = self._means[layer]
         assert mean is not None, "decide before observe"
-        self._means[layer], self._pooled[layer] = None, 0
-        answer = self.policy.decide(layer, PromptStates(mean, self))
+        states = PromptStates(mean, self, self._missed[layer])
+        self._means[layer], self._pooled[layer], self._missed[layer] = None, 0, 0
+        answer = self.policy.decide(layer, states)
         if self.decided(layer):  # a checkpointed layer replayed in backward: the answer stands
             score = self.scores[layer]
             if score is not None and answer.requires_grad and not score.requires_grad:
