@@ -32,6 +32,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def call(folder: Path, *more: str) -> int:
     words = ["bench", "--model", str(folder / "model"), "--rounds", "6", "--prefill-rounds", "2"]
+    if "--batch-sizes" not in more:
+        more = ("--batch-sizes", "1", *more)
     return main([*words, "--prompt-tokens", "9", *more])
 
 

@@ -111,7 +111,7 @@ class BenchConfig(Options):
     skip_rates: list[float] = option(
         [0.0, 0.15, 0.25, 0.5], at_least=0, below=1, help="shares of layers to skip, 0 beside them"
     )
-    batch_sizes: list[int] = option([1], at_least=1, help="rows that are decoded together")
+    batch_sizes: list[int] = option([1, 4, 16], at_least=1, help="rows that are decoded together")
     prompt_tokens: int = count_option(128, "tokens of every prompt")
     rounds: int = count_option(50, "decode steps of every cell")
     prefill_rounds: int = count_option(5, "prompts of every cell")
