@@ -29,6 +29,7 @@ from firstlm.fast_batch import FastBatch
 from firstlm.generate import decode_step, prefill, stream
 from firstlm.packing import pack
 from firstlm.policies import RunAll
+from firstlm.replays import Calls
 
 NEW = 6
 # Falling back to transformers would make tests of the engine pass.
@@ -65,9 +66,11 @@ def llama() -> FirstModel:
     return FirstModel.from_base(tiny_llama())
 
 
-def by_operation(first: FirstModel, weights: str = "same") -> DecodeEngine:
+def by_operation(
+    first: FirstModel, weights: str = "same", calls: Calls | None = None
+) -> DecodeEngine:
     """Return an engine that needs no compiler."""
-    return DecodeEngine(first.plain_base, first.routing.stack, weights, compiled=False)
+    return DecodeEngine(first.plain_base, first.routing.stack, weights, False, calls)
 
 
 def logits_of(

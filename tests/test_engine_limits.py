@@ -12,6 +12,7 @@ import torch
 from conftest import tiny_llama
 from families import batch, make_model
 from peft import LoraConfig, get_peft_model
+from test_engine import by_operation
 from transformers import GenerationConfig
 
 import firstlm.engine
@@ -22,11 +23,6 @@ from firstlm.errors import ConfigError, UnsupportedModelError
 from firstlm.generate import prefill, stream
 
 KEEP = [True, False, False, True]
-
-
-def by_operation(first: FirstModel, weights: str = "same") -> DecodeEngine:
-    """Return an engine that needs no compiler."""
-    return DecodeEngine(first.plain_base, first.routing.stack, weights, compiled=False)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from families import batch, mixed
+from test_engine import by_operation
 
 from firstlm import FirstModel, FixedMask, replays
 from firstlm.engine import DecodeEngine
@@ -48,19 +49,14 @@ def llama() -> FirstModel:
     return FirstModel.from_base(tiny_llama())
 
 
-def engine_of(first: FirstModel, calls: Calls | None = None) -> DecodeEngine:
-    """Return an engine that needs no compiler."""
-    return DecodeEngine(first.plain_base, first.routing.stack, compiled=False, calls=calls)
-
-
 def test_only_cuda_is_recorded(llama: FirstModel) -> None:
-    assert type(engine_of(llama).calls) is Calls
+    assert type(by_operation(llama).calls) is Calls
 
 
 @pytest.mark.parametrize("lengths", [(9,), (9, 5, 1, 7), (300, 3)])
 def test_replayed_steps_give_the_models_logits(llama: FirstModel, lengths: tuple[int, ...]) -> None:
     recorder = Recorder()
-    engine = engine_of(llama, Replays(recorder))
+    engine = by_operation(llama, calls=Replays(recorder))
     ids, mask = batch(lengths)
     keep = mixed(len(lengths))
     theirs = prefill(llama, ids, mask, policy=FixedMask(keep))
@@ -77,7 +73,7 @@ def test_replayed_steps_give_the_models_logits(llama: FirstModel, lengths: tuple
 
 def test_another_mask_records_only_layers_that_did_not_run_yet(llama: FirstModel) -> None:
     recorder = Recorder()
-    engine = engine_of(llama, Replays(recorder))
+    engine = by_operation(llama, calls=Replays(recorder))
     ids, mask = batch((9,))
     ours = engine.start(prefill(llama, ids, mask, policy=FixedMask([True] * 4)).cache, mask, 20)
     slabs = list(ours._slabs)
@@ -123,7 +119,7 @@ def test_rows_that_join_and_leave(llama: FirstModel) -> None:
         steps(one, other)
         return found
 
-    found, wanted = run(engine_of(llama, Replays(recorder))), run(engine_of(llama))
+    found, wanted = run(by_operation(llama, calls=Replays(recorder))), run(by_operation(llama))
     assert recorder.replayed > recorder.recorded > 0
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -137,7 +133,7 @@ def test_where_recording_fails_steps_are_called_after_one_warning(llama: FirstMo
         tries += 1
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    engine = engine_of(llama, Replays(failing))
+    engine = by_operation(llama, calls=Replays(failing))
     ids, mask = batch((9, 5))
     theirs = prefill(llama, ids, mask, policy=FixedMask(mixed(2)))
     ours = engine.start(theirs.cache, mask, STEPS)
@@ -191,7 +187,7 @@ def test_a_replay_reads_what_lies_in_the_same_place_now() -> None:
 
 
 def test_steps_in_inference_mode_and_outside_take_turns(llama: FirstModel) -> None:
-    engine = engine_of(llama, Replays(Recorder()))
+    engine = by_operation(llama, calls=Replays(Recorder()))
     ids, mask = batch((9,))
     found = []
     for inference in (True, False, True):
@@ -204,7 +200,7 @@ def test_steps_in_inference_mode_and_outside_take_turns(llama: FirstModel) -> No
 
 
 def test_results_outlive_the_next_step(llama: FirstModel) -> None:
-    engine = engine_of(llama, Replays(Recorder()))
+    engine = by_operation(llama, calls=Replays(Recorder()))
     ids, mask = batch((9,))
     ours = engine.start(prefill(llama, ids, mask, policy=FixedMask([True] * 4)).cache, mask, STEPS)
     first = ours.step(torch.tensor([5]))

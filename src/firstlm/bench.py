@@ -21,7 +21,7 @@ from firstlm.cells import Cell, evenly, make_cells, measure, prompts, timed
 from firstlm.command_config import BenchConfig
 from firstlm.config import RouterConfig
 from firstlm.decisions import RoutingState
-from firstlm.errors import FirstError, first_line
+from firstlm.errors import FirstError, kind_and_line
 from firstlm.model import FirstModel
 from firstlm.peers import Peer, PeerMaker, ours
 from firstlm.policies import RouterPolicy
@@ -234,10 +234,8 @@ def race(model: FirstModel, options: BenchConfig) -> list[dict[str, Any]]:
                 runners += [(rate, peer) for peer in maker.make(name, keep)]
             except ImportError as error:
                 print(f"{name} is left out ({error}); pip install 'firstlm[peers]'.")
-            except FirstError as error:
-                print(f"{name} is left out at a skip rate of {rate}: {error}")
-            except Exception as error:  # a peer's own, which must not cost what was measured
-                print(f"{name} is left out at a skip rate of {rate}: {_told(error)}")
+            except Exception as error:
+                _leave_out(name, rate, error)
     generator = torch.Generator().manual_seed(options.seed)
     ids = prompts(model, 1, options.prompt_tokens, generator)
     rng = random.Random(options.seed)
@@ -249,7 +247,7 @@ def race(model: FirstModel, options: BenchConfig) -> list[dict[str, Any]]:
             except Exception as error:
                 if peer.name == "fast":
                     raise
-                print(f"{peer.name} is left out at a skip rate of {rate}: {_told(error)}")
+                _leave_out(peer.name, rate, error)
                 runners = [other for other in runners if other is not runner]
                 continue
             if turn:  # the first compiles
@@ -258,8 +256,10 @@ def race(model: FirstModel, options: BenchConfig) -> list[dict[str, Any]]:
     return [_peer_row(rate, p, mine, options) for rate, p in runners if p.name != "fast"]
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+def _leave_out(name: str, rate: float, error: Exception) -> None:
+    """Say that a peer is not measured; its own error must not cost what was."""
+    why = str(error) if isinstance(error, FirstError) else kind_and_line(error)
+    print(f"{name} is left out at a skip rate of {rate}: {why}")
 
 
 def _peer_row(

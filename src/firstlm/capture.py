@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from transformers import DynamicCache
 
-from firstlm.errors import UnsupportedModelError, first_line
+from firstlm.errors import UnsupportedModelError, kind_and_line
 from firstlm.graphs import Traced, part, trace
 from firstlm.layers import CACHE_ARGUMENTS, LayerStack
 from firstlm.slabs import SLAB, Slab, our_attention
@@ -106,9 +106,7 @@ def capture(base: Any, stack: LayerStack, rows: int) -> DecodeGraphs:
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever torch.export meets in a model's code
-        raise UnsupportedModelError(
-            f"It could not be traced: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise UnsupportedModelError(f"It could not be traced: {kind_and_line(error)}") from error
 
 
 def _capture(base: Any, stack: LayerStack, rows: int) -> DecodeGraphs:

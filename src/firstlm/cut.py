@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
-from firstlm.errors import ConfigError, UnsupportedModelError, first_line
+from firstlm.errors import ConfigError, UnsupportedModelError, kind_and_line
 from firstlm.layers import LayerStack
 
 ALIKE = 1e-3  # relative difference of logits; the same layers give the same bits, on a GPU nearly
@@ -44,7 +44,7 @@ def cut(base: Any, stack: LayerStack, keep: Sequence[bool]) -> Any:
             short = type(base)(_config(base.config, kept))
         short.load_state_dict(weights, assign=True)
     except Exception as error:  # each model has its own
-        what = f"{type(error).__name__}: {first_line(error)}"
+        what = kind_and_line(error)
         raise _refusal(base, kept, f"cannot be built ({what})") from error
     short.tie_weights()
     device = base.get_input_embeddings().weight.device

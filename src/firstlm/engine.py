@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from firstlm.cache import SkipCache
 from firstlm.capture import capture
 from firstlm.config import WEIGHT_FORMATS
-from firstlm.errors import ConfigError, UnsupportedModelError, first_line
+from firstlm.errors import ConfigError, UnsupportedModelError, first_line, kind_and_line
 from firstlm.fast_batch import FastBatch, Part, Step, Stored
 from firstlm.graphs import Traced
 from firstlm.layers import LayerStack
@@ -93,7 +93,7 @@ class DecodeEngine:
                 self._steps.pop(alone, None)
                 if isinstance(error, UnsupportedModelError):
                     raise
-                what = f"{type(error).__name__}: {first_line(error)}"
+                what = kind_and_line(error)
                 raise UnsupportedModelError(what) from error
         return self._steps[alone]
 

@@ -25,3 +25,8 @@ class UnsupportedModelError(FirstError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def kind_and_line(error: BaseException) -> str:
+    """Return an error's type and the first line of its text, for what others raise."""
+    return f"{type(error).__name__}: {first_line(error)}"
