@@ -221,6 +221,11 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         "back what skipped layers leave missing, which pays most at high rates; all are in "
         "memory at once, with a mask for each rate (0: LoRA starts as it is)",
     )
+    hold_masks: bool = option(
+        False,
+        help="let prompts keep the layers that routers gave them when phase 2 began, while LoRA "
+        "moves the states that routers read; then fit routers to give them again",
+    )
     warm_start: int = option(
         16,
         at_least=0,
