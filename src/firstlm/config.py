@@ -314,6 +314,13 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
                 f"heal={self.heal} is for LoRA that learns to do without layers; expected stage "
                 "both or lora, and a skip_rate above 0."
             )
+        if self.hold_masks and not (
+            skips and self.stage in ("both", "lora") and self.policy == "router"
+        ):
+            raise ConfigError(
+                "hold_masks is for LoRA that trains after routers; expected policy router, stage "
+                "both or lora, and a skip_rate above 0."
+            )
         if 0 < self.heal < 16:
             raise ConfigError(
                 f"heal={self.heal} holds out too few examples to tell what helps; expected 16 or "

@@ -21,6 +21,8 @@ from firstlm.policies import Policy
 from firstlm.probes import decide_all
 from firstlm.router_fit import add, linear_fit, router_inputs
 
+RIDGE = 0.01  # what is fitted is a linear map's answer: without noise
+
 
 class HeldMasks:
     """What a model's routers say of prompts now, whatever LoRA learns later.
@@ -82,4 +84,4 @@ class HeldMasks:
         for layer, router in enumerate(model.routers):
             then, seen = (torch.cat([rate[layer] for rate in part]) for part in (before, now))
             gap = (router(then) - router(seen)).float().cpu()
-            add(router, *processes.same(linear_fit(seen, gap)))
+            add(router, *processes.same(linear_fit(seen, gap, RIDGE)))

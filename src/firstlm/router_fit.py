@@ -13,7 +13,7 @@ from firstlm.policies import FixedMask, Prompts, router_input
 from firstlm.routers import Router
 
 BATCH = 16
-RIDGE = 0.1  # on standardised inputs, of which a prompt's squared length is about 1
+RIDGE = 0.1
 
 
 class _Recorder(FixedMask):
@@ -58,12 +58,15 @@ def router_inputs(
     return [torch.cat(layer)[back] for layer in zip(*parts, strict=True)]
 
 
-def linear_fit(states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, float]:
+def linear_fit(
+    states: torch.Tensor, wanted: torch.Tensor, ridge: float = RIDGE
+) -> tuple[torch.Tensor, float]:
     """Return weight [width] and bias of the ridge regression of `wanted` [rows] on states.
 
     Args:
         states: [rows, width], what a router reads.
         wanted: [rows], what it is to say.
+        ridge: on standardised inputs, of which a prompt's squared length is about 1.
     """
     fresh = Router(states.shape[1])
     fresh.standardise(states.mean(0), states.std(0))
@@ -72,7 +75,7 @@ def linear_fit(states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor
     # In float64, which no autocast around it rounds to bfloat16.
     rows = ((states - fresh.center) * fresh.scale).double()
     width = rows.shape[1]
-    alike = rows @ rows.T / width + RIDGE * torch.eye(len(rows), dtype=rows.dtype)
+    alike = rows @ rows.T / width + ridge * torch.eye(len(rows), dtype=rows.dtype)
     wish = (wanted - wanted.mean()).double()
     fresh.weight.copy_(rows.T @ torch.linalg.solve(alike, wish) / width)
     fresh.bias.fill_(float(wanted.mean()))

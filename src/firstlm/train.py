@@ -72,10 +72,10 @@ def run(config: TrainConfig) -> int:
     model, train, validation = prepare(config)
     model.baseline = _baseline(model, train, config)
     if processes.shards() and config.stage != "routers":
-        if config.teach or config.heal or config.adapt_steps:
+        if config.teach or config.heal or config.adapt_steps or config.hold_masks:
             raise ConfigError(
-                "teach, heal and adapt_steps need parameters that are whole, and FSDP splits them "
-                "among processes; leave them out, or train with DDP."
+                "teach, heal, adapt_steps and hold_masks need parameters that are whole, and FSDP "
+                "splits them among processes; leave them out, or train with DDP."
             )
         set_seed(config.seed)
         lora_to_train(model, config)  # what comes after layers are split would be left out
