@@ -109,7 +109,7 @@ def test_masks_hold_while_lora_trains(tmp_path: Path, monkeypatch) -> None:
 def lora_after(tmp_path: Path, alpha: float, **changes) -> dict[str, torch.Tensor]:
     examples, model = make_examples(48, 0), adaptive_model(tmp_path)
     settings = config(tmp_path / str(alpha), lora_steps=3, alpha=alpha, **changes)
-    train_lora(model, examples[:32], examples[32:], settings, {"alpha": alpha})
+    train_lora(model, examples[:32], examples[32:], settings)
     return {name: p.detach().clone() for name, p in lora_parameters(model).items()}
 
 

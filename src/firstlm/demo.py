@@ -147,7 +147,7 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
     print(f"\nPhase 1: routers, {config.router_steps} steps.", flush=True)
     routers = train_routers(model, encoded, held_encoded, config)
     print(f"\nPhase 2: LoRA, {config.lora_steps} steps.", flush=True)
-    lora = train_lora(model, encoded, held_encoded, config, routers)
+    lora = train_lora(model, encoded, held_encoded, config)
     print("\nThresholds.", flush=True)
     finish(model, held_encoded, config, _rates(options.skip_rate), prefill_modes=("skip",))
     policy = model.policy_for(options.skip_rate)

@@ -140,15 +140,14 @@ def train_lora(
     train: Sequence[Any],
     validation: Sequence[Any],
     config: TrainConfig | None = None,
-    routers: dict[str, Any] | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Phase 2: train LoRA on attention and FFN projections, routers frozen, the penalty kept.
+    """Phase 2: train LoRA on attention and FFN projections, routers frozen.
 
-    With `skip_rate` 0 all layers run: plain LoRA, for comparison. Where the model has a `baseline`,
-    that decides in the routers' place. The checkpoint with the lowest
-    validation cross-entropy is kept. Arguments as for `train_routers`, and `routers`, what that
-    returned, to go on with its alpha.
+    Where a rate is asked for, an offset of the logits holds it; otherwise the penalty stays. With
+    `skip_rate` 0 all layers run: plain LoRA, for comparison. Where the model has a `baseline`, that
+    decides in the routers' place. The checkpoint with the lowest validation cross-entropy is kept.
+    Arguments as for `train_routers`.
 
     Returns:
         As `train_routers`, and with routers `flipped`: the share of decisions about validation
@@ -169,7 +168,6 @@ def train_lora(
     if model.baseline is not None:
         healed = healed_start(model, train, config, model.baseline.at)
         return healed | fit(driver, model.baseline.at)
-    driver.alpha = max((routers or {}).get("alpha") or config.alpha, 0.0)
     if config.skip_rate is not None:
         driver.hold(processes.same(first_offsets(model, train, config)))
     routed = _routed(model, driver)
@@ -324,7 +322,7 @@ def _fit(
         "ce_before": before["eval_loss"],
         "ce_after": after["eval_loss"],
         "skip_rate": after["eval_skip_rate"],
-        "alpha": driver.alpha if driver else None,
+        "alpha": driver.alpha if driver and not driver.holds else None,
         "offsets": driver.offsets if driver else {},
         "curve": curve,
     }

@@ -120,10 +120,7 @@ def _phases(
             )
         if config.stage in ("both", "lora"):
             record["lora"] = _once(
-                model,
-                config,
-                "lora",
-                lambda: train_lora(*arguments, record.get("routers"), resume=True),
+                model, config, "lora", lambda: train_lora(*arguments, resume=True)
             )
     except KeyboardInterrupt:
         again = "the same command" if config.resume else "the command without --no-resume"

@@ -219,7 +219,7 @@ class FirstTrainer(Trainer):
         if "loss" in logs and self._sums:
             for key in [k for k in self._sums if not k.startswith("#")]:
                 logs[key] = round(self._sums[key] / self._sums[f"#{key}"], 4)
-            if self.driver is not None:
+            if self.driver is not None and not self.driver.holds:
                 logs["alpha"] = round(self.driver.alpha, 5)
             by_layer = self._skipped / max(self._batches, 1)
             mostly = [i for i, share in enumerate(by_layer.tolist()) if share > 0.5]
