@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import config, make_examples, make_model
+from training import adaptive_model, config, make_examples
 
 from firstlm.adapters import add_lora
 from firstlm.errors import ConfigError
@@ -17,25 +17,9 @@ from firstlm.model import FirstModel
 from firstlm.phases import train_lora
 from firstlm.policies import RouterPolicy
 from firstlm.probes import decide_all
-from firstlm.starts import standardise
 
 PROMPTS = [row.prompt_ids for row in make_examples(256, 1)]
-RANKING = [1.0, 0.0, 1.5, -0.5, 0.5, -1.0, 2.0, -1.5]  # logits of a mean prompt
 UNSEEN = [row.prompt_ids for row in make_examples(64, 2)]
-
-
-def adaptive_model(tmp_path: Path) -> FirstModel:
-    """Routers with a ranking of layers, and an eye for prompts: logits deviate by half a unit."""
-    torch.manual_seed(0)  # of LoRA that is added
-    model = make_model()
-    standardise(model, make_examples(64, 3), config(tmp_path))
-    for i, router in enumerate(model.routers):
-        weight = torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(i))
-        with torch.no_grad():
-            router.weight.copy_(0.5 * weight / weight.norm())
-            router.bias.fill_(RANKING[i])
-    model.routers.fold()
-    return model
 
 
 @torch.no_grad()

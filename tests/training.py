@@ -7,13 +7,16 @@ import json
 import random
 from pathlib import Path
 
+import torch
 from conftest import tiny_llama
 
 from firstlm.config import RouterConfig, TrainConfig
 from firstlm.data import Encoded
 from firstlm.model import FirstModel
+from firstlm.starts import standardise
 
 LAYERS = 8
+RANKING = [1.0, 0.0, 1.5, -0.5, 0.5, -1.0, 2.0, -1.5]  # logits of a mean prompt
 
 
 def make_examples(count: int, seed: int) -> list[Encoded]:
@@ -29,6 +32,20 @@ def make_examples(count: int, seed: int) -> list[Encoded]:
 def make_model(layers: int = LAYERS, seed: int = 0) -> FirstModel:
     model = FirstModel.from_base(tiny_llama(layers=layers, seed=seed), RouterConfig(init_bias=1.0))
     model.eval()
+    return model
+
+
+def adaptive_model(tmp_path: Path) -> FirstModel:
+    """Routers with a ranking of layers, and an eye for prompts: logits deviate by half a unit."""
+    torch.manual_seed(0)  # of LoRA that is added
+    model = make_model()
+    standardise(model, make_examples(64, 3), config(tmp_path))
+    for i, router in enumerate(model.routers):
+        weight = torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(i))
+        with torch.no_grad():
+            router.weight.copy_(0.5 * weight / weight.norm())
+            router.bias.fill_(RANKING[i])
+    model.routers.fold()
     return model
 
 
