@@ -28,6 +28,7 @@ COLORS = {
     "static_importance": "#4d7c0f",
 }
 SPARE_COLORS = ("#db2777", "#ca8a04", "#475569", "#65a30d", "#0f766e", "#991b1b", "#111827")
+DASHES = ((0, (6, 3)), (0, (3, 2)), (0, (10, 4)))  # of plain LoRA, arm for arm
 WIDE = 28  # letters of a label, from which on two columns of them are enough
 LENGTH_GROUPS = 4  # of prompts, from short to long
 SWEPT = {"alpha": "alpha, weight of the non-skip penalty", "l2": "lambda, weight of the L2 penalty"}
@@ -204,22 +205,26 @@ def _png(figure: Any) -> bytes:
 def _quality(
     rows: Sequence[Row], over: str = "skip_rate", axis: str = "layers skipped, %"
 ) -> bytes:
-    """Draw score over skip rate or time, one line a policy and LoRA; plain LoRA is dashed."""
+    """Draw score over skip rate or time, a line a policy and LoRA; plain LoRA is dashed.
+
+    What one arm's LoRA was scored with has one colour.
+    """
     figure, axes = _figure(8, 4.5)
     lines: dict[str, list[Row]] = {}
     for shown, row in labelled(rows):
         lines.setdefault(shown, []).append(row)
-    spare, used = cycle(SPARE_COLORS), set[str]()
+    spare, colors, dashes = cycle(SPARE_COLORS), dict[str, str](), cycle(DASHES)
     for shown, points in lines.items():
-        policy, lora_of = points[0]["policy"], points[0]["lora_of"]
+        policy, lora_of, arm = (points[0][key] for key in ("policy", "lora_of", "arm"))
         if policy == "base":
-            style = "--" if lora_of else ":"
+            style = next(dashes) if lora_of else ":"
             axes.axhline(points[0]["score"], color="#6b7280", linestyle=style, label=shown)
             continue
-        color = COLORS.get(policy, "")
-        if not color or color in used:  # a second arm of the same policy
-            color = next(spare)
-        used.add(color)
+        if arm not in colors:
+            wanted = COLORS.get(policy, "")
+            taken = not wanted or wanted in colors.values()  # by another arm of the same policy
+            colors[arm] = next(spare) if taken else wanted
+        borrowed = lora_of not in (None, policy)
         points = sorted(points, key=lambda row: row[over])
         scores = np.array([row["score"] for row in points])
         low, high = np.array([row["ci95"] for row in points]).T
@@ -227,10 +232,11 @@ def _quality(
             [100 * row[over] for row in points],
             scores,
             yerr=[np.maximum(scores - low, 0), np.maximum(high - scores, 0)],
-            color=color,
-            linestyle="-" if lora_of == policy else "-." if lora_of else ":",
+            color=colors[arm],
+            linestyle="-." if borrowed else "-" if lora_of else ":",
             marker="o",
-            markersize=4,
+            markerfacecolor="white" if borrowed else colors[arm],
+            markersize=5,
             capsize=3,
             label=shown,
         )
