@@ -30,7 +30,8 @@ def test_kubernetes_sends_requests_to_the_replicas_that_it_starts() -> None:
     artifact = container["command"][-1]
     assert any(artifact.startswith(mount["mountPath"]) for mount in container["volumeMounts"])
     grace = pod["spec"]["terminationGracePeriodSeconds"]
-    assert container["lifecycle"]["preStop"]["sleep"]["seconds"] < grace
+    ending = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert ending + int(asked["--shutdown-timeout"]) < grace  # vLLM's own would be 0
 
 
 def test_a_launch_on_several_gpus_is_of_the_second_fsdp() -> None:

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import http.client
 import json
 import logging
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import tiny_routed
+from fastapi import HTTPException
 from pydantic import ValidationError
 from test_scheduler import Client
 from test_server import Running
@@ -153,6 +158,44 @@ def test_an_empty_key_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIRSTLM_API_KEY", "")
     with pytest.raises(ConfigError, match="API key is empty"):
         run(ServeConfig(artifact="nowhere"))
+
+
+def test_what_a_reader_says_once_its_client_has_left_is_nobodys(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In Python 3.11 a cancelled wait may go on to raise something else."""
+    began, ended = threading.Event(), threading.Event()
+
+    async def read(_: Any) -> None:
+        began.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.set()
+            raise HTTPException(503) from None
+
+    monkeypatch.setattr(firstlm.server, "_read", read)
+    client = http.client.HTTPConnection(running.url.removeprefix("http://"))
+    body = json.dumps({"prompt": "a"})
+    client.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    assert began.wait(10)
+    client.close()
+    assert ended.wait(10)
+    time.sleep(0.2)
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+def test_layers_to_skip_are_a_mask(running: Running) -> None:
+    asked = {"prompt": "a", "max_tokens": 3, "temperature": 0}
+    layers = running.model.layer_count
+    keep = [layer not in (1, 3) for layer in range(layers)]
+    found = running.post(skip_layers=[1, 3], **asked).json()["choices"][0]
+    assert found["firstlm"]["keep"] == keep
+    assert found["text"] == running.post(keep=keep, **asked).json()["choices"][0]["text"]
+    for wrong in ([layers], [-1], [True], ["1"], "1"):
+        assert running.post(skip_layers=wrong, **asked).status_code == 400
+    assert running.post(skip_layers=[1], keep=keep, **asked).status_code == 400
 
 
 def test_large_texts_are_read_beside_the_event_loop(

@@ -7,10 +7,13 @@ Text and JSON only; `server` connects them with the scheduler.
 from __future__ import annotations
 
 import bisect
+import difflib
+import re
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,13 +22,16 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictBool,
+    StrictInt,
     field_validator,
     model_validator,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from firstlm.scheduler import Piece, Request
 
 TOKEN_LIMIT = 2**31 - 1
+BROKEN = "\ufffd"  # what a part of a letter is decoded to
 NUMBERS = (
     "max_tokens",
     "max_completion_tokens",
@@ -44,6 +50,9 @@ def _no_bool(value: Any) -> Any:
         raise ValueError("expected a number")
     return value
 
+
+OURS = ("skip_rate", "policy", "keep", "skip_layers", "prefill")  # fields that OpenAI has not
+ALIKE = 0.8  # from which on an unknown name is taken for one of ours with a slip in it
 
 # Fields of OpenAI's that change answers and are not offered, with values that change nothing.
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
@@ -75,6 +84,9 @@ class Options(BaseModel):
             for name, without in NOT_OFFERED.items():
                 if body.get(name, without[0]) not in without:
                     raise ValueError(f"{name} is not offered here; leave it out")
+            for name in body.keys() - cls.model_fields.keys():  # others' fields are passed over
+                if near := difflib.get_close_matches(str(name), OURS, 1, ALIKE):
+                    raise ValueError(f"there is no field {name!r}; did you mean {near[0]}?")
         return body
 
     _numbers = field_validator(*NUMBERS, mode="before", check_fields=False)(_no_bool)
@@ -96,6 +108,9 @@ class Options(BaseModel):
     )
     keep: Annotated[list[StrictBool], Field(fail_fast=True)] | None = Field(
         None, description="per layer, whether it runs: a mask of yours"
+    )
+    skip_layers: Annotated[list[StrictInt], Field(fail_fast=True)] | None = Field(
+        None, description="in place of `keep`: the layers that do not run"
     )
     prefill: Literal["skip", "full"] = Field("skip", description="whether the prompt skips, too")
 
@@ -216,13 +231,13 @@ class TextSoFar:
         known = self.tokenizer.decode(self.ids[self._from : self._to], skip_special_tokens=True)
         found = self.tokenizer.decode(self.ids[self._from :], skip_special_tokens=True)
         self.text = self.text[: self._settled] + found[len(known) :]
-        if len(found) > len(known) and not found.endswith("\ufffd"):
+        if len(found) > len(known) and not found.endswith(BROKEN):
             self._settled = len(self.text)
             self._from, self._to = self._to, len(self.ids)
 
     def _uncertain(self) -> int:
         """Return how many characters at the end may turn into others, or into a stop."""
-        broken = len(self.text) - len(self.text.rstrip("\ufffd"))
+        broken = len(self.text) - len(self.text.rstrip(BROKEN))
         begun = [
             size
             for stop in self.stops
@@ -346,8 +361,8 @@ class Form:
             choice["text"] = text
         offsets, told = answer.text.offsets, answer.text.told
         end = len(offsets) if answer.finish else bisect.bisect_left(offsets, told)
-        choice["logprobs"] = self.logprobs(answer, answer.shown, end)
-        answer.shown = end
+        start, answer.shown = answer.shown, end
+        choice["logprobs"] = self.logprobs(answer, start, end) if end > start else None
         # Layers are known from the first chunk on, times at the last.
         more = {} if answer.begun and not answer.finish else {"firstlm": answer.about()}
         answer.begun = True
@@ -373,10 +388,10 @@ class Form:
         }
 
     def logprobs(self, answer: Answer, start: int, end: int) -> dict[str, Any] | None:
-        """Return log probabilities of some of an answer's tokens, or None where none are known."""
-        told = answer.pieces[start:end]
-        if not told or told[0].logprob is None:
+        """Return log probabilities of some of an answer's tokens, or None where none were asked."""
+        if answer.request.ask.logprobs is None:
             return None
+        told = answer.pieces[start:end]
         if self.chat:
             return {
                 "content": [
@@ -389,15 +404,40 @@ class Form:
                 "refusal": None,
             }
         return {
-            "tokens": [self.tokenizer.decode([piece.token]) for piece in told],
+            "tokens": [self._name(piece.token) for piece in told],
             "token_logprobs": [piece.logprob for piece in told],
             "top_logprobs": [
-                {self.tokenizer.decode([token]): value for token, value in piece.top}
-                for piece in told
+                {self._name(token): value for token, value in reversed(piece.top)}
+                for piece in told  # of two with one name the likelier stays
             ],
             "text_offset": answer.text.offsets[start:end],
         }
 
     def _token(self, token: Any, value: Any) -> dict[str, Any]:
+        found = token_bytes(self.tokenizer, token)
+        return {"token": self._name(token), "logprob": value, "bytes": list(found)}
+
+    def _name(self, token: Any) -> str:
+        """Return a token's text, or its bytes in OpenAI's spelling where it is part of a letter."""
         text = self.tokenizer.decode([token])
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+        if BROKEN not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes(self.tokenizer, token))
+
+
+@cache
+def _letters() -> dict[str, int]:
+    """Return the bytes for which letters stand in vocabularies of byte-level BPE (GPT-2's)."""
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """Return the bytes of a token, which may be a part of a letter."""
+    text = tokenizer.decode([token])
+    if BROKEN in text:
+        piece = tokenizer.convert_ids_to_tokens(token)
+        if found := re.fullmatch("<0x([0-9A-F]{2})>", piece):  # of sentencepiece
+            return bytes.fromhex(found[1])
+        if all(letter in _letters() for letter in piece):
+            return bytes(_letters()[letter] for letter in piece)
+    return text.encode()

@@ -76,6 +76,36 @@ class Choices:
             )
         return Baseline(name, self.layers, self.free, skip_rate, seed, orders)
 
+    def mask(self, keep: Any = None, skip_layers: Any = None) -> list[bool] | None:
+        """Return the mask that a request brings, or None where it brings none.
+
+        Args:
+            keep: true or false (or 1 or 0) for each layer.
+            skip_layers: in its place, the layers that do not run.
+
+        Raises:
+            ConfigError: these are no layers, or both are given.
+        """
+        if keep is not None and skip_layers is not None:
+            raise ConfigError("Both keep and skip_layers were given; give one of them.")
+        if skip_layers is not None:
+            if not isinstance(skip_layers, (list, tuple)) or not all(
+                isinstance(i, int) and not isinstance(i, bool) and 0 <= i < self.layers
+                for i in skip_layers
+            ):
+                raise ConfigError(
+                    f"skip_layers is {skip_layers!r}; expected a list of layers from 0 to "
+                    f"{self.layers - 1}."
+                )
+            return [i not in skip_layers for i in range(self.layers)]
+        if keep is not None and not (
+            isinstance(keep, (list, tuple)) and keep and all(k in (0, 1) for k in keep)
+        ):
+            raise ConfigError(
+                f"keep is {keep!r}; expected true or false for each of {self.layers} layers."
+            )
+        return None if keep is None else [bool(k) for k in keep]
+
     def asked(
         self,
         policy: str | None = None,

@@ -232,7 +232,7 @@ class ServeConfig(ArtifactOptions):
         65536, "rows that are decoded together times the longest of them, in tokens; others wait"
     )
     queue_size: int = count_option(256, "requests that may wait; more get 429")
-    max_tokens: int = count_option(1024, "longest answer that a client may ask for, in tokens")
+    max_tokens: int = count_option(1024, "longest answer in tokens, whatever a client asks for")
     default_tokens: int = count_option(128, "longest answer where a client names none")
     max_prompts: int = count_option(64, "prompts in one request")
     max_body: int = count_option(2**20, "largest request, in bytes")

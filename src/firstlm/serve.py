@@ -13,6 +13,8 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 from firstlm.command_config import ServeConfig
 from firstlm.errors import ConfigError
 from firstlm.model import FirstModel
@@ -44,6 +46,8 @@ def run(options: ServeConfig) -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    transformers_logging.disable_default_handler()  # its warnings are lines of JSON, too
+    transformers_logging.enable_propagation()
     model = load(options)
     scheduler = Scheduler(
         model,

@@ -164,8 +164,9 @@ class Server:
         """Return what a request asks for: n answers to each prompt."""
         if not is_text(json.dumps(body.model_dump(), ensure_ascii=False)):
             raise ConfigError("The request holds half a surrogate pair, which is no text.")
-        mask = None if body.keep is None else tuple(body.keep)
-        policy = self.policy(body.policy, body.skip_rate, mask, body.prefill)
+        mask = self.model.choices.mask(body.keep, body.skip_layers)
+        key = None if mask is None else tuple(mask)
+        policy = self.policy(body.policy, body.skip_rate, key, body.prefill)
         longest = body.max_tokens
         logprobs = body.logprobs
         if isinstance(body, ChatRequest):
@@ -240,6 +241,8 @@ class Server:
             for task in (reading, leaving):
                 task.cancel()
             self._cancel(answers)
+            # What they raise as they end is nobody's any more.
+            await asyncio.gather(reading, leaving, return_exceptions=True)
         return JSONResponse(form.whole(answers, prompt_tokens))
 
     async def _parts(
@@ -342,6 +345,10 @@ def create_app(server: Server) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            why, place = first["ctx"]["error"], first["loc"][-1]
+            text = f"The body is no JSON: {why}, at character {place}."
+            return JSONResponse(failure(text, "invalid_request"), 400)
         where = ".".join(str(part) for part in first["loc"][1:])
         text = first["msg"].removeprefix("Value error, ")  # pydantic's, before one of ours
         text = f"{where}: {text}" if where else text
@@ -485,8 +492,8 @@ class Guard:
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> JSONResponse | None:
         key = self.server.options.api_key
         if key and path not in self.OPEN:
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-            if not hmac.compare_digest(given, key.encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given, key.encode()):
                 body = failure("The API key is missing or wrong.", "unauthorized")
                 return JSONResponse(body, 401, headers={"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")

@@ -8,6 +8,7 @@ kept beside the artifact, so that the same command goes on where it stopped.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -62,6 +63,8 @@ def run(config: TrainConfig) -> int:
         raise ConfigError("Nothing to train on: name a file or a hub dataset with --data.")
     artifact_files.check_target(config.output)
     processes.join(resolve_device(config.device))
+    if processes.count() > 1 or os.environ.get("ACCELERATE_MIXED_PRECISION"):  # accelerate launch
+        processes.say(f"Training in {processes.count()} process(es).")
     hashes = _data_hash(config)
     if config.resume and _finished(config, hashes):
         processes.say(

@@ -95,18 +95,21 @@ def _wrap_engine() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     def create(before: Callable[..., Any]) -> Callable[..., Any]:
-        def create_model_config(self: Any) -> Any:
+        def create_config(self: Any, *args: Any, **kwargs: Any) -> Any:
             if is_artifact(self.model):
                 name, dtype = self.model, str(self.dtype).removeprefix("torch.")
                 self.model = str(folder_for(name, dtype))
                 self.served_model_name = self.served_model_name or name
                 if self.tokenizer == name:
                     self.tokenizer = None
-            return before(self)
+            return before(self, *args, **kwargs)
 
-        return create_model_config
+        return create_config
 
-    _wrap(EngineArgs, "create_model_config", create)
+    # The engine's comes first, and asks a hub for names that are no folders; the model's is
+    # asked alone, too.
+    for name in ("create_engine_config", "create_model_config"):
+        _wrap(EngineArgs, name, create)
 
 
 def _wrap_requests() -> None:

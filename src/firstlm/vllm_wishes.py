@@ -56,29 +56,11 @@ def wish(extra: Mapping[str, Any] | None, choices: Choices, prefill: str) -> Wis
     skip_rate, name = extra.get("skip_rate"), extra.get("policy")
     if name is not None and not isinstance(name, str):
         raise ConfigError(f"policy is {name!r}; expected a name, such as 'router' or 'run_all'.")
-    policy = choices.asked(name, skip_rate, _mask(extra, choices.layers), mode)
+    mask = choices.mask(extra.get("keep"), extra.get("skip_layers"))
+    policy = choices.asked(name, skip_rate, mask, mode)
     if isinstance(policy, SteppedPolicy):
         raise ConfigError("Policies that let layers go as the answer grows are not served by vLLM.")
     return Wish(policy, mode, _salt(policy, mode))
-
-
-def _mask(extra: Mapping[str, Any], layers: int) -> list[bool] | None:
-    keep, skipped = extra.get("keep"), extra.get("skip_layers")
-    if keep is not None and skipped is not None:
-        raise ConfigError("Both keep and skip_layers were given; give one of them.")
-    if skipped is not None:
-        if not isinstance(skipped, (list, tuple)) or not all(
-            isinstance(i, int) and not isinstance(i, bool) and 0 <= i < layers for i in skipped
-        ):
-            raise ConfigError(
-                f"skip_layers is {skipped!r}; expected a list of layers from 0 to {layers - 1}."
-            )
-        return [i not in skipped for i in range(layers)]
-    if keep is not None and not (
-        isinstance(keep, (list, tuple)) and keep and all(k in (0, 1) for k in keep)
-    ):
-        raise ConfigError(f"keep is {keep!r}; expected true or false for each of {layers} layers.")
-    return None if keep is None else [bool(k) for k in keep]
 
 
 def _salt(policy: Policy, prefill: str) -> str | None:

@@ -177,6 +177,19 @@ def test_a_model_that_was_compiled_whole_is_refused(
         answers(llm, PROMPTS[:1], ASKS[:1])
 
 
+def test_a_shipped_artifact_goes_by_its_name(
+    made: tuple[str, FirstModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from firstlm import artifact_files
+    from firstlm.vllm_folder import folder_for
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setattr(artifact_files, "shipped", lambda: {"tiny": Path(made[0])})
+    config = EngineArgs(model="tiny", max_model_len=64).create_engine_config()
+    assert config.model_config.model == str(folder_for("tiny"))
+    assert config.model_config.served_model_name == "tiny"
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
