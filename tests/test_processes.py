@@ -95,7 +95,7 @@ def setting(tmp_path_factory, byte_tokenizer) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("processes")
     base, data = write_run(folder, byte_tokenizer, rows=44)
     text = finished(start(base, data, folder / "two"))
-    assert text.count("Saved the artifact") == 1
+    assert text.count("Saved the artifact") == text.count("Training in 2 process(es).") == 1
     return base, data, folder
 
 

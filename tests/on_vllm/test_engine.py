@@ -180,9 +180,10 @@ def test_a_model_that_was_compiled_whole_is_refused(
 def test_a_shipped_artifact_goes_by_its_name(
     made: tuple[str, FirstModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
     from firstlm import artifact_files
     from firstlm.vllm_folder import folder_for
-    from vllm.engine.arg_utils import EngineArgs
 
     monkeypatch.setattr(artifact_files, "shipped", lambda: {"tiny": Path(made[0])})
     config = EngineArgs(model="tiny", max_model_len=64).create_engine_config()
