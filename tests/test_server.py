@@ -516,6 +516,9 @@ def test_the_page_shows_both_answers_and_which_layers_ran(running: Running, tmp_
         assert not browser.read("document.getElementById('go').disabled")
         unnamed = "[...document.querySelectorAll('textarea, input')].filter(x => !x.labels.length)"
         assert browser.read(f"{unnamed}.length") == 0
+        browser.open(running.url, width=320)
+        browser.wait("document.querySelectorAll('#routed .strip li').length == 4")
+        assert browser.read("document.documentElement.scrollWidth") <= 320
         outside = "performance.getEntriesByType('resource').map(x => x.name)"
         assert all(name.startswith(running.url) for name in browser.read(outside))
     finally:
