@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of README.md and docs from results/*.json, none typed by hand.
+"""Write the tables and pictures of README.md and docs from results/*.json, none typed by hand.
 
-python experiments/table.py            # print those of README.md
-python experiments/table.py --write    # put the tables into their files
+python experiments/table.py            # print the tables of README.md
+python experiments/table.py --write    # put tables and pictures into their files
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import capacity_tables
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from speed_tables import (
     bench_table,
     bench_text,
@@ -26,13 +30,14 @@ from speed_tables import (
     vllm_table,
 )
 
-from firstlm.figures import Section, groups, labelled, title
+from firstlm.figures import Section, draw, groups, labelled, title
 from firstlm.report import gain_text, recomputed
 from firstlm.scoreboard import LABELS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 START, END = "<!-- results -->", "<!-- /results -->"
+PICTURES = ("quality-qamr",)  # of a report, that stand in docs
 SHOWN = ("qamr", "debian", "multi30k", "qwen")  # experiment files whose policies README compares
 RATES = (0.15, 0.25, 0.40)
 Row = Mapping[str, Any]
@@ -230,6 +235,33 @@ def pages() -> dict[Path, str]:
     }
 
 
+def pictures() -> dict[Path, str]:
+    """Return the pictures' files, each with the hash of what it is drawn from."""
+    found = {}
+    for section, rows in sections().items():
+        if (name := f"quality-{section}") in PICTURES:
+            found[ROOT / "docs" / f"{name}.png"] = _hash(rows)
+    return found
+
+
+def _hash(rows: Sequence[Row]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def drawn_from(file: Path) -> str:
+    """Return the hash that a picture was written with."""
+    return Image.open(file).info.get("Source", "")
+
+
+def write_picture(file: Path, source: str) -> None:
+    """Draw a picture, with the hash of what it is drawn from in it."""
+    rows = [row for found in sections().values() for row in found]
+    found = next(picture for picture in draw(rows, {}) if picture.name == file.stem)
+    about = PngInfo()
+    about.add_text("Source", source)
+    Image.open(io.BytesIO(found.png)).save(file, pnginfo=about, optimize=True)
+
+
 def speed_page(file: Path) -> str:
     """Return the page on speed."""
     bench, prompts, profile = (
@@ -297,12 +329,17 @@ def _filled(file: Path, *tables: list[str]) -> str:
 def main() -> None:
     """Print the tables, or write them into their files."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--write", action="store_true", help="put them into README and docs")
+    parser.add_argument(
+        "--write", action="store_true", help="put them and pictures into README and docs"
+    )
     if not parser.parse_args().write:
         print(text())
         return
     for file, content in pages().items():
         file.write_text(content)
+    for file, source in pictures().items():
+        if not file.exists() or drawn_from(file) != source:
+            write_picture(file, source)
 
 
 if __name__ == "__main__":

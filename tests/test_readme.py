@@ -58,7 +58,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
 def test_the_tables_are_the_results() -> None:
     sys.path.insert(0, str(ROOT / "experiments"))
     try:
-        from table import START, pages
+        from table import START, drawn_from, pages, pictures
     finally:
         sys.path.pop(0)
     found = pages()
@@ -68,3 +68,6 @@ def test_the_tables_are_the_results() -> None:
     for file, content in found.items():
         assert file.read_text(encoding="utf-8") == content
     assert README.split(START)[1].count("|---|") > 1
+    for file, source in pictures().items():  # written by the same command
+        assert drawn_from(file) == source
+        assert any(f"({file.relative_to(ROOT)})" in text for text in (README, *found.values()))
