@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from conftest import make_byte_tokenizer
 from pydantic import ValidationError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from firstlm.api import Answer, CompletionRequest, Form, TextSoFar, token_bytes
+from firstlm.api import EXTENSIONS, Answer, CompletionRequest, Form, TextSoFar, token_bytes
 from firstlm.policies import RunAll
 from firstlm.scheduler import Ask, Piece, Request
 
@@ -68,13 +68,25 @@ def test_parts_of_letters_have_names_of_their_own() -> None:
     assert [one["bytes"] for one in chat["content"][0]["top_logprobs"]] == [[b] for b in letter]
 
 
-def test_of_tokens_with_one_name_the_likelier_is_told() -> None:
+def test_a_space_that_decoders_strip_is_part_of_its_token() -> None:
     tokenizer = sentencepiece()
     tokenizer.backend_tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)]  # as Llama 2's
     )
     pieces = [Piece(257, logprob=-1.0, top=((257, -1.0), (258, -2.0))), Piece(None, "length")]
-    assert written(False, pieces, tokenizer=tokenizer)["top_logprobs"] == [{"a": -1.0}]
+    found = written(False, pieces, tokenizer=tokenizer)["top_logprobs"]
+    assert [list(top.items()) for top in found] == [[("a", -1.0), (" a", -2.0)]]
+    assert [token_bytes(tokenizer, token) for token in (257, 258)] == [b"a", b" a"]
+
+
+def test_of_tokens_with_one_name_the_likelier_is_told() -> None:
+    tokenizer = sentencepiece()
+    tokenizer.add_tokens("b")
+    tokenizer.add_tokens(AddedToken(" b", normalized=False))
+    tokenizer.backend_tokenizer.decoder = decoders.Strip(" ", 1, 0)
+    one, two = (tokenizer.convert_tokens_to_ids(name) for name in ("b", " b"))
+    pieces = [Piece(one, logprob=-1.0, top=((one, -1.0), (two, -2.0))), Piece(None, "length")]
+    assert written(False, pieces, tokenizer=tokenizer)["top_logprobs"] == [{"b": -1.0}]
 
 
 def test_an_empty_answer_has_empty_probabilities_where_they_were_asked_for() -> None:
@@ -91,5 +103,11 @@ def test_a_slip_in_a_name_of_ours_is_told(name: str) -> None:
 
 
 def test_names_of_others_are_passed_over() -> None:
-    body = {"prompt": "a", "user": "u", "metadata": {}, "store": False, "min_p": 0.1, "kept": 1}
-    CompletionRequest.model_validate(body)
+    others = ["user", "metadata", "store", "min_p", "n_keep", "keep_alive", "prefix", "kept"]
+    others += ["skip_special_tokens", "prompt_cache_key"]
+    CompletionRequest.model_validate({"prompt": "a", **dict.fromkeys(others, 1)})
+    CompletionRequest.model_validate({"prompt": "a", **{f"skip_rat{i}": 1 for i in range(10**5)}})
+
+
+def test_slips_are_told_of_all_fields_that_openai_has_not() -> None:
+    assert set(EXTENSIONS) <= CompletionRequest.model_fields.keys()

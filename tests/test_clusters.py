@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from training import LAYERS, config, make_model
 
-from firstlm.clusters import group, start_from_orders
+from firstlm.clusters import group, router_inputs, start_from_orders
 from firstlm.data import Encoded
 from firstlm.importance import SPACING
 from firstlm.phases import train_routers
 from firstlm.policies import FixedMask, RouterPolicy
-from firstlm.router_fit import router_inputs
 
 ORDERS = [[1, 2, 3, 4, 5, 6, 7, 0], [6, 5, 4, 3, 2, 1, 0, 7]]
 

@@ -12,14 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
-from training import adaptive_model, config, make_examples, make_model, write_run
+from training import config, make_examples, make_model, write_run
 
 from firstlm import FirstModel, artifact_files, processes
 from firstlm.errors import ArtifactError, ConfigError, DataError
@@ -71,16 +70,15 @@ def test_a_phase_called_from_python_leaves_a_command_lines_run_alone(
 
 
 @pytest.mark.parametrize("step", [9, 12])
-@pytest.mark.parametrize("phase", ["routers", "lora", "lora, held masks", "joint"])
+@pytest.mark.parametrize("phase", ["routers", "lora", "joint"])
 def test_resume_continues_exactly(tmp_path: Path, phase: str, step: int, monkeypatch) -> None:
     """Stopping amid the steps, or in the last, and running again ends as an unbroken run does."""
     train, validation = make_examples(64, 0), make_examples(16, 1)
-    phase, _, held = phase.partition(", ")
-    make = partial(adaptive_model, tmp_path) if held else make_model
+
     log = tmp_path / "broken" / "artifact-run" / f"log_{phase}.jsonl"
 
     def train_with(folder: str, break_at: int | None) -> tuple[dict[str, torch.Tensor], dict]:
-        model = make()
+        model = make_model()
         settings = config(
             tmp_path / folder,
             router_steps=12,
@@ -89,7 +87,6 @@ def test_resume_continues_exactly(tmp_path: Path, phase: str, step: int, monkeyp
             eval_steps=6,
             skip_rates=[0.5],
             distill=2.0,
-            hold_masks=bool(held),
         )
         fit = {"routers": train_routers, "lora": train_lora, "joint": train_joint}[phase]
         if break_at:
@@ -97,7 +94,7 @@ def test_resume_continues_exactly(tmp_path: Path, phase: str, step: int, monkeyp
                 patch.setattr(FirstTrainer, "compute_loss", interrupted(break_at))
                 with pytest.raises(KeyboardInterrupt):
                     fit(model, train, validation, settings)
-            model = make()
+            model = make_model()
             with log.open("a") as file:  # as if killed after the checkpoint
                 file.write('{"step": 99}\n{"st')
         record = fit(model, train, validation, settings, resume=True)

@@ -342,7 +342,7 @@ def test_malformed_json_and_bodies_without_a_length(running: Running) -> None:
     assert broken.status_code == 400
     error = broken.json()["error"]
     assert error["message"].startswith("The body is no JSON: ")
-    assert error["message"].endswith(", at character 11.")
+    assert error["message"].endswith(", at character 12.")
     assert error["param"] is None
 
     def endless() -> Iterator[bytes]:

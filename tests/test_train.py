@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from safetensors.torch import load_file
-from training import config, make_examples, make_model, write_run
+from training import adaptive_model, config, make_examples, make_model, write_run
 
 from firstlm.adapters import add_lora, raise_rank
 from firstlm.artifact_files import read_config
@@ -560,14 +560,28 @@ def test_what_goes_on_from_an_artifact_learns_from_other_rows(tmp_path: Path, mo
         assert len(set(seen[one]) & set(seen[other])) < 16  # of 32, of 256 drawn at random
 
 
+@pytest.mark.parametrize("rate", [0.25, None])
+def test_the_penalty_moves_lora_only_where_no_offset_holds_a_rate(
+    tmp_path: Path, rate: float | None
+) -> None:
+    """Beside offsets it would only make LoRA drive frozen routers' masks away."""
+    examples, found = make_examples(48, 0), []
+    for alpha in (0.0, 3.0):
+        torch.manual_seed(0)
+        model = adaptive_model()
+        settings = config(tmp_path / str(alpha), lora_steps=3, alpha=alpha, skip_rate=rate)
+        record = train_lora(model, examples[:32], examples[32:], settings)
+        found.append({name: p.detach().clone() for name, p in lora_parameters(model).items()})
+        assert record["alpha"] == (alpha if rate is None else 0.0)
+    without, weighed = found
+    same = all(torch.equal(part, weighed[name]) for name, part in without.items())
+    assert same == (rate is not None)
+
+
 def test_the_share_of_decisions_that_lora_flips_is_told(tmp_path: Path) -> None:
     examples, found = make_examples(64, 0), {}
     for rate in (1e-12, 0.3):
-        model = make_model()
-        with torch.no_grad():
-            for i, router in enumerate(model.routers):
-                router.weight.normal_(generator=torch.Generator().manual_seed(i))
-                router.bias.zero_()
+        model = adaptive_model()
         settings = config(tmp_path, lora_steps=2, lora_lr=rate, batch_size=16)
         prompts = [row.prompt_ids for row in draw(examples[:16], None)]
         ids, mask = pad_left(prompts, model.pad_id)

@@ -31,7 +31,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from firstlm.scheduler import Piece, Request
 
 TOKEN_LIMIT = 2**31 - 1
-BROKEN = "\ufffd"  # what a part of a letter is decoded to
+SPACE = "\u2581"  # how sentencepiece writes one
+REPLACEMENT = "\ufffd"  # what a part of a character is decoded to
 NUMBERS = (
     "max_tokens",
     "max_completion_tokens",
@@ -51,8 +52,8 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
-OURS = ("skip_rate", "policy", "keep", "skip_layers", "prefill")  # fields that OpenAI has not
-ALIKE = 0.8  # from which on an unknown name is taken for one of ours with a slip in it
+EXTENSIONS = ("skip_rate", "policy", "keep", "skip_layers", "prefill")  # that OpenAI has not
+SIMILARITY = 0.85  # from which on an unknown name is taken for one of these with a slip in it
 
 # Fields of OpenAI's that change answers and are not offered, with values that change nothing.
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
@@ -84,8 +85,15 @@ class Options(BaseModel):
             for name, without in NOT_OFFERED.items():
                 if body.get(name, without[0]) not in without:
                     raise ValueError(f"{name} is not offered here; leave it out")
-            for name in body.keys() - cls.model_fields.keys():  # others' fields are passed over
-                if near := difflib.get_close_matches(str(name), OURS, 1, ALIKE):
+        return body
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_slips(cls, body: Any) -> Any:
+        """Pass unknown names over, as other servers' may be, unless they look like one of ours."""
+        if isinstance(body, dict) and len(unknown := body.keys() - cls.model_fields.keys()) < 99:
+            for name in unknown:
+                if near := difflib.get_close_matches(str(name)[:99], EXTENSIONS, 1, SIMILARITY):
                     raise ValueError(f"there is no field {name!r}; did you mean {near[0]}?")
         return body
 
@@ -231,13 +239,13 @@ class TextSoFar:
         known = self.tokenizer.decode(self.ids[self._from : self._to], skip_special_tokens=True)
         found = self.tokenizer.decode(self.ids[self._from :], skip_special_tokens=True)
         self.text = self.text[: self._settled] + found[len(known) :]
-        if len(found) > len(known) and not found.endswith(BROKEN):
+        if len(found) > len(known) and not found.endswith(REPLACEMENT):
             self._settled = len(self.text)
             self._from, self._to = self._to, len(self.ids)
 
     def _uncertain(self) -> int:
         """Return how many characters at the end may turn into others, or into a stop."""
-        broken = len(self.text) - len(self.text.rstrip(BROKEN))
+        broken = len(self.text) - len(self.text.rstrip(REPLACEMENT))
         begun = [
             size
             for stop in self.stops
@@ -404,40 +412,48 @@ class Form:
                 "refusal": None,
             }
         return {
-            "tokens": [self._name(piece.token) for piece in told],
+            "tokens": [self._spelt(piece.token)[0] for piece in told],
             "token_logprobs": [piece.logprob for piece in told],
-            "top_logprobs": [
-                {self._name(token): value for token, value in reversed(piece.top)}
-                for piece in told  # of two with one name the likelier stays
-            ],
+            "top_logprobs": [self._by_name(piece.top) for piece in told],
             "text_offset": answer.text.offsets[start:end],
         }
 
     def _token(self, token: Any, value: Any) -> dict[str, Any]:
-        found = token_bytes(self.tokenizer, token)
-        return {"token": self._name(token), "logprob": value, "bytes": list(found)}
+        name, found = self._spelt(token)
+        return {"token": name, "logprob": value, "bytes": list(found)}
 
-    def _name(self, token: Any) -> str:
-        """Return a token's text, or its bytes in OpenAI's spelling where it is part of a letter."""
-        text = self.tokenizer.decode([token])
-        if BROKEN not in text:
-            return text
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes(self.tokenizer, token))
+    def _by_name(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """Return probabilities by name, likeliest first; of two with one name the likelier."""
+        named: dict[str, float] = {}
+        for token, value in top:
+            named.setdefault(self._spelt(token)[0], value)
+        return named
+
+    def _spelt(self, token: Any) -> tuple[str, bytes]:
+        """Return a token's name and bytes; parts of characters are named as OpenAI spells bytes."""
+        found = token_bytes(self.tokenizer, token)
+        try:
+            return found.decode(), found
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found), found
 
 
 @cache
-def _letters() -> dict[str, int]:
-    """Return the bytes for which letters stand in vocabularies of byte-level BPE (GPT-2's)."""
-    return {letter: byte for byte, letter in bytes_to_unicode().items()}
+def _byte_of_char() -> dict[str, int]:
+    """Return the bytes that characters stand for in byte-level BPE's vocabularies (GPT-2's)."""
+    return {char: byte for byte, char in bytes_to_unicode().items()}
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes:
-    """Return the bytes of a token, which may be a part of a letter."""
-    text = tokenizer.decode([token])
-    if BROKEN in text:
-        piece = tokenizer.convert_ids_to_tokens(token)
+    """Return the bytes that a token adds to a text; they may be a part of a character."""
+    text, piece = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)
+    if isinstance(piece, bytes):
+        return piece
+    if REPLACEMENT in text:
         if found := re.fullmatch("<0x([0-9A-F]{2})>", piece):  # of sentencepiece
             return bytes.fromhex(found[1])
-        if all(letter in _letters() for letter in piece):
-            return bytes(_letters()[letter] for letter in piece)
+        if all(char in _byte_of_char() for char in piece):
+            return bytes(_byte_of_char()[char] for char in piece)
+    if piece is not None and piece.startswith(SPACE):  # decoders strip it from a text's first token
+        return piece.replace(SPACE, " ").encode()
     return text.encode()

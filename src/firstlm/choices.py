@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,41 +77,33 @@ class Choices:
             )
         return Baseline(name, self.layers, self.free, skip_rate, seed, orders)
 
-    def mask(self, keep: Any = None, skip_layers: Any = None) -> list[bool] | None:
-        """Return the mask that a request brings, or None where it brings none.
-
-        Args:
-            keep: true or false (or 1 or 0) for each layer.
-            skip_layers: in its place, the layers that do not run.
-
-        Raises:
-            ConfigError: these are no layers, or both are given.
-        """
+    def _mask(self, keep: Any, skip_layers: Any) -> list[bool] | None:
         if keep is not None and skip_layers is not None:
             raise ConfigError("Both keep and skip_layers were given; give one of them.")
         if skip_layers is not None:
-            if not isinstance(skip_layers, (list, tuple)) or not all(
-                isinstance(i, int) and not isinstance(i, bool) and 0 <= i < self.layers
-                for i in skip_layers
-            ):
+            for i in _parts(skip_layers, "skip_layers", f"layers from 0 to {self.layers - 1}"):
+                if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < self.layers:
+                    raise ConfigError(
+                        f"skip_layers names {i!r}; expected a list of layers from 0 to "
+                        f"{self.layers - 1}."
+                    )
+            skipped = set(skip_layers)
+            return [i not in skipped for i in range(self.layers)]
+        if keep is None:
+            return None
+        for k in _parts(keep, "keep", f"true or false for each of {self.layers} layers"):
+            if k not in (0, 1):
                 raise ConfigError(
-                    f"skip_layers is {skip_layers!r}; expected a list of layers from 0 to "
-                    f"{self.layers - 1}."
+                    f"keep holds {k!r}; expected true or false for each of {self.layers} layers."
                 )
-            return [i not in skip_layers for i in range(self.layers)]
-        if keep is not None and not (
-            isinstance(keep, (list, tuple)) and keep and all(k in (0, 1) for k in keep)
-        ):
-            raise ConfigError(
-                f"keep is {keep!r}; expected true or false for each of {self.layers} layers."
-            )
-        return None if keep is None else [bool(k) for k in keep]
+        return [bool(k) for k in keep]
 
     def asked(
         self,
         policy: str | None = None,
         skip_rate: float | None = None,
         keep: Any = None,
+        skip_layers: Any = None,
         prefill: str = "skip",
     ) -> Policy:
         """Return what a request asks for.
@@ -119,16 +112,18 @@ class Choices:
             policy: "router" (None: that, or what the artifact has in its place), "run_all" or the
                 name of a baseline.
             skip_rate: share of layers to skip; baselines need one.
-            keep: [layers] of bool, a mask of its own; goes without the others.
+            keep: a mask of its own: true or false (or 1 or 0) for each layer.
+            skip_layers: in its place, the layers that do not run. Either goes without the others.
             prefill: prefill mode.
 
         Raises:
             ConfigError: the request contradicts itself, or asks for what is not known.
         """
-        if keep is not None:
+        given = self._mask(keep, skip_layers)
+        if given is not None:
             if policy is not None or skip_rate is not None:
                 raise ConfigError("keep is a mask of its own; leave out policy and skip_rate.")
-            mask = FixedMask(keep)
+            mask = FixedMask(given)
             mask.check(self.layers, frozenset(range(self.layers)) - set(self.free))
             return mask
         if policy == "run_all":
@@ -143,3 +138,9 @@ class Choices:
         if skip_rate is None:
             raise ConfigError(f"The policy {policy!r} needs a skip_rate, such as 0.25.")
         return self.named(policy, check_skip_rate(skip_rate), prefill).at()
+
+
+def _parts(found: Any, name: str, expected: str) -> Sequence[Any]:
+    if isinstance(found, (list, tuple)) and (found or name != "keep"):
+        return found
+    raise ConfigError(f"{name} is {str(found)[:99]!r}; expected {expected}.")

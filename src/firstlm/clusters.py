@@ -13,13 +13,58 @@ from collections.abc import Sequence
 import torch
 
 from firstlm.importance import order_logits
+from firstlm.inputs import pad_left
 from firstlm.model import FirstModel
-from firstlm.policies import RouterPolicy
+from firstlm.policies import FixedMask, Prompts, RouterPolicy, router_input
 from firstlm.probes import decide_all
-from firstlm.router_fit import BATCH, add, linear_fit, router_inputs
+from firstlm.routers import Router
 
+BATCH = 16
 DEPTH = 1 / 3  # of the layers, before the one whose router's input tells groups apart
 ROUNDS, RESTARTS = 50, 10  # of k-means, at most
+RIDGE = 0.1  # on standardised inputs, of which a prompt's squared length is about 1
+
+
+class _Recorder(FixedMask):
+    """Obeys a mask, and keeps what routers would have read."""
+
+    def __init__(self, keep: torch.Tensor, reads: str, layers: int) -> None:
+        super().__init__(keep)
+        self.reads = reads
+        self.seen = [torch.empty(0)] * layers
+
+    def decide(self, layer: int, prompts: Prompts) -> torch.Tensor:
+        self.seen[layer] = router_input(prompts, self.reads).float().cpu()
+        return super().decide(layer, prompts)
+
+
+@torch.no_grad()
+def router_inputs(
+    model: FirstModel,
+    prompts: Sequence[Sequence[int]],
+    keep: torch.Tensor,
+    prefill: str = "skip",
+) -> list[torch.Tensor]:
+    """Return what each router reads of prompts that run under masks, [prompts, width] a layer.
+
+    Args:
+        model: a routed model.
+        prompts: their token ids.
+        keep: [layers] for all, or [prompts, layers].
+        prefill: "skip" or "full".
+    """
+    model.eval()
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    parts: list[list[torch.Tensor]] = []
+    for first in range(0, len(by_length), BATCH):
+        picked = by_length[first : first + BATCH]
+        mask = keep if keep.dim() == 1 else keep[picked]
+        recorder = _Recorder(mask, model.routers.reads, model.layer_count)
+        batch = pad_left([prompts[i] for i in picked], model.pad_id)
+        model.decide(*batch, recorder, prefill=prefill)
+        parts.append(recorder.seen)
+    back = torch.tensor(by_length).argsort()
+    return [torch.cat(layer)[back] for layer in zip(*parts, strict=True)]
 
 
 def group(inputs: torch.Tensor, count: int, seed: int = 0) -> torch.Tensor:
@@ -83,7 +128,7 @@ def start_from_orders(
     """
     wanted = torch.stack([order_logits(o, model.layer_count, skip_rate) for o in orders])[labels]
     for layer, states in enumerate(router_inputs(model, prompts, wanted >= 0, prefill)):
-        router, (weight, bias) = model.routers[layer], linear_fit(states, wanted[:, layer])
+        router, (weight, bias) = model.routers[layer], _linear_fit(states, wanted[:, layer])
         router.fold()
         router.weight.copy_(weight)
         router.bias.fill_(bias)
@@ -115,4 +160,29 @@ def shift_groups(
     wanted = torch.tensor(shifts)[labels]
     seen = router_inputs(model, prompts, keep, prefill)
     for router, states in zip(model.routers, seen, strict=True):
-        add(router, *linear_fit(states, wanted))
+        weight, bias = _linear_fit(states, wanted)
+        router.fold()
+        router.weight.add_(weight.to(router.weight.device))
+        router.bias.add_(bias)
+
+
+def _linear_fit(states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return weight [width] and bias of the ridge regression of `wanted` [rows] on states.
+
+    Args:
+        states: [rows, width], what a router reads.
+        wanted: [rows], what it is to say.
+    """
+    fresh = Router(states.shape[1])
+    fresh.standardise(states.mean(0), states.std(0))
+    assert fresh.center is not None
+    assert fresh.scale is not None
+    # In float64, which no autocast around it rounds to bfloat16.
+    rows = ((states - fresh.center) * fresh.scale).double()
+    width = rows.shape[1]
+    alike = rows @ rows.T / width + RIDGE * torch.eye(len(rows), dtype=rows.dtype)
+    wish = (wanted - wanted.mean()).double()
+    fresh.weight.copy_(rows.T @ torch.linalg.solve(alike, wish) / width)
+    fresh.bias.fill_(float(wanted.mean()))
+    fresh.fold()
+    return fresh.weight, float(fresh.bias)

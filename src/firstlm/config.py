@@ -221,11 +221,6 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         "back what skipped layers leave missing, which pays most at high rates; all are in "
         "memory at once, with a mask for each rate (0: LoRA starts as it is)",
     )
-    hold_masks: bool = option(
-        False,
-        help="let prompts keep the layers that routers gave them when phase 2 began, while LoRA "
-        "moves the states that routers read; then fit routers to give them again",
-    )
     warm_start: int = option(
         16,
         at_least=0,
@@ -312,13 +307,6 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         if self.heal and not (skips and self.stage in ("both", "lora")):
             raise ConfigError(
                 f"heal={self.heal} is for LoRA that learns to do without layers; expected stage "
-                "both or lora, and a skip_rate above 0."
-            )
-        if self.hold_masks and not (
-            skips and self.stage in ("both", "lora") and self.policy == "router"
-        ):
-            raise ConfigError(
-                "hold_masks is for LoRA that trains after routers; expected policy router, stage "
                 "both or lora, and a skip_rate above 0."
             )
         if 0 < self.heal < 16:

@@ -29,6 +29,7 @@ COLORS = {
 }
 SPARE_COLORS = ("#db2777", "#ca8a04", "#475569", "#65a30d", "#0f766e", "#991b1b", "#111827")
 DASHES = ((0, (6, 3)), (0, (3, 2)), (0, (10, 4)))  # of plain LoRA, arm for arm
+MARKS = "osD^v"
 WIDE = 28  # letters of a label, from which on two columns of them are enough
 LENGTH_GROUPS = 4  # of prompts, from short to long
 SWEPT = {"alpha": "alpha, weight of the non-skip penalty", "l2": "lambda, weight of the L2 penalty"}
@@ -207,13 +208,15 @@ def _quality(
 ) -> bytes:
     """Draw score over skip rate or time, a line a policy and LoRA; plain LoRA is dashed.
 
-    What one arm's LoRA was scored with has one colour.
+    All lines of one arm share a colour, each with a mark of its own; hollow marks ran with another
+    policy's LoRA.
     """
     figure, axes = _figure(8, 4.5)
     lines: dict[str, list[Row]] = {}
     for shown, row in labelled(rows):
         lines.setdefault(shown, []).append(row)
     spare, colors, dashes = cycle(SPARE_COLORS), dict[str, str](), cycle(DASHES)
+    marks: dict[tuple[str, bool], int] = {}
     for shown, points in lines.items():
         policy, lora_of, arm = (points[0][key] for key in ("policy", "lora_of", "arm"))
         if policy == "base":
@@ -225,6 +228,7 @@ def _quality(
             taken = not wanted or wanted in colors.values()  # by another arm of the same policy
             colors[arm] = next(spare) if taken else wanted
         borrowed = lora_of not in (None, policy)
+        marks[arm, borrowed] = marks.get((arm, borrowed), -1) + 1
         points = sorted(points, key=lambda row: row[over])
         scores = np.array([row["score"] for row in points])
         low, high = np.array([row["ci95"] for row in points]).T
@@ -234,7 +238,7 @@ def _quality(
             yerr=[np.maximum(scores - low, 0), np.maximum(high - scores, 0)],
             color=colors[arm],
             linestyle="-." if borrowed else "-" if lora_of else ":",
-            marker="o",
+            marker=MARKS[marks[arm, borrowed] % len(MARKS)],
             markerfacecolor="white" if borrowed else colors[arm],
             markersize=5,
             capsize=3,

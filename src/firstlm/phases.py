@@ -23,10 +23,8 @@ from firstlm.adapters import lora_to_train
 from firstlm.config import TrainConfig
 from firstlm.data import Collator, Encoded, draw, encode
 from firstlm.errors import ConfigError, DataError
-from firstlm.held import HeldMasks
 from firstlm.importance import SPACING
 from firstlm.interrupts import Interrupts
-from firstlm.losses import mean_loss
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RouterPolicy, RunAll
 from firstlm.probes import decide_all
@@ -35,7 +33,6 @@ from firstlm.starts import first_offsets, healed_start, standardise, warm_start
 from firstlm.trainer import FirstTrainer, last_checkpoint, mixed_precision
 
 RUN_FILE = "run.yaml"  # in a work folder that `firstlm train` has claimed
-FOLLOWED_PROMPTS = 256  # on which routers are fitted to what LoRA made of the states
 DECISION_PROMPTS = 64  # on which it is counted how many decisions LoRA flips
 CURVES = {"ce", "skip_rate", "eval_loss", "eval_skip_rate"}  # that a run's record keeps
 STEPS = {
@@ -153,8 +150,7 @@ def train_lora(
         As `train_routers`, and with routers `flipped`: the share of decisions about validation
         prompts that are others now, at the same thresholds, because LoRA moved what they read.
         Where `heal` is set, `healed`, what was left missing behind each layer, before the
-        cross-entropy that is called the one before. With `hold_masks` it is the routers that were
-        fitted anew whose decisions, cross-entropy and skip rate are told.
+        cross-entropy that is called the one before.
     """
     config = config or TrainConfig()
     train, validation = _begin(model, train, validation, config, resume)
@@ -176,37 +172,10 @@ def train_lora(
     healed = healed_start(model, train, config, routed)
     if config.heal and config.skip_rate is not None:  # routers read other states now
         driver.hold(processes.same(first_offsets(model, train, config)))
-    if config.hold_masks:
-        held = HeldMasks(model, lora, config.prefill, config.batch_size)
-        record = healed | fit(driver, routed, held=held)
-        return record | _followed(held, train, validation, config, routed)
     record = healed | fit(driver, routed)
     flipped = _decisions(model, validation, policy, config) != before
     record["flipped"] = float(flipped.float().mean())
     return record
-
-
-def _followed(
-    held: HeldMasks,
-    train: list[Encoded],
-    validation: list[Encoded],
-    config: TrainConfig,
-    routed: Callable[[float | None], Policy],
-) -> dict[str, Any]:
-    """Let routers follow what LoRA learnt; returns what they are worth, and what they flip."""
-    rows = [row.prompt_ids for row in draw(train, FOLLOWED_PROMPTS, config.seed)]
-    rates = dict.fromkeys([config.skip_rate, *(config.skip_rates or ())])
-    policy = routed(config.skip_rate)
-    prompts = [row.prompt_ids for row in validation]
-    with mixed_precision(held.model):
-        held.let_routers_follow(rows, [routed(rate) for rate in rates])
-        loss, keep = mean_loss(held.model, validation, policy, config.batch_size, config.prefill)
-        flipped = keep.cpu() != held.of(prompts, policy)
-    return {
-        "ce_after": loss,
-        "skip_rate": 1 - float(keep.float().mean()),
-        "flipped": float(flipped.float().mean()),
-    }
 
 
 def _begin(
@@ -274,7 +243,6 @@ def _fit(
     policy_at: Callable[[float | None], Policy],
     resume: bool,
     teacher: Sequence[tuple[torch.nn.Parameter, torch.Tensor]] = (),
-    held: HeldMasks | None = None,
 ) -> dict[str, Any]:
     """Run Trainer over what requires gradients; an interrupted run is resumed."""
     steps = getattr(config, STEPS[phase])
@@ -297,7 +265,6 @@ def _fit(
             l2=0.0 if phase in BESIDE_ROUTERS else config.l2,
             distill={"routers": config.distill, "lora": config.teach}.get(phase, 0.0),
             teacher=teacher,
-            held=held,
             log_path=log,
             args=_arguments(model, config, phase, steps, folder),
             train_dataset=train,
@@ -322,7 +289,7 @@ def _fit(
         "ce_before": before["eval_loss"],
         "ce_after": after["eval_loss"],
         "skip_rate": after["eval_skip_rate"],
-        "alpha": driver.alpha if driver and not driver.holds else None,
+        "alpha": driver.penalty if driver else None,
         "offsets": driver.offsets if driver else {},
         "curve": curve,
     }

@@ -48,6 +48,14 @@ class RateDriver:
         self.offsets = dict(offsets)
         self.holds = True
 
+    @property
+    def penalty(self) -> float:
+        """The weight of the non-skip penalty: none where offsets hold the rates.
+
+        LoRA could lower it only by moving what frozen routers read, and with it the masks.
+        """
+        return 0.0 if self.holds else self.alpha
+
     def start(self, logit_per_rate: float) -> None:
         """Guess the other rates' offsets from how far apart in logits layers are in rank."""
         for rate in self.offsets:

@@ -164,9 +164,8 @@ class Server:
         """Return what a request asks for: n answers to each prompt."""
         if not is_text(json.dumps(body.model_dump(), ensure_ascii=False)):
             raise ConfigError("The request holds half a surrogate pair, which is no text.")
-        mask = self.model.choices.mask(body.keep, body.skip_layers)
-        key = None if mask is None else tuple(mask)
-        policy = self.policy(body.policy, body.skip_rate, key, body.prefill)
+        masks = (None if m is None else tuple(m) for m in (body.keep, body.skip_layers))
+        policy = self.policy(body.policy, body.skip_rate, *masks, body.prefill)
         longest = body.max_tokens
         logprobs = body.logprobs
         if isinstance(body, ChatRequest):
@@ -241,7 +240,7 @@ class Server:
             for task in (reading, leaving):
                 task.cancel()
             self._cancel(answers)
-            # What they raise as they end is nobody's any more.
+            # Python 3.11's wait_for may swallow a cancel, and something else be raised then.
             await asyncio.gather(reading, leaving, return_exceptions=True)
         return JSONResponse(form.whole(answers, prompt_tokens))
 
@@ -346,7 +345,7 @@ def create_app(server: Server) -> FastAPI:
     async def invalid(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            why, place = first["ctx"]["error"], first["loc"][-1]
+            why, place = first["ctx"]["error"], first["loc"][-1] + 1
             text = f"The body is no JSON: {why}, at character {place}."
             return JSONResponse(failure(text, "invalid_request"), 400)
         where = ".".join(str(part) for part in first["loc"][1:])

@@ -12,7 +12,7 @@ import torch
 
 from firstlm import processes
 from firstlm.calibration import find_offsets
-from firstlm.clusters import DEPTH, group, start_from_orders
+from firstlm.clusters import DEPTH, group, router_inputs, start_from_orders
 from firstlm.config import TrainConfig
 from firstlm.data import Encoded, draw
 from firstlm.healing import heal
@@ -20,7 +20,6 @@ from firstlm.importance import removal_order, start_from_order
 from firstlm.model import FirstModel
 from firstlm.policies import Policy
 from firstlm.probes import decide_all
-from firstlm.router_fit import router_inputs
 from firstlm.trainer import mixed_precision
 
 CLUSTER_PROMPTS = 64  # for each group of prompts, to find groups and to fit routers to them

@@ -8,7 +8,6 @@ kept beside the artifact, so that the same command goes on where it stopped.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -63,8 +62,9 @@ def run(config: TrainConfig) -> int:
         raise ConfigError("Nothing to train on: name a file or a hub dataset with --data.")
     artifact_files.check_target(config.output)
     processes.join(resolve_device(config.device))
-    if processes.count() > 1 or os.environ.get("ACCELERATE_MIXED_PRECISION"):  # accelerate launch
-        processes.say(f"Training in {processes.count()} process(es).")
+    if processes.launched():
+        number = processes.count()
+        processes.say(f"Training in {number} process{'es' if number > 1 else ''}.")
     hashes = _data_hash(config)
     if config.resume and _finished(config, hashes):
         processes.say(
@@ -75,10 +75,10 @@ def run(config: TrainConfig) -> int:
     model, train, validation = prepare(config)
     model.baseline = _baseline(model, train, config)
     if processes.shards() and config.stage != "routers":
-        if config.teach or config.heal or config.adapt_steps or config.hold_masks:
+        if config.teach or config.heal or config.adapt_steps:
             raise ConfigError(
-                "teach, heal, adapt_steps and hold_masks need parameters that are whole, and FSDP "
-                "splits them among processes; leave them out, or train with DDP."
+                "teach, heal and adapt_steps need parameters that are whole, and FSDP splits them "
+                "among processes; leave them out, or train with DDP."
             )
         set_seed(config.seed)
         lora_to_train(model, config)  # what comes after layers are split would be left out

@@ -27,7 +27,6 @@ from firstlm import processes
 from firstlm.data import IGNORE
 from firstlm.decisions import RoutingState
 from firstlm.errors import DataError, FirstError
-from firstlm.held import HeldMasks
 from firstlm.lora import swapped
 from firstlm.losses import (
     FullDepth,
@@ -37,7 +36,7 @@ from firstlm.losses import (
     row_losses,
 )
 from firstlm.model import FirstModel
-from firstlm.policies import FixedMask, Policy
+from firstlm.policies import Policy
 from firstlm.rates import RateDriver
 from firstlm.results import to_json, write_text
 
@@ -78,7 +77,6 @@ class FirstTrainer(Trainer):
         distill: weight of the distance to what all layers compute (`FullDepth`); 0 leaves it out.
         teacher: parameters, and the values with which all layers are to compute that; those that
             are not named compute with what they have learnt so far.
-        held: masks that are obeyed in the place of what routers say by now.
         log_path: JSON lines with every logged step, per-layer skip rates included.
         kwargs: as for transformers' Trainer; datasets are lists of `Encoded`.
     """
@@ -94,7 +92,6 @@ class FirstTrainer(Trainer):
         l2: float,
         distill: float,
         teacher: Sequence[tuple[nn.Parameter, torch.Tensor]],
-        held: HeldMasks | None,
         log_path: Path,
         **kwargs: Any,
     ) -> None:
@@ -102,7 +99,7 @@ class FirstTrainer(Trainer):
         self.policy_at = policy_at
         self.prefill, self.log_path = prefill, log_path
         self.router_lr, self.l2 = router_lr, l2
-        self.distill, self.teacher, self.held = distill, teacher, held
+        self.distill, self.teacher = distill, teacher
         self._sums: dict[str, float] = {}
         self._skipped = torch.zeros(first.layer_count)
         self._batches = 0
@@ -122,14 +119,9 @@ class FirstTrainer(Trainer):
         if train and self.distill:
             with mixed_precision(self.first), swapped(self.teacher):
                 full = FullDepth.of(self.first, inputs)
-        policy = self.policy_at(rate)
-        if self.held is not None:
-            rows = zip(inputs["input_ids"], inputs["prompt_mask"], strict=True)
-            with mixed_precision(self.first):
-                policy = FixedMask(self.held.of([ids[own].tolist() for ids, own in rows], policy))
         state = self.first.new_state(
             inputs["prompt_mask"],
-            policy,
+            self.policy_at(rate),
             prefill=self.prefill,
             gate=gate,
             input_ids=inputs["input_ids"],
@@ -161,8 +153,9 @@ class FirstTrainer(Trainer):
     ) -> torch.Tensor:
         """Return CE + lambda * ||w||^2 + alpha * sum_i rho_i (the paper's equation 4).
 
-        `distill` adds the distance to what all layers compute. The mean of several processes'
-        losses is that of one with all their rows.
+        The last term is left out where offsets hold the rates (`RateDriver.penalty`). `distill`
+        adds the distance to what all layers compute. The mean of several processes' losses is that
+        of one with all their rows.
         """
         rate = self.driver.sample() if self.driver else None
         logits, labels, distance, state = self._run(
@@ -173,8 +166,8 @@ class FirstTrainer(Trainer):
         terms = {"ce": ce} if distance is None else {"ce": ce, "distance": distance}
         rho = state.rho
         if self.driver is not None and rho is not None:
-            if not self.driver.holds:  # else LoRA would move what routers read, away from its masks
-                loss = loss + self.driver.alpha * non_skip_penalty(rho)
+            if self.driver.penalty:
+                loss = loss + self.driver.penalty * non_skip_penalty(rho)
             terms["mean_rho"] = rho.mean()
             if self.l2:
                 loss = loss + self.l2 * self.first.routers.squared_norm()
@@ -219,8 +212,8 @@ class FirstTrainer(Trainer):
         if "loss" in logs and self._sums:
             for key in [k for k in self._sums if not k.startswith("#")]:
                 logs[key] = round(self._sums[key] / self._sums[f"#{key}"], 4)
-            if self.driver is not None and not self.driver.holds:
-                logs["alpha"] = round(self.driver.alpha, 5)
+            if self.driver is not None:
+                logs["alpha"] = round(self.driver.penalty, 5)
             by_layer = self._skipped / max(self._batches, 1)
             mostly = [i for i, share in enumerate(by_layer.tolist()) if share > 0.5]
             line = {

@@ -56,8 +56,7 @@ def wish(extra: Mapping[str, Any] | None, choices: Choices, prefill: str) -> Wis
     skip_rate, name = extra.get("skip_rate"), extra.get("policy")
     if name is not None and not isinstance(name, str):
         raise ConfigError(f"policy is {name!r}; expected a name, such as 'router' or 'run_all'.")
-    mask = choices.mask(extra.get("keep"), extra.get("skip_layers"))
-    policy = choices.asked(name, skip_rate, mask, mode)
+    policy = choices.asked(name, skip_rate, extra.get("keep"), extra.get("skip_layers"), mode)
     if isinstance(policy, SteppedPolicy):
         raise ConfigError("Policies that let layers go as the answer grows are not served by vLLM.")
     return Wish(policy, mode, _salt(policy, mode))

@@ -104,7 +104,7 @@ def same_as_reference(
     keep = ask.get("keep")
     if "skip_layers" in ask:
         keep = [i not in ask["skip_layers"] for i in range(LAYERS)]
-    policy = model.choices.asked(ask.get("policy"), ask.get("skip_rate"), keep, mode)
+    policy = model.choices.asked(ask.get("policy"), ask.get("skip_rate"), keep, prefill=mode)
     tokens = output.outputs[0].token_ids
     found = model.generate(
         torch.tensor([prompt]),
