@@ -71,6 +71,13 @@ def test_unseen_prompts_get_the_layers_of_their_group():
     assert float((~keep).float().mean()) * LAYERS > 2.5
 
 
+def test_a_group_of_one_prompt_is_no_failure() -> None:
+    model, (rows, _) = make_model(), prompts(1, 0)
+    start_from_orders(model, rows, torch.tensor([0]), ORDERS[:1], 0.25)
+    keep = model.decide(torch.tensor(rows), torch.ones(1, 12), RouterPolicy(model.routers)).keep
+    assert keep.tolist() == [[layer not in ORDERS[0][:2] for layer in range(LAYERS)]]
+
+
 def test_training_starts_from_groups(tmp_path: Path):
     rows, kinds = prompts(120, 3)
     examples = [Encoded(row, [100, 257]) for row in rows]

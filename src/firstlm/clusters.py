@@ -174,7 +174,7 @@ def _linear_fit(states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tenso
         wanted: [rows], what it is to say.
     """
     fresh = Router(states.shape[1])
-    fresh.standardise(states.mean(0), states.std(0))
+    fresh.standardise(states.mean(0), states.std(0, correction=int(len(states) > 1)))
     assert fresh.center is not None
     assert fresh.scale is not None
     # In float64, which no autocast around it rounds to bfloat16.

@@ -92,7 +92,7 @@ def _ours(config: Any) -> bool:
 
 def _wrap_engine() -> None:
     """Let an artifact stand for the folder that is made of it."""
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm.engine import arg_utils
 
     def create(before: Callable[..., Any]) -> Callable[..., Any]:
         def create_config(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,10 +106,16 @@ def _wrap_engine() -> None:
 
         return create_config
 
-    # The engine's comes first, and asks a hub for names that are no folders; the model's is
-    # asked alone, too.
+    def path(before: Callable[..., Any]) -> Callable[..., Any]:
+        def get_model_path(model: Any, *args: Any, **kwargs: Any) -> Any:
+            return model if is_artifact(str(model)) else before(model, *args, **kwargs)
+
+        return get_model_path
+
+    # The first looks names up in a hub, offline its cache; the second may be called by itself.
     for name in ("create_engine_config", "create_model_config"):
-        _wrap(EngineArgs, name, create)
+        _wrap(arg_utils.EngineArgs, name, create)
+    _wrap(arg_utils, "get_model_path", path)
 
 
 def _wrap_requests() -> None:

@@ -177,14 +177,17 @@ def test_a_model_that_was_compiled_whole_is_refused(
         answers(llm, PROMPTS[:1], ASKS[:1])
 
 
+@pytest.mark.parametrize("offline", [False, True])
 def test_a_shipped_artifact_goes_by_its_name(
-    made: tuple[str, FirstModel], monkeypatch: pytest.MonkeyPatch
+    made: tuple[str, FirstModel], monkeypatch: pytest.MonkeyPatch, offline: bool
 ) -> None:
+    import huggingface_hub
     from vllm.engine.arg_utils import EngineArgs
 
     from firstlm import artifact_files
     from firstlm.vllm_folder import folder_for
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(artifact_files, "shipped", lambda: {"tiny": Path(made[0])})
     config = EngineArgs(model="tiny", max_model_len=64).create_engine_config()
     assert config.model_config.model == str(folder_for("tiny"))
