@@ -34,6 +34,31 @@ def test_kubernetes_sends_requests_to_the_replicas_that_it_starts() -> None:
     assert ending + int(asked["--shutdown-timeout"]) < grace  # vLLM's own would be 0
 
 
+def test_ray_has_a_gpu_for_each_rank_and_a_service_for_its_head() -> None:
+    parts = list(yaml.safe_load_all((DEPLOY / "ray.yaml").read_text(encoding="utf-8")))
+    job, service = (part["spec"] for part in parts)
+    words = job["entrypoint"].split()
+    asked = dict(zip(words[3::2], words[4::2], strict=True))
+    assert asked["--distributed-executor-backend"] == "ray"
+    head, workers = (
+        job["rayClusterSpec"]["headGroupSpec"],
+        job["rayClusterSpec"]["workerGroupSpecs"],
+    )
+    pods = [head["template"], *(w["template"] for w in workers for _ in range(w["replicas"]))]
+    limits = [pod["spec"]["containers"][0]["resources"]["limits"] for pod in pods]
+    gpus = sum(int(limit["nvidia.com/gpu"]) for limit in limits)
+    assert int(asked["--tensor-parallel-size"]) == gpus
+    for pod in pods:  # each rank reads the weights itself
+        (container,) = pod["spec"]["containers"]
+        mounts = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounts == {volume["name"] for volume in pod["spec"]["volumes"]}
+        assert any(words[2].startswith(mount["mountPath"]) for mount in container["volumeMounts"])
+        assert int(asked["--shutdown-timeout"]) < pod["spec"]["terminationGracePeriodSeconds"]
+    assert service["selector"] == head["template"]["metadata"]["labels"]
+    ports = {p["name"]: p["containerPort"] for p in pods[0]["spec"]["containers"][0]["ports"]}
+    assert ports[service["ports"][0]["targetPort"]] == int(asked["--port"])
+
+
 def test_a_launch_on_several_gpus_is_of_the_second_fsdp() -> None:
     config = yaml.safe_load((DEPLOY / "fsdp2.yaml").read_text(encoding="utf-8"))
     assert config["distributed_type"] == "FSDP"
