@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 import torch
 from browser import PROGRAM, Browser
@@ -355,6 +356,33 @@ def test_malformed_json_and_bodies_without_a_length(running: Running) -> None:
     wrong = httpx.get(url)
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "status_405")
     assert wrong.headers["Allow"] == "POST"
+
+
+def test_the_description_says_what_this_model_takes(running: Running) -> None:
+    found = httpx.get(f"{running.url}/openapi.json").json()["components"]["schemas"]
+    for name, prompt in (("CompletionRequest", {"prompt": "a"}), ("ChatRequest", {"messages": []})):
+        schema = {**found[name], "$defs": found} if name == "CompletionRequest" else found[name]
+        fields = schema["properties"]
+        (keep,) = (part for part in fields["keep"]["anyOf"] if part["type"] == "array")
+        assert keep["minItems"] == keep["maxItems"] == running.model.layer_count
+        assert {"type": "null"} in fields["temperature"]["anyOf"]
+        if name == "ChatRequest":
+            continue
+        for body, valid in (
+            ({"keep": [True] * 4}, True),
+            ({"keep": [True] * 3}, False),
+            ({"keep": [True] * 4, "skip_layers": [1]}, False),
+            ({"keep": [True] * 4, "skip_layers": None, "policy": None}, True),
+            ({"keep": [True] * 4, "policy": "router"}, False),
+            ({"skip_layers": [4]}, False),
+            ({"policy": "random"}, False),
+            ({"policy": "run_all", "skip_rate": 0}, True),
+            ({"skip_rate": 0.25}, False),  # nothing was calibrated
+            ({"seed": None, "temperature": None}, True),
+        ):
+            assert jsonschema.Draft202012Validator(schema).is_valid({**prompt, **body}) == valid
+            status = running.post(max_tokens=1, **prompt, **body).status_code
+            assert (status == 200) == valid, body
 
 
 @pytest.mark.parametrize("streams", [False, True])

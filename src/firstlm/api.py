@@ -22,7 +22,6 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictBool,
-    StrictInt,
     field_validator,
     model_validator,
 )
@@ -55,6 +54,8 @@ def _no_bool(value: Any) -> Any:
 EXTENSIONS = ("skip_rate", "policy", "keep", "skip_layers", "prefill")  # that OpenAI has not
 SIMILARITY = 0.85  # from which on an unknown name is taken for one of these with a slip in it
 
+_Layer = Annotated[int, BeforeValidator(_no_bool)]
+
 # Fields of OpenAI's that change answers and are not offered, with values that change nothing.
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -71,10 +72,27 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _given(*names: str, **values: Any) -> dict[str, Any]:
+    """Return a schema of bodies that give some fields, and others with some values."""
+    found = {name: {"not": {"type": "null"}} for name in names}
+    return {"required": [*names, *values], "properties": found | values}
+
+
+RATED = {"enum": ["majority", "unified", "random"]}  # policies that need a skip rate
+CONTRADICTIONS = [  # that `Choices.asked` refuses
+    _given("keep", "skip_layers"),
+    *(_given(mask, other) for mask in ("keep", "skip_layers") for other in ("policy", "skip_rate")),
+    _given(policy={"const": "run_all"}, skip_rate={"exclusiveMinimum": 0, "type": "number"}),
+    _given(policy={"enum": ["majority", "unified", "random"]}, skip_rate={"type": "null"}),
+    _given(policy={"enum": ["majority", "unified", "random"]})
+    | {"not": {"required": ["skip_rate"]}},
+]
+
+
 class Options(BaseModel):
     """What completions and chats have in common."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"not": {"anyOf": CONTRADICTIONS}})
 
     @model_validator(mode="before")
     @classmethod
@@ -104,7 +122,7 @@ class Options(BaseModel):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     n: int = Field(1, ge=1, le=16, description="answers to each prompt")
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    seed: int | None = Field(None, description="modulo 2**63")
     stop: str | Annotated[list[str], Field(fail_fast=True, max_length=16)] | None = Field(
         None, description="texts that end an answer, up to 16"
     )
@@ -117,7 +135,7 @@ class Options(BaseModel):
     keep: Annotated[list[StrictBool], Field(fail_fast=True)] | None = Field(
         None, description="per layer, whether it runs: a mask of yours"
     )
-    skip_layers: Annotated[list[StrictInt], Field(fail_fast=True)] | None = Field(
+    skip_layers: Annotated[list[_Layer], Field(fail_fast=True)] | None = Field(
         None, description="in place of `keep`: the layers that do not run"
     )
     prefill: Literal["skip", "full"] = Field("skip", description="whether the prompt skips, too")
@@ -129,12 +147,17 @@ class Options(BaseModel):
         return [text for text in found if text]
 
 
+def _kind(part: Any) -> type:
+    """Return a part's type; JSON tells no 1.0 from 1."""
+    return int if isinstance(part, float) and part.is_integer() else type(part)
+
+
 def _of_one_kind(prompt: Any) -> Any:
     """Refuse a prompt of mixed parts at once: pydantic would tell of each, in each of four ways."""
     parts = prompt if isinstance(prompt, list) else []
-    kinds, allowed = {type(part) for part in parts}, {str, int}
+    kinds, allowed = set(map(_kind, parts)), {str, int}
     if kinds == {list}:
-        kinds, allowed = {type(token) for part in parts for token in part}, {int}
+        kinds, allowed = {_kind(token) for part in parts for token in part}, {int}
     if len(kinds) > 1 or not kinds <= allowed:
         raise ValueError("expected a text, texts, token ids, or lists of token ids")
     return prompt
