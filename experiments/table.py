@@ -237,15 +237,15 @@ def pages() -> dict[Path, str]:
 
 def pictures() -> dict[Path, str]:
     """Return the pictures' files, each with the hash of what it is drawn from."""
-    found = {}
-    for section, rows in sections().items():
-        if (name := f"quality-{section}") in PICTURES:
-            found[ROOT / "docs" / f"{name}.png"] = _hash(rows)
-    return found
+    return {
+        ROOT / "docs" / f"{name}.png": hashlib.sha256(json.dumps(_rows(name)).encode()).hexdigest()
+        for name in PICTURES
+    }
 
 
-def _hash(rows: Sequence[Row]) -> str:
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+def _rows(name: str) -> list[Row]:
+    """Return what the picture of a section is drawn from."""
+    return next(rows for section, rows in sections().items() if name == f"quality-{section}")
 
 
 def drawn_from(file: Path) -> str:
@@ -255,8 +255,7 @@ def drawn_from(file: Path) -> str:
 
 def write_picture(file: Path, source: str) -> None:
     """Draw a picture, with the hash of what it is drawn from in it."""
-    rows = [row for found in sections().values() for row in found]
-    found = next(picture for picture in draw(rows, {}) if picture.name == file.stem)
+    found = next(one for one in draw(_rows(file.stem), {}) if one.name == file.stem)
     about = PngInfo()
     about.add_text("Source", source)
     Image.open(io.BytesIO(found.png)).save(file, pnginfo=about, optimize=True)

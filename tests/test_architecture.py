@@ -96,6 +96,7 @@ FLOORS = {
     "inspect_artifact": "edges",
     "generate_command": "edges",
     "api": "edges",
+    "description": "edges",
     "server": "edges",
     "serve": "edges",
     "export": "edges",

@@ -72,27 +72,10 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _given(*names: str, **values: Any) -> dict[str, Any]:
-    """Return a schema of bodies that give some fields, and others with some values."""
-    found = {name: {"not": {"type": "null"}} for name in names}
-    return {"required": [*names, *values], "properties": found | values}
-
-
-RATED = {"enum": ["majority", "unified", "random"]}  # policies that need a skip rate
-CONTRADICTIONS = [  # that `Choices.asked` refuses
-    _given("keep", "skip_layers"),
-    *(_given(mask, other) for mask in ("keep", "skip_layers") for other in ("policy", "skip_rate")),
-    _given(policy={"const": "run_all"}, skip_rate={"exclusiveMinimum": 0, "type": "number"}),
-    _given(policy={"enum": ["majority", "unified", "random"]}, skip_rate={"type": "null"}),
-    _given(policy={"enum": ["majority", "unified", "random"]})
-    | {"not": {"required": ["skip_rate"]}},
-]
-
-
 class Options(BaseModel):
     """What completions and chats have in common."""
 
-    model_config = ConfigDict(extra="ignore", json_schema_extra={"not": {"anyOf": CONTRADICTIONS}})
+    model_config = ConfigDict(extra="ignore")
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,6 +37,7 @@ from firstlm.api import (
     usage,
 )
 from firstlm.command_config import ServeConfig
+from firstlm.description import describe
 from firstlm.errors import ConfigError, FirstError, first_line
 from firstlm.fast_batch import BLOCK
 from firstlm.inputs import kv_token_bytes
@@ -418,7 +419,7 @@ def create_app(server: Server) -> FastAPI:
     def described() -> dict[str, Any]:
         """Return the description, with what depends on the model that is here."""
         if app.openapi_schema is None:
-            _limit(plain()["components"]["schemas"], server.model)
+            describe(plain()["components"]["schemas"], server.model)
         return app.openapi_schema or {}
 
     app.openapi = described
@@ -429,36 +430,6 @@ def create_app(server: Server) -> FastAPI:
         return resources.files("firstlm").joinpath("page.html").read_text(encoding="utf-8")
 
     return app
-
-
-def _limit(schemas: dict[str, Any], model: FirstModel) -> None:
-    """Put into schemas what no type says: a model's numbers, and that null is no value at all."""
-    rates = [row.rate for row in model.thresholds.table.get("skip", [])]
-    tokens = {"minimum": 0, "maximum": model.config.get_text_config().vocab_size - 1}
-    limits = {
-        ("skip_rate", "number"): {"maximum": max(rates, default=0.0)},
-        ("keep", "array"): {"minItems": model.layer_count, "maxItems": model.layer_count},
-        ("skip_layers", "integer"): {"minimum": 0, "maximum": model.layer_count - 1},
-        ("prompt", "array"): {"minItems": 1},
-        ("prompt", "integer"): tokens,
-    }
-    for name in ("CompletionRequest", "ChatRequest"):
-        fields = schemas[name]["properties"]
-        for field, about in fields.items():
-            for part in _parts_of(about):
-                part |= limits.get((field, str(part.get("type"))), {})
-            nullable = {"type": "null"} in about.get("anyOf", ())
-            if not nullable and field not in schemas[name]["required"]:
-                told = about.keys() & {"title", "description", "default"}
-                outer = {key: about.pop(key) for key in told}
-                fields[field] = {"anyOf": [about, {"type": "null"}], **outer}
-
-
-def _parts_of(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a schema and what it is made of."""
-    yield schema
-    for part in (*schema.get("anyOf", ()), *([schema["items"]] if "items" in schema else ())):
-        yield from _parts_of(part)
 
 
 class Guard:
