@@ -22,12 +22,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 
 from firstlm import FirstModel, FixedMask
 from firstlm.baselines import Baseline
+from firstlm.capture import capture
 from firstlm.config import RouterConfig
 from firstlm.engine import DecodeEngine
 from firstlm.errors import ConfigError, UnsupportedModelError
 from firstlm.fast_batch import FastBatch
 from firstlm.generate import decode_step, prefill, stream
-from firstlm.packing import pack
+from firstlm.packing import pack, pack_linears
 from firstlm.policies import RunAll
 from firstlm.replays import Calls
 
@@ -273,22 +274,48 @@ def test_an_engine_is_made_anew_when_weights_change_or_lora_is_turned_off() -> N
     assert answers(first, ids, mask, engine="fast") == answers(first, ids, mask)
 
 
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA's own kernels")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_cuda)])
 @pytest.mark.parametrize(("weights", "bound"), [("int8", 0.01), ("int4", 0.12)])
-def test_packed_weights_are_near_and_products_follow_them(weights: str, bound: float) -> None:
+def test_packed_weights_are_near_and_products_follow_them(
+    weights: str, bound: float, device: str
+) -> None:
     torch.manual_seed(0)
-    weight, x = torch.randn(40, 64), torch.randn(3, 64)
-    if weights == "int8":
-        whole, scale = pack(weight, weights)
-        near = whole.float() * scale[:, None]
-        product = torch.ops.aten._weight_int8pack_mm(x, whole, scale)
-    else:
-        whole, pairs = pack(weight, weights)
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, whole, 32, pairs)
-        eye = torch.eye(64)
-        near = torch.ops.aten._weight_int4pack_mm_for_cpu(eye, whole, 32, pairs).T
-    near, product = near[:40], product[:, :40]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    weight, x = (torch.randn(rows, 64, device=device, dtype=dtype) for rows in (40, 3))
+    whole, scale = pack(weight, weights)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        if weights == "int8":
+            return torch.ops.aten._weight_int8pack_mm(x, whole, scale)
+        end = "_for_cpu" if device == "cpu" else ""
+        kernel = getattr(torch.ops.aten, f"_weight_int4pack_mm{end}")
+        return kernel(x, whole, 32, scale)[:, :40]
+
+    near = product(torch.eye(64, device=device, dtype=dtype)).T
     assert 0 < (near - weight).norm() / weight.norm() < bound
-    torch.testing.assert_close(product, x @ near.T, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(product(x), x @ near.T, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_int4_takes_the_kernel_of_its_device(rows: int) -> None:
+    """Shapes alone, without a GPU."""
+    first = FirstModel.from_base(tiny_llama(hidden=64).to(torch.bfloat16))
+    graphs = capture(first.plain_base.to("meta"), first.routing.stack, rows)
+    packed = pack_linears(graphs.kinds[0], "int4")
+    nodes = {n.name: n for n in packed.traced.graph.graph.nodes}
+    used = {str(n.target) for n in nodes.values() if "int4" in str(n.target)}
+    assert used == {"aten._weight_int4pack_mm.default"}
+    whole, pairs = (nodes[name].meta["val"] for name in packed.joined[0].placeholders)
+    outputs = 64 + 2 * 32  # queries, keys and values
+    assert list(whole.shape) == [outputs // 8, 64 // 64, 32, 4 // 2]  # 4 tiles of 16 inputs
+    assert list(pairs.shape) == [64 // 32, outputs, 2]
+    single = FirstModel.from_base(tiny_llama(hidden=64))
+    graphs = capture(single.plain_base.to("meta"), single.routing.stack, rows)
+    with pytest.raises(UnsupportedModelError, match="not in bfloat16"):
+        pack_linears(graphs.kinds[0], "int4")
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])

@@ -21,7 +21,8 @@ from firstlm.onednn import ordered, ordered_linear, takes
 
 aten = torch.ops.aten
 INT4_GROUP = 32  # weights that share a scale and a zero point
-INT4_ROWS = 16  # the kernel wants a multiple of so many outputs
+INT4_ROWS = 16  # the CPU's kernel wants a multiple of so many outputs, CUDA's of 8
+INT4_TILES = (8, 4, 2)  # of 16 inputs that CUDA's kernel reads at once, the best first
 
 
 @dataclass
@@ -92,7 +93,8 @@ def joined_weight(root: nn.Module, names: Sequence[str]) -> torch.Tensor:
 def pack(weight: torch.Tensor, form: str) -> tuple[torch.Tensor, ...]:
     """Bring a weight [outputs, inputs] into a form: a number format, or "ordered" for oneDNN.
 
-    "int8" has a scale per output; "int4" a scale and a zero point for every 32 inputs.
+    "int8" has a scale per output; "int4" a scale and a zero point for every 32 inputs, in the order
+    that the kernel of the weight's device reads.
     """
     if form == "same":
         return (weight,)
@@ -110,7 +112,11 @@ def pack(weight: torch.Tensor, form: str) -> tuple[torch.Tensor, ...]:
     whole = ((parts - low) / scale).round().clamp(0, 15).to(torch.int32).view(weight.shape)
     middle = low + 8 * scale  # what the kernel takes for zero
     pairs = torch.cat([scale, middle], -1).transpose(0, 1).contiguous().to(weight.dtype)
-    return aten._convert_weight_to_int4pack_for_cpu(whole, 1), pairs
+    if weight.device.type == "cpu":
+        return aten._convert_weight_to_int4pack_for_cpu(whole, 1), pairs
+    bytes_ = (whole[:, ::2] << 4 | whole[:, 1::2]).to(torch.uint8)
+    tiles = next(n for n in INT4_TILES if inputs % (16 * n) == 0)
+    return aten._convert_weight_to_int4pack(bytes_, tiles), pairs
 
 
 def pack_linears(traced: Traced, weights: str = "same") -> Packed:
@@ -138,6 +144,8 @@ def pack_linears(traced: Traced, weights: str = "same") -> Packed:
             )
         if weights != "same" and x.meta["val"].dtype == torch.float64:
             raise UnsupportedModelError(f"{names[0]} is in float64, which is not packed.")
+        if weights == "int4" and not _takes_int4(x.meta["val"]):
+            raise UnsupportedModelError(f"{names[0]} is not in bfloat16, as int4 on a GPU wants.")
         one_row = all(isinstance(n, int) and n == 1 for n in x.meta["val"].shape[:-1])
         shapes = [node.args[1].meta["val"] for node in nodes]
         form = "ordered" if weights == "same" and not one_row and takes(shapes[0]) else weights
@@ -158,6 +166,10 @@ def pack_linears(traced: Traced, weights: str = "same") -> Packed:
     graph.lint()
     traced.graph.recompile()
     return Packed(traced, joined)
+
+
+def _takes_int4(value: torch.Tensor) -> bool:
+    return value.device.type == "cpu" or value.dtype == torch.bfloat16
 
 
 def linears(graph: fx.Graph) -> list[Any]:
@@ -208,7 +220,9 @@ def _product_node(
     """Return the node of x [rows, inputs] times packed weights, [rows, outputs]."""
     value = like.meta["val"]
     if form == "int4":
-        return call(aten._weight_int4pack_mm_for_cpu.default, (x, holes[0], INT4_GROUP, holes[1]))
+        on_cpu = value.device.type == "cpu"
+        kernel = aten._weight_int4pack_mm_for_cpu if on_cpu else aten._weight_int4pack_mm
+        return call(kernel.default, (x, holes[0], INT4_GROUP, holes[1]))
     if form == "ordered":
         return call(ordered_linear._opoverload, (x, *holes))
     wide = form == "same" and value.dtype in (torch.float32, torch.float64)
