@@ -39,10 +39,8 @@ class Router(nn.Module):
         mean = mean.to(self.weight.device, torch.float32)
         if self.center is not None and self.scale is not None:
             mean = (mean - self.center) * self.scale
-        weight, bias = self.weight.float(), self.bias.float()
-        if torch.is_autocast_enabled(mean.device.type):  # it would take a matmul to bfloat16
-            return (mean * weight).sum(-1) + bias
-        return torch.addmv(bias, mean, weight)
+        # Autocast would take a matmul to bfloat16; and for few prompts a sum is faster.
+        return (mean * self.weight.float()).sum(-1) + self.bias.float()
 
     @torch.no_grad()
     def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
