@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from firstlm import cli
+from firstlm.command_config import EvalConfig
+from firstlm.config import TrainConfig
+from firstlm.data import scored_examples
 from firstlm.figures import labelled
 from firstlm.masks import length_correlation
 from firstlm.report import recomputed
-from firstlm.summary import adaptivity
+from firstlm.summary import Arm, adaptivity, rows
 
 
 def test_arms_with_one_policy_are_told_apart():
@@ -71,3 +76,40 @@ def test_a_report_needs_a_summary(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "no summary of experiments" in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
+
+
+def arm(folder, name, right, **train):
+    """Return an arm of which so many of four answers are right, by seed."""
+    file = folder / "qa" / "test.jsonl"
+    if not file.exists():
+        file.parent.mkdir()
+        lines = [json.dumps({"prompt": f"{i}?", "completion": f"word{i}"}) for i in range(4)]
+        file.write_text("\n".join(lines))
+    score = EvalConfig(artifact=name, data=str(file), output="scores.json")
+    known = scored_examples(score.data, None)
+    reports = {}
+    for seed, count in right.items():
+        said = [one.references[0] if i < count else "no" for i, one in enumerate(known)]
+        items = [
+            {"id": one.id, "prediction": text, "keep": "11"}
+            for one, text in zip(known, said, strict=True)
+        ]
+        rate = {"mean": 0.0, "p5": 0.0, "p95": 0.0}
+        run = {"policy": "run_all", "count": 4, "items": items, "skip_rate": rate}
+        run |= {"prefill": "skip", "asked_skip_rate": None}
+        reports[seed] = {"runs": {"run_all": run}}
+    config = TrainConfig(data=[str(folder / "qa" / "train.jsonl")], output=name, **train)
+    return Arm(name, config, score, reports)
+
+
+def test_what_is_kept_is_against_the_base_of_the_same_seeds(tmp_path):
+    plain = arm(tmp_path, "lora", {0: 4, 1: 2}, stage="lora", skip_rate=0.0)
+
+    def kept(seeds):
+        found = rows([plain, arm(tmp_path, "first", seeds, skip_rate=0.25)])
+        return {(r["arm"], r["metric"]): r["retention"] for r in found}["first", "f1"]
+
+    assert kept({0: 2}) == 0.5
+    assert kept({1: 2}) == 1.0
+    assert kept({0: 2, 1: 2}) == pytest.approx(2 / 3)
+    assert kept({0: 2, 2: 2}) == pytest.approx(2 / 3)  # the base has no seed 2: all of its seeds

@@ -69,9 +69,9 @@ class Scored(Arm):
             for seed in dict.fromkeys(seed for by_seed in runs.values() for seed in by_seed)
         }
 
-    def scores(self, name: str) -> dict[str, list]:
+    def scores(self, name: str) -> dict[str, dict]:
         known = self.known[name]
-        return {"f1": [scores(known[seed], 50, seed) for seed in self.runs(name)]}
+        return {"f1": {seed: scores(known[seed], 50, seed) for seed in self.runs(name)}}
 
 
 def test_only_seeds_and_runs_that_all_tasks_have_are_compared():

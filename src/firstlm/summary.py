@@ -71,7 +71,7 @@ class Arm:
         self.trained_on = [Path(file).parent.name for file in train.data or ()]
         self.task: Task = find_task(examples, score.task)
         self._references = [example.references for example in examples]
-        self._scores: dict[str, dict[str, list[Scores]]] = {}
+        self._scores: dict[str, dict[str, dict[int, Scores]]] = {}
 
     @property
     def lora(self) -> bool:
@@ -98,12 +98,12 @@ class Arm:
         """Return one run's results by seed."""
         return {s: r["runs"][name] for s, r in self.reports.items() if name in r["runs"]}
 
-    def scores(self, name: str) -> dict[str, list[Scores]]:
-        """Return each metric's scores of a run, one a seed."""
+    def scores(self, name: str) -> dict[str, dict[int, Scores]]:
+        """Return each metric's scores of a run, by seed."""
         if name in self._scores:
             return self._scores[name]
-        found = self._scores[name] = dict[str, list[Scores]]()
-        for run in self.runs(name).values():
+        found = self._scores[name] = dict[str, dict[int, Scores]]()
+        for seed, run in self.runs(name).items():
             items = run["items"]
             by_metric = self.task.score([item["prediction"] for item in items], self._references)
             if all("answer_tokens" in item for item in items):  # not in results of 2026-11-25
@@ -113,13 +113,13 @@ class Arm:
             if all("bertscore" in item for item in items):
                 by_metric |= {"bertscore": means([item["bertscore"] for item in items])}
             for metric, scores in by_metric.items():
-                found.setdefault(metric, []).append(scores)
+                found.setdefault(metric, {})[seed] = scores
         return found
 
     def primary(self, name: str, seeds: Sequence[int]) -> list[Scores]:
         """Return the primary scores of a run, one for each of some seeds."""
-        scores, known = self.scores(name)[self.task.primary], list(self.runs(name))
-        return [scores[known.index(seed)] for seed in seeds]
+        scores = self.scores(name)[self.task.primary]
+        return [scores[seed] for seed in seeds]
 
     def skip_rate(self, name: str, seeds: Sequence[int]) -> float:
         """Return the share of layers that a run skipped, the mean over some seeds."""
@@ -138,9 +138,10 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
         for name in arm.names:
             runs = list(arm.runs(name).values())
             gains = _gains(arm, name, arms)
-            for metric, scores in arm.scores(name).items():
+            for metric, by_seed in arm.scores(name).items():
+                scores = list(by_seed.values())
                 score = over_seeds(scores, groups=arm.groups)
-                base = reference.get(metric)
+                base = _of_seeds(reference.get(metric, {}), list(by_seed))
                 kept = None
                 if base:  # a perplexity is the better the lower it is
                     pair = (base, scores) if metric == "perplexity" else (scores, base)
@@ -180,8 +181,13 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     return found
 
 
-def _reference(arm: Arm, arms: Sequence[Arm]) -> dict[str, list[Scores]]:
-    """Return what plain LoRA scores on an arm's test set, where it has learnt the task.
+def _of_seeds(base: Mapping[int, Scores], seeds: Sequence[int]) -> list[Scores]:
+    """Return a base's scores for the same seeds; where it lacks one of them, all that there are."""
+    return [base[seed] for seed in (seeds if set(seeds) <= set(base) else base)]
+
+
+def _reference(arm: Arm, arms: Sequence[Arm]) -> dict[str, dict[int, Scores]]:
+    """Return what plain LoRA scores on an arm's test set, by seed, where it has learnt the task.
 
     Best is the one that was trained on the same task alone, then one trained on what the arm was.
     """
@@ -199,7 +205,7 @@ def _reference(arm: Arm, arms: Sequence[Arm]) -> dict[str, list[Scores]]:
     return {
         metric: scores
         for metric, scores in picked[0].scores("run_all").items()
-        if over_seeds(scores, samples=1).value >= LOWEST.get(metric, 0.0)
+        if over_seeds(list(scores.values()), samples=1).value >= LOWEST.get(metric, 0.0)
     }
 
 
