@@ -10,7 +10,8 @@ import pytest
 from firstlm import cli
 from firstlm.command_config import EvalConfig
 from firstlm.config import TrainConfig
-from firstlm.data import scored_examples
+from firstlm.data import items_hash, scored_examples
+from firstlm.errors import DataError
 from firstlm.figures import labelled
 from firstlm.masks import length_correlation
 from firstlm.report import recomputed
@@ -78,15 +79,15 @@ def test_a_report_needs_a_summary(tmp_path, capsys):
     assert not (tmp_path / "report").exists()
 
 
-def arm(folder, name, right, **train):
-    """Return an arm of which so many of four answers are right, by seed."""
+def arm(folder, name, right, template=None, **train):
+    """Return what makes an arm of which so many of four answers are right, by seed."""
     file = folder / "qa" / "test.jsonl"
     if not file.exists():
         file.parent.mkdir()
         lines = [json.dumps({"prompt": f"{i}?", "completion": f"word{i}"}) for i in range(4)]
         file.write_text("\n".join(lines))
-    score = EvalConfig(artifact=name, data=str(file), output="scores.json")
-    known = scored_examples(score.data, None)
+    score = EvalConfig(artifact=name, data=str(file), output="scores.json", template=template)
+    known = scored_examples(score.data, score.template)
     reports = {}
     for seed, count in right.items():
         said = [one.references[0] if i < count else "no" for i, one in enumerate(known)]
@@ -97,19 +98,47 @@ def arm(folder, name, right, **train):
         rate = {"mean": 0.0, "p5": 0.0, "p95": 0.0}
         run = {"policy": "run_all", "count": 4, "items": items, "skip_rate": rate}
         run |= {"prefill": "skip", "asked_skip_rate": None}
-        reports[seed] = {"runs": {"run_all": run}}
+        inputs = {"data": str(file), "items_sha256": items_hash(known)}
+        reports[seed] = {"inputs": inputs, "runs": {"run_all": run}}
     config = TrainConfig(data=[str(folder / "qa" / "train.jsonl")], output=name, **train)
-    return Arm(name, config, score, reports)
+    return lambda: Arm(name, config, score, reports)
 
 
 def test_what_is_kept_is_against_the_base_of_the_same_seeds(tmp_path):
-    plain = arm(tmp_path, "lora", {0: 4, 1: 2}, stage="lora", skip_rate=0.0)
+    plain = arm(tmp_path, "lora", {0: 4, 1: 2}, stage="lora", skip_rate=0.0)()
 
     def kept(seeds):
-        found = rows([plain, arm(tmp_path, "first", seeds, skip_rate=0.25)])
+        found = rows([plain, arm(tmp_path, "first", seeds, skip_rate=0.25)()])
         return {(r["arm"], r["metric"]): r["retention"] for r in found}["first", "f1"]
 
     assert kept({0: 2}) == 0.5
     assert kept({1: 2}) == 1.0
     assert kept({0: 2, 1: 2}) == pytest.approx(2 / 3)
     assert kept({0: 2, 2: 2}) == pytest.approx(2 / 3)  # the base has no seed 2: all of its seeds
+
+
+def test_what_is_kept_is_against_the_base_of_the_same_model(tmp_path):
+    arms = [
+        arm(tmp_path, f"lora-{model}", {0: right}, model=model, stage="lora", skip_rate=0.0)()
+        for model, right in (("smollm2", 4), ("other", 2))
+    ]
+    arms.append(arm(tmp_path, "first", {0: 1}, model="other", skip_rate=0.25)())
+    assert [r["retention"] for r in rows(arms) if r["metric"] == "f1"] == [1.0, 1.0, 0.5]
+
+
+def test_answers_are_not_scored_on_data_that_changed(tmp_path):
+    make = arm(tmp_path, "lora", {0: 4}, stage="lora", skip_rate=0.0)
+    assert make().scores("run_all")["f1"]
+    file = tmp_path / "qa" / "test.jsonl"
+    file.write_text(file.read_text().replace("word1", "other"))
+    with pytest.raises(DataError, match="has changed since"):
+        make()
+
+
+def test_a_template_says_what_the_task_is(tmp_path):
+    file = tmp_path / "qa" / "test.jsonl"
+    file.parent.mkdir()
+    lines = [json.dumps({"source": f"{i}", "target": f"word{i}"}) for i in range(4)]
+    file.write_text("\n".join(lines))
+    made = arm(tmp_path, "lora", {0: 4}, "summarization", stage="lora", skip_rate=0.0)()
+    assert made.task.name == "summarization"

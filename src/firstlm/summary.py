@@ -15,7 +15,7 @@ import numpy as np
 
 from firstlm.command_config import EvalConfig
 from firstlm.config import BASELINES, DIAGNOSTICS, RATED, TrainConfig
-from firstlm.data import scored_examples
+from firstlm.data import items_hash, scored_examples
 from firstlm.errors import DataError
 from firstlm.masks import (
     describe_masks,
@@ -47,7 +47,8 @@ class Arm:
         score: EvalConfig,
         reports: Mapping[int, dict[str, Any]],
     ) -> None:
-        self.name, self.train, self.reports = name, train, dict(sorted(reports.items()))
+        self.name, self.train, self.score = name, train, score
+        self.reports = dict(sorted(reports.items()))
         counts = {run["count"] for report in reports.values() for run in report["runs"].values()}
         if len(counts) != 1:
             raise DataError(f"The results of {train.output} are over {sorted(counts)} items.")
@@ -58,7 +59,7 @@ class Arm:
                 f"The results of {train.output} are over {self.count} items, but {score.data} has "
                 f"{len(examples)}."
             )
-        known = [example.id for example in examples]
+        known = self.ids = [example.id for example in examples]
         for report in reports.values():
             for name, run in report["runs"].items():
                 if [item["id"] for item in run["items"]] != known:
@@ -66,12 +67,25 @@ class Arm:
                         f"{name} of {train.output} was scored on other items of {score.data} than "
                         f"limit={score.limit} draws now; remove {score.output} and score it again."
                     )
+            told = report["inputs"].get("items_sha256")  # not in results of 2026-11-25
+            if told not in (None, items_hash(examples)):
+                raise DataError(
+                    f"{score.data} has changed since {train.output} was scored on it; remove "
+                    f"{score.output} and score it again."
+                )
         self.groups = grouped([example.group for example in examples])
         self.dataset = Path(score.data).parent.name
         self.trained_on = [Path(file).parent.name for file in train.data or ()]
-        self.task: Task = find_task(examples, score.task)
+        self.task: Task = find_task(examples, score.task, score.template)
         self._references = [example.references for example in examples]
         self._scores: dict[str, dict[str, dict[int, Scores]]] = {}
+
+    def comparable(self, other: Arm) -> bool:
+        """Whether another arm is of the same model, and was scored on the same items."""
+        ours, theirs = (
+            (arm.train.model, arm.dataset, arm.score.template, arm.ids) for arm in (self, other)
+        )
+        return ours == theirs
 
     @property
     def lora(self) -> bool:
@@ -194,9 +208,7 @@ def _reference(arm: Arm, arms: Sequence[Arm]) -> dict[str, dict[int, Scores]]:
     plain = [
         other
         for other in arms
-        if other.lora
-        and other.train.skip_rate == 0
-        and (other.dataset, other.count) == (arm.dataset, arm.count)
+        if other.lora and other.train.skip_rate == 0 and other.comparable(arm)
     ]
     picked = [other for other in plain if other.trained_on == [arm.dataset]]
     picked += [other for other in plain if other.trained_on == arm.trained_on]
@@ -223,8 +235,7 @@ def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
         return []
     found = []
     for other in arms:
-        comparable = (other.dataset, other.count) == (arm.dataset, arm.count)
-        for run in other.names if comparable else ():
+        for run in other.names if other.comparable(arm) else ():
             # Seeds that both have: those of others differ by more than policies do.
             seeds = [seed for seed in arm.runs(name) if seed in other.runs(run)]
             same = (other.name, run) == (arm.name, name)
