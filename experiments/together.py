@@ -21,7 +21,7 @@ from firstlm.experiment import arms_of
 from firstlm.jobs import jobs_of
 from firstlm.metrics import Estimate, Groups, Scores, drawn_items
 from firstlm.results import provenance, write_json
-from firstlm.summary import Arm
+from firstlm.summary import Arm, base_seeds
 
 Seeds = Sequence[Scores]
 DRAWS = 1000
@@ -91,7 +91,7 @@ def table(arms: Sequence[Arm], references: Sequence[Arm]) -> list[dict[str, Any]
     def compared(
         name: str, seeds: Sequence[int], minus: str | None = None, over: Any = np.mean
     ) -> Estimate:
-        same = seeds if set(seeds) <= set(plain) else plain
+        same = base_seeds(seeds, plain)
         return share(
             [arm.primary(name, seeds) for arm in arms],
             [arm.primary("run_all", same) for arm in references],

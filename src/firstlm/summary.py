@@ -60,6 +60,7 @@ class Arm:
                 f"{len(examples)}."
             )
         known = self.ids = [example.id for example in examples]
+        scored_on = items_hash(examples)
         for report in reports.values():
             for name, run in report["runs"].items():
                 if [item["id"] for item in run["items"]] != known:
@@ -68,7 +69,7 @@ class Arm:
                         f"limit={score.limit} draws now; remove {score.output} and score it again."
                     )
             told = report["inputs"].get("items_sha256")  # not in results of 2026-11-25
-            if told not in (None, items_hash(examples)):
+            if told not in (None, scored_on):
                 raise DataError(
                     f"{score.data} has changed since {train.output} was scored on it; remove "
                     f"{score.output} and score it again."
@@ -155,7 +156,8 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
             for metric, by_seed in arm.scores(name).items():
                 scores = list(by_seed.values())
                 score = over_seeds(scores, groups=arm.groups)
-                base = _of_seeds(reference.get(metric, {}), list(by_seed))
+                known = reference.get(metric, {})
+                base = [known[seed] for seed in base_seeds(list(by_seed), list(known))]
                 kept = None
                 if base:  # a perplexity is the better the lower it is
                     pair = (base, scores) if metric == "perplexity" else (scores, base)
@@ -195,9 +197,9 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     return found
 
 
-def _of_seeds(base: Mapping[int, Scores], seeds: Sequence[int]) -> list[Scores]:
-    """Return a base's scores for the same seeds; where it lacks one of them, all that there are."""
-    return [base[seed] for seed in (seeds if set(seeds) <= set(base) else base)]
+def base_seeds(seeds: Sequence[int], known: Sequence[int]) -> Sequence[int]:
+    """Return with which seeds of a base to compare: the same; where it lacks one of them, all."""
+    return seeds if set(seeds) <= set(known) else known
 
 
 def _reference(arm: Arm, arms: Sequence[Arm]) -> dict[str, dict[int, Scores]]:
