@@ -53,6 +53,18 @@ def test_rates_are_met_with_two_numbers_of_layers_at_most(name: str, rate: float
 
 
 @pytest.mark.parametrize("name", list(policies(0.25)))
+@pytest.mark.parametrize("rate", [0.25, 0.3])
+def test_known_prompts_meet_the_rate_exactly(name: str, rate: float) -> None:
+    policy = policies(rate)[name]
+    keys = list(range(50))
+    policy.meet(keys)
+    assert sum(policy.mask(key).count(False) for key in keys) == rate * LAYERS * len(keys)
+    masks = [policy.mask(key) for key in keys]
+    policy.meet(keys[::-1])
+    assert [policy.mask(key) for key in keys] == masks
+
+
+@pytest.mark.parametrize("name", list(policies(0.25)))
 def test_a_prompt_has_one_mask_alone_batched_and_padded(name: str) -> None:
     model, policy = make_model(), policies(0.3)[name]
     prompts = [row.prompt_ids for row in make_examples(12, 0)]

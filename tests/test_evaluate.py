@@ -262,6 +262,20 @@ def test_an_interrupted_policy_goes_on_at_its_next_batch(words, monkeypatch):
     assert plain(result_of(words)) == plain(result_of(whole))
 
 
+def test_two_cannot_write_into_one_file(words, monkeypatch, capsys):
+    real, codes = evaluate.evaluate, []
+
+    def again(*arguments, **options):
+        if not codes:
+            codes.append(cli.main([*words, "0.25"]))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(eval_command, "evaluate", again)
+    assert cli.main([*words, "0.25"]) == 0
+    assert codes == [2]
+    assert "Another evaluation writes into" in capsys.readouterr().err
+
+
 def plain(report):
     """Leave out what differs from run to run: times and where it ran."""
     if isinstance(report, dict):
@@ -274,6 +288,7 @@ def test_a_journal_of_other_work_is_not_taken_up(tmp_path):
     journal.put("a", [1])
     assert Journal(tmp_path / "j", {"seed": 1}).get("a") == [1]
     other = Journal(tmp_path / "j", {"seed": 2})
+    assert other.dropped
     assert other.get("a") is None
     other.put("b", 2)
     assert Journal(tmp_path / "j", {"seed": 2}).parts == {"b": 2}

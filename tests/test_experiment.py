@@ -19,7 +19,7 @@ import pytest
 import torch
 from training import write_run
 
-from firstlm import FirstModel, cli, evaluate, experiment
+from firstlm import FirstModel, cli, evaluate, experiment, summary
 from firstlm.errors import ConfigError
 from firstlm.figures import curves, swept
 from firstlm.jobs import jobs_of
@@ -42,8 +42,9 @@ JOBS = ["tiny-first-0", "tiny-first-1", "tiny-majority-0"]
 
 
 @pytest.fixture
-def words(tmp_path: Path, byte_tokenizer) -> list[str]:
+def words(tmp_path: Path, byte_tokenizer, monkeypatch) -> list[str]:
     """Words of a command line for an experiment file over a tiny model and data set."""
+    monkeypatch.setattr(summary, "LOWEST", {})  # a few steps teach this model nothing
     model, rows = write_run(tmp_path, byte_tokenizer)
     data = tmp_path / "set"
     data.mkdir()
@@ -75,9 +76,8 @@ def test_every_arm_and_seed_is_trained_and_scored_once(words, capsys, monkeypatc
         for job in JOBS
     ]
     assert [run["seed"] for run in seeds] == [0, 1, 0]
-    monkeypatch.setattr(
-        experiment.Job, "run", lambda self, others: pytest.fail(f"{self.name} again")
-    )
+    for work in ("make", "evaluate"):
+        monkeypatch.setattr(experiment.Job, work, lambda self: pytest.fail(f"{self.name} again"))
     assert cli.main(words) == 0
     capsys.readouterr()
     assert cli.main([words[0], "list", *words[2:]]) == 0
@@ -484,19 +484,17 @@ def test_an_artifact_made_anew_is_noticed_by_what_took_it(words, capsys, tmp_pat
 
 
 def test_gradients_are_on_again_after_an_interrupt(words, monkeypatch):
-    def stuck(self, others):
+    def stuck(self):
         torch.set_grad_enabled(False)
         time.sleep(30)
 
-    monkeypatch.setattr(experiment.Job, "run", stuck)
+    monkeypatch.setattr(experiment.Job, "make", stuck)
     assert cli.main([*words, "--minutes", "0.01"]) == 0
     assert torch.is_grad_enabled()
 
 
 def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
-    monkeypatch.setattr(
-        experiment.Job, "run", lambda self, others: signal.raise_signal(signal.SIGINT)
-    )
+    monkeypatch.setattr(experiment.Job, "make", lambda self: signal.raise_signal(signal.SIGINT))
     assert cli.main(words) == 130
     assert cli.main([*words, "--minutes", "5"]) == 130
 
@@ -555,6 +553,77 @@ def test_the_experiments_of_this_repository_are_sound(monkeypatch):
     assert files
     for file in files:
         assert jobs_of(file, "runs", "results")
+
+
+def test_what_fails_does_not_end_the_rest(words, capsys, monkeypatch):
+    file = Path(words[2]) / "tiny.yaml"
+    more = """
+  broken: {train: {model: there-is-none}, eval: {policies: [run_all]}}
+  of_broken: {train: {policy: majority, majority_of: "arm:broken"}, eval: {policies: [majority]}}
+"""
+    file.write_text(file.read_text().replace("arms:\n", "arms:" + more))
+    real = experiment.Job.evaluate
+
+    def score(self):
+        if self.name == "tiny-first-1":
+            raise RuntimeError("out of memory")
+        real(self)
+
+    monkeypatch.setattr(experiment.Job, "evaluate", score)
+    assert cli.main(words) == 1
+    assert list(results(words)) == ["tiny-first-0", "tiny-majority-0"]
+    said = capsys.readouterr()
+    assert said.out.count("tiny-broken-0: training") == 1
+    told = said.out[said.out.index("These failed") :].splitlines()[1:]
+    assert told[0].startswith("  tiny-broken-0: ConfigError: ")
+    assert told[1:] == [
+        "  tiny-of_broken-0: needs tiny-broken-0",
+        "  tiny-first-1: RuntimeError: out of memory",
+    ]
+    assert 'raise RuntimeError("out of memory")' in said.err  # where, for what no one foresaw
+    monkeypatch.setattr(experiment.Job, "evaluate", real)
+    assert cli.main([*words, "--only", "tiny-first"]) == 0
+    assert list(results(words)) == JOBS
+
+
+def test_missing_data_is_named_before_anything_is_trained(words, capsys):
+    file = Path(words[2]) / "tiny.yaml"
+    (Path(words[2]).parent / "set" / "test.jsonl").unlink()
+    assert cli.main(words) == 2
+    said = capsys.readouterr()
+    assert re.search(r"tiny-first-0 reads \S*/set/test.jsonl\S*, which is not there", said.err)
+    assert "training" not in said.out
+    assert file.exists()
+
+
+def test_two_files_of_one_name_are_refused(words, capsys):
+    other = Path(words[2]).parent / "others" / "tiny.yaml"
+    other.parent.mkdir()
+    other.write_text((Path(words[2]) / "tiny.yaml").read_text())
+    assert cli.main([*words[:3], str(other.parent), *words[3:]]) == 2
+    assert "tiny.yaml have one name" in capsys.readouterr().err
+    file = str(Path(words[2]) / "tiny.yaml")  # named twice, it is one file
+    assert cli.main(["experiment", "list", words[2], file, *words[3:]]) == 0
+
+
+def test_a_summary_of_one_file_keeps_the_rows_of_others(words, capsys):
+    folder = Path(words[2])
+    text = (folder / "tiny.yaml").read_text()
+    (folder / "small.yaml").write_text(text.replace("[0, 1]", "[0]"))
+    only = ["--only", "tiny-majority", "small-majority"]
+    assert cli.main([*words, *only]) == 0
+
+    def summed(*files):
+        assert cli.main(["experiment", "summary", *map(str, files), *words[3:]]) == 0
+        file = Path(words[words.index("--results") + 1]) / "summary.json"
+        return [row["arm"] for row in json.loads(file.read_text())]
+
+    both = summed(folder)
+    assert sorted(set(both)) == ["small-majority", "tiny-majority"]
+    assert summed(folder / "small.yaml") == summed(folder / "tiny.yaml") == both
+    assert "rows are in" in capsys.readouterr().out
+    assert cli.main(["experiment", "summary", *words[2:], *only]) == 2
+    assert "Leave --only out" in capsys.readouterr().err
 
 
 def test_a_folder_without_files_is_refused(tmp_path, capsys):

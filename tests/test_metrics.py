@@ -160,7 +160,19 @@ def test_over_seeds_counts_both_seeds_and_items() -> None:
     sure = [means([share] * 100) for share in (0.2, 0.5, 0.8)]
     several = over_seeds(sure)
     assert several.value == pytest.approx(50.0)
-    assert (several.low, several.high) == (pytest.approx(20), pytest.approx(80))
+    far = 30 * math.sqrt(3 / 2)  # where all draws are one seed, stretched
+    assert (several.low, several.high) == (pytest.approx(50 - far), pytest.approx(50 + far))
+
+
+def test_intervals_vary_as_much_as_the_mean_of_seeds() -> None:
+    """Of n seeds, draws with replacement alone vary by (n - 1) / n of that."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for turn in range(200):
+        values = 0.5 + 0.05 * rng.standard_normal(3)
+        found = over_seeds([means([value] * 2) for value in values], samples=100, seed=turn)
+        covered += found.low <= 50 <= found.high
+    assert covered >= 0.8 * 200
 
 
 def test_over_seeds_pairs_ours_with_the_base() -> None:
@@ -169,13 +181,16 @@ def test_over_seeds_pairs_ours_with_the_base() -> None:
     half = [means(np.array(scores.items) / 2) for scores in base]
     paired = over_seeds(half, base)
     assert (paired.value, paired.low, paired.high) == pytest.approx((0.5, 0.5, 0.5))
-    assert over_seeds(half, base[:2]).low < 0.5  # others, so drawn for themselves
+    for others in (base[:2], base[1:] + base[:1]):
+        assert over_seeds(half, others, paired=False).low < 0.5  # drawn for themselves
+    with pytest.raises(DataError, match="3 seeds cannot be paired with 2"):
+        over_seeds(half, base[:2])
     above = over_seeds(base, half, difference=True)
     assert above.value == pytest.approx(over_seeds(half).value)
     assert above.low > 15
     with pytest.raises(DataError, match="different numbers of items"):
         over_seeds(half, [means([1.0])])
-    assert math.isnan(over_seeds(half, [means([0.0] * 200)]).value)
+    assert math.isnan(over_seeds(half, [means([0.0] * 200)], paired=False).value)
 
 
 def test_bertscore_knows_meaning_takes_the_nearest_reference_and_survives_silence():

@@ -13,7 +13,7 @@ import pytest
 from browser import PROGRAM
 
 from firstlm import cli
-from firstlm.figures import draw
+from firstlm.figures import COLORS, arm_colors, draw
 from firstlm.report import page
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -70,6 +70,32 @@ def test_an_overview_links_to_every_section_with_what_is_kept():
     table = text[: text.index("<h2")]
     assert re.findall(r'href="#(s\d)"', table) == re.findall(r'<h2 id="(s\d)"', text)
     assert re.findall(r"<td>(\d*%?)</td>", table) == ["90%", "80%", "2", "", "70%", "2"]
+
+
+def test_an_arm_has_one_colour_in_all_pictures():
+    rows = [row(arm, rate) for arm in COLORS for rate in (0.15, 0.25)]
+    rows += [row("further", 0.25, policy="first")]
+    colors = arm_colors(rows)
+    assert len(set(colors.values())) == len(COLORS) + 1
+    assert colors["qa-unified"] == COLORS["unified"]
+    timed = [one | {"tpot_ratio": 0.8} for one in rows if one["policy"] != "first"]
+    assert {arm: colors[arm] for arm in arm_colors(timed)} == arm_colors(timed)
+
+
+def test_pictures_of_results_that_are_gone_go(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "summary.json").write_text(json.dumps([row("first", 0.15)]))
+    out = tmp_path / "report"
+    out.mkdir()
+    for name in ("quality-old.png", "mine.png", "holidays-2026.png"):
+        (out / name).write_bytes(b"picture")
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert sorted(file.name for file in out.iterdir()) == [
+        "holidays-2026.png",
+        "index.html",
+        "mine.png",
+        "quality-qa-set.png",
+    ]
 
 
 def test_long_legends_are_not_cut_off():

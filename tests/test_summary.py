@@ -79,7 +79,7 @@ def test_a_report_needs_a_summary(tmp_path, capsys):
     assert not (tmp_path / "report").exists()
 
 
-def arm(folder, name, right, template=None, **train):
+def arm(folder, name, right, template=None, tokenizer=None, **train):
     """Return what makes an arm of which so many of four answers are right, by seed."""
     file = folder / "qa" / "test.jsonl"
     if not file.exists():
@@ -87,7 +87,7 @@ def arm(folder, name, right, template=None, **train):
         lines = [json.dumps({"prompt": f"{i}?", "completion": f"word{i}"}) for i in range(4)]
         file.write_text("\n".join(lines))
     score = EvalConfig(artifact=name, data=str(file), output="scores.json", template=template)
-    known = scored_examples(score.data, score.template)
+    known = scored_examples(score.data, score.template, tokenizer)
     reports = {}
     for seed, count in right.items():
         said = [one.references[0] if i < count else "no" for i, one in enumerate(known)]
@@ -142,3 +142,47 @@ def test_a_template_says_what_the_task_is(tmp_path):
     file.write_text("\n".join(lines))
     made = arm(tmp_path, "lora", {0: 4}, "summarization", stage="lora", skip_rate=0.0)()
     assert made.task.name == "summarization"
+
+
+def test_chats_are_summed_up_too(tmp_path, byte_tokenizer):
+    file = tmp_path / "qa" / "test.jsonl"
+    file.parent.mkdir()
+    byte_tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    lines = [
+        json.dumps(
+            {
+                "messages": [
+                    {"role": r, "content": c} for r, c in (("user", f"{i}?"), ("assistant", "a"))
+                ]
+            }
+        )
+        for i in range(4)
+    ]
+    file.write_text("\n".join(lines))
+    model = str(tmp_path / "model")
+    chats = {"tokenizer": byte_tokenizer, "model": model}
+    make = arm(tmp_path, "lora", {0: 4}, **chats, stage="lora", skip_rate=0.0)
+    assert make().scores("run_all")["f1"][0].items == (1.0,) * 4
+
+
+def test_a_perplexity_that_is_no_number_leaves_the_other_metrics(tmp_path):
+    def metrics(value):
+        made = arm(tmp_path, "lora", {0: 4}, stage="lora", skip_rate=0.0)()
+        for item in made.reports[0]["runs"]["run_all"]["items"]:
+            item |= {"answer_tokens": 2, "perplexity": value}
+        return [row["metric"] for row in rows([made])]
+
+    assert metrics(1.5) == ["em", "f1", "perplexity"]
+    assert metrics(None) == ["em", "f1"]
+
+
+def test_below_its_floor_a_base_is_no_measure_in_any_metric(tmp_path):
+    plain = arm(tmp_path, "lora", {0: 0}, stage="lora", skip_rate=0.0)()
+    for item in plain.reports[0]["runs"]["run_all"]["items"]:
+        item |= {"answer_tokens": 2, "perplexity": 3.0}
+    assert {row["metric"]: row["retention"] for row in rows([plain])} == {
+        "em": None,
+        "f1": None,
+        "perplexity": None,
+    }

@@ -99,6 +99,13 @@ def test_the_rate_is_met_over_tokens(rate):
     assert 0 < sum(again) / len(again) < 1
 
 
+def test_routers_that_tell_no_tokens_apart_are_refused():
+    model = model_with([0.3] * LAYERS)
+    policy, (ids, mask) = policy_of(model), pad_left(PROMPTS, 0)
+    with pytest.raises(ConfigError, match="say the same of all tokens"):
+        policy.fit(lambda: model.decide(ids, mask, policy), mask)
+
+
 @pytest.fixture
 def calibrated(byte_tokenizer) -> FirstModel:
     from firstlm.calibration import calibrate

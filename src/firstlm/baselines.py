@@ -2,7 +2,8 @@
 """Policies to compare routers with: they look at no state, and meet a skip rate by counting.
 
 A rate between two numbers of layers is met by giving some prompts one layer more; which ones, a
-hash of the prompt says, so that a prompt always gets the same mask.
+hash of the prompt says, so that a prompt always gets the same mask. That meets the rate on average
+over all prompts there are; where those to come are known, `meet` does for just these.
 """
 
 from __future__ import annotations
@@ -43,6 +44,19 @@ class CountedSkip:
                 f"{len(self.free)} may be skipped here."
             )
         self._masks: dict[int, list[bool]] = {}
+        self._bound: float | None = None
+
+    def meet(self, keys: Sequence[int]) -> None:
+        """Let just so many prompts skip one layer more that those with these keys meet the rate."""
+        wanted = self.rate * self.layers
+        count = round((wanted - int(wanted + 1e-9)) * len(keys))
+        places = sorted(map(self._place, keys))
+        self._bound = places[count] if count < len(places) else 1.0
+        self._masks.clear()
+
+    def _place(self, key: int) -> float:
+        """Return a number in [0, 1); prompts where it is low skip one layer more."""
+        return random.Random(f"{self.seed} count {key}").random()
 
     def decide(self, layer: int, prompts: Prompts) -> torch.Tensor:
         """Return each prompt's mask at this layer."""
@@ -53,7 +67,7 @@ class CountedSkip:
         if key not in self._masks:
             wanted = self.rate * self.layers
             whole = int(wanted + 1e-9)
-            more = random.Random(f"{self.seed} count {key}").random() < wanted - whole
+            more = self._place(key) < (wanted - whole if self._bound is None else self._bound)
             gone = set(self.skipped(whole + more, key))
             if len(self._masks) >= KEPT:
                 self._masks.clear()

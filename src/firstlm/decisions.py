@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 
 import torch
 
 from firstlm.errors import ConfigError, FirstError
+from firstlm.inputs import prompt_key
 from firstlm.policies import Policy, SteppedPolicy
 
 
@@ -129,8 +129,8 @@ class RoutingState:
             if self.prompt_ids is None:
                 raise ConfigError("This policy draws by prompt; give new_state the input_ids.")
             mask = self.prompt_mask.to(self.prompt_ids.device)
-            rows = [ids[real].tolist() for ids, real in zip(self.prompt_ids, mask, strict=True)]
-            self._keys = [zlib.crc32(" ".join(map(str, row)).encode()) for row in rows]
+            rows = zip(self.prompt_ids, mask, strict=True)
+            self._keys = [prompt_key(ids[real].tolist()) for ids, real in rows]
         return self._keys
 
     @property

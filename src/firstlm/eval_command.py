@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from firstlm import artifact_files
 from firstlm.bertscore import BertScore
@@ -47,6 +50,32 @@ FREE_OPTIONS = (
 def run(options: EvalConfig) -> int:
     """Score an artifact on a task (`firstlm eval`)."""
     check_file(options.output)
+    with _alone(options.output):
+        return _run(options)
+
+
+@contextmanager
+def _alone(output: str | None) -> Iterator[None]:
+    """Keep other processes from writing results into the same file."""
+    if output is None:
+        yield
+        return
+    name = hashlib.sha256(str(Path(output).resolve()).encode()).hexdigest()
+    lock = Path(tempfile.gettempdir(), f"firstlm-{name}.lock")
+    try:
+        held = FileLock(lock).acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"Another evaluation writes into {output}. Wait for it, or name another --output."
+        ) from None
+    with held:
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _run(options: EvalConfig) -> int:
     recorded_in = None
     if options.record:
         recorded_in = artifact_files.local_folder(
@@ -72,10 +101,13 @@ def run(options: EvalConfig) -> int:
         Path(f"{options.output}.partial") if options.output else None,
         {**report["options"], **report["inputs"]},
     )
+    if journal.dropped:
+        print(f"{journal.path} holds answers under other options or of other weights; not used.")
     for policy, rate in asked:
         name = run_name(policy, rate)
         if name in report["runs"]:
-            print(f"{name}: done before, taken from {options.output}")
+            untimed = options.timed and report["runs"][name].get("tpot_ratio") is None
+            print(f"{name}: done before, taken from {options.output}{', no times' * bool(untimed)}")
             continue
         try:
             result = evaluate(

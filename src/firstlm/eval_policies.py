@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from firstlm.baselines import OrderedSkip
+from firstlm.baselines import CountedSkip, OrderedSkip
 from firstlm.config import BASELINES, DIAGNOSTICS, EVAL_POLICIES, RATED
 from firstlm.data import spread_by_length
 from firstlm.decisions import RoutingState
 from firstlm.errors import ConfigError
-from firstlm.inputs import pad_left
+from firstlm.inputs import pad_left, prompt_key
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RouterPolicy, RunAll, SteppedPolicy
 from firstlm.probes import decide_all
@@ -89,7 +89,9 @@ def settle(
         skipped = (~keep).float().mean(0)
         order = most_skipped_first(skipped.tolist())
         free = [layer for layer in order if layer in model.free_layers]
-        return OrderedSkip(free, model.layer_count, float(skipped.mean()))
+        policy = OrderedSkip(free, model.layer_count, float(skipped.mean()))
+    if isinstance(policy, CountedSkip):
+        policy.meet([prompt_key(prompt) for prompt in prompts])
     return policy
 
 

@@ -85,6 +85,11 @@ def load_examples(
     return examples
 
 
+def needs_tokenizer(source: str | Path, template: str | None = None) -> bool:
+    """Whether a file holds chats, of which a tokenizer makes prompts."""
+    return template is None and any("messages" in row.values for row in read_rows(source))
+
+
 def find_template(template: str) -> str:
     """Return the text of a named template, or an own template after checking its {fields}."""
     text = TEMPLATES.get(template, template).replace("\\n", "\n")

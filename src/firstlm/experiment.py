@@ -10,22 +10,27 @@ What files say is read by `jobs.py`.
 
 from __future__ import annotations
 
+import json
 import signal
+import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
 from firstlm.command_config import ExperimentConfig
-from firstlm.errors import ConfigError
+from firstlm.errors import ConfigError, FirstError, kind_and_line
 from firstlm.jobs import Job, files_of, jobs_of
 from firstlm.results import write_json
 from firstlm.summary import Arm, rows
 
 SUMMARY = "summary.json"
+OK, FAILED = 0, 1  # exit codes
 SHOWN = 8  # jobs that are named where many lack something
 WAIT_S = 5.0  # between looks at what other processes have done
 
@@ -34,7 +39,7 @@ def run(options: ExperimentConfig) -> int:
     """Work through experiment files, or list what is done (`firstlm experiment`)."""
     known = {
         job.name: job
-        for file in files_of(options.files)
+        for file in _files(options.files)
         for job in jobs_of(file, options.runs, options.results)
     }
     jobs = [
@@ -64,25 +69,56 @@ def run(options: ExperimentConfig) -> int:
                 "--results."
             )
     if options.action == "summary":
+        if options.only:
+            raise ConfigError(
+                "A summary is of whole files: its shares and gains compare arms. Leave --only out."
+            )
         return _summary(jobs, Path(options.results) / SUMMARY)
+    for job in jobs:
+        if missing := [] if job.scored else job.missing:
+            raise ConfigError(f"{job.name} reads {' and '.join(missing)}, which is not there.")
     end = None if options.minutes is None else monotonic() + 60 * options.minutes
+    failed: dict[str, str] = {}
+    code = OK
     try:
         with _interrupted_after(options.minutes):
-            _work_through(jobs, known, Path(options.runs))
+            _work_through(jobs, known, Path(options.runs), failed)
     except KeyboardInterrupt:
         left = sum(not job.scored for job in jobs)
         if end is None or monotonic() < end:
             raise
         print(f"The time is up; {left} of {len(jobs)} are left. The same command goes on.")
-        return 0
-    print(f"All {len(jobs)} are in {options.results}.")
-    return 0
+    else:
+        if not failed:
+            print(f"All {len(jobs)} are in {options.results}.")
+    if failed:
+        lines = [f"  {name}: {why}" for name, why in failed.items()]
+        print("\n".join(["These failed, and the same command tries them again:", *lines]))
+        code = FAILED
+    return code
 
 
-def _work_through(jobs: list[Job], known: Mapping[str, Job], runs: Path) -> None:
+def _files(paths: list[str]) -> list[Path]:
+    """Return the experiment files, whose names must differ: those of results begin with them."""
+    files = list({file.resolve(): file for file in files_of(paths)}.values())
+    by_name: dict[str, Path] = {}
+    for file in files:
+        if file.stem in by_name:
+            raise ConfigError(
+                f"{by_name[file.stem]} and {file} have one name, and so would their results; "
+                "rename one of them."
+            )
+        by_name[file.stem] = file
+    return files
+
+
+def _work_through(
+    jobs: list[Job], known: Mapping[str, Job], runs: Path, failed: dict[str, str]
+) -> None:
     """Run all jobs that are not scored; those that another process is at are waited for.
 
     Every arm's first seed comes before second ones, so that there is something to compare early.
+    What fails, and why, goes into `failed`; the others go on.
     """
     left, waits = sorted((job for job in jobs if not job.scored), key=lambda job: job.seed), False
     while left:
@@ -92,7 +128,7 @@ def _work_through(jobs: list[Job], known: Mapping[str, Job], runs: Path) -> None
                 if not ours:
                     busy.append(job)
                 elif not job.scored:
-                    job.run(known)
+                    _attempt(job, known, failed)
         left, before = [job for job in busy if not job.scored], left
         if left and len(left) == len(before):
             if not waits:
@@ -101,18 +137,31 @@ def _work_through(jobs: list[Job], known: Mapping[str, Job], runs: Path) -> None
             sleep(WAIT_S)
 
 
+def _attempt(job: Job, known: Mapping[str, Job], failed: dict[str, str]) -> None:
+    """Train a job, after what it needs, and score it; what fails goes into `failed`."""
+    for needed in job.chain(known):
+        if needed.name not in failed:
+            try:
+                needed.make()
+                if needed is job:
+                    job.evaluate()
+            except Exception as error:
+                print(f"{needed.name} failed: {error}", file=sys.stderr)
+                if not isinstance(error, FirstError):
+                    traceback.print_exc()
+                failed[needed.name] = kind_and_line(error)
+        if needed.name in failed:
+            failed.setdefault(job.name, f"needs {needed.name}")
+            return
+
+
 @contextmanager
 def _claimed(job: Job, known: Mapping[str, Job], runs: Path) -> Iterator[bool]:
     """Hold a job, and those that it would have to train, against other processes.
 
     Yields whether nobody else has one of them.
     """
-    names, more = [job.name], list(job.needs)
-    while more:
-        needed = known[more.pop()]
-        if needed.name not in names and not needed.trained:
-            names.append(needed.name)
-            more += needed.needs
+    names = [one.name for one in job.chain(known)]
     folder = runs / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -139,18 +188,37 @@ def arms_of(jobs: Sequence[Job]) -> dict[str, dict[str, Arm]]:
 
 
 def _summary(jobs: list[Job], file: Path) -> int:
-    """Write one row per arm, policy and rate over all seeds that are scored."""
+    """Write one row per arm, policy and rate over all seeds that are scored.
+
+    Rows of other experiment files stay in it.
+    """
     groups = [list(group.values()) for group in arms_of(jobs).values()]
     for arm in (arm for group in groups for arm in group):
         if len(arm.commits) > 1:
             print(f"Note: {arm.name} was scored at several commits: {', '.join(arm.commits)}.")
     found = [row for group in groups for row in rows(group)]
-    write_json(file, found)
+    ours = {job.file for job in jobs}
+    others = [row for row in _rows_of(file) if _file_of(row) not in ours]
+    write_json(file, sorted([*others, *found], key=_file_of))
     if missing := [job.name for job in jobs if not job.scored]:
         shown = ", ".join(missing[:SHOWN]) + (" ..." if len(missing) > SHOWN else "")
         print(f"Note: {len(missing)} of {len(jobs)} are not (all) scored yet: {shown}.")
-    print(f"{len(found)} rows are in {file}.")
+    print(f"{len(found)} rows are in {file}, {len(others)} of other files with them.")
     return 0
+
+
+def _rows_of(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a summary; none where there is no file yet, or it is no summary."""
+    try:
+        found = json.loads(file.read_bytes()) if file.is_file() else []
+    except ValueError:
+        return []
+    return [row for row in found if isinstance(row, dict) and "arm" in row]
+
+
+def _file_of(row: Mapping[str, Any]) -> str:
+    """Return the experiment file that a row of a summary is of."""
+    return str(row["arm"]).partition("-")[0]
 
 
 @contextmanager

@@ -18,20 +18,22 @@ Row = Mapping[str, Any]
 
 COLORS = {
     "first": "#0b6e99",
-    "length_only": "#0891b2",
+    "length_only": "#06b6d4",
     "majority": "#7c3aed",
-    "random": "#c2410c",
-    "random_interior": "#ea580c",
-    "random_fixed": "#b45309",
+    "random": "#dc2626",
+    "random_interior": "#f59e0b",
+    "random_fixed": "#78350f",
     "unified": "#15803d",
-    "early_exit": "#be123c",
-    "static_importance": "#4d7c0f",
+    "early_exit": "#ec4899",
+    "static_importance": "#84cc16",
+    "skip_decode": "#111827",
 }
-SPARE_COLORS = ("#db2777", "#ca8a04", "#475569", "#65a30d", "#0f766e", "#991b1b", "#111827")
+SPARE_COLORS = ("#475569", "#2dd4bf", "#c084fc", "#1d4ed8", "#ca8a04", "#991b1b", "#94a3b8")
 DASHES = ((0, (6, 3)), (0, (3, 2)), (0, (10, 4)))  # of plain LoRA, arm for arm
 MARKS = "osD^v"
 WIDE = 28  # letters of a label, from which on two columns of them are enough
 LENGTH_GROUPS = 4  # of prompts, from short to long
+KINDS = ("quality", "time", "masks", "training", "layers", "outputs", "alpha", "l2")
 SWEPT = {"alpha": "alpha, weight of the non-skip penalty", "l2": "lambda, weight of the L2 penalty"}
 
 
@@ -66,7 +68,10 @@ def title(section: Section, rows: Sequence[Row]) -> str:
 
 
 class Picture(NamedTuple):
-    """A PNG picture, where it belongs, and whether only those who look closer want it."""
+    """A PNG picture, where it belongs, and whether only those who look closer want it.
+
+    Names begin with one of `KINDS` and a '-'.
+    """
 
     name: str
     section: Section
@@ -117,19 +122,19 @@ def _of_rows(section: Section, rows: Sequence[Row]) -> list[Picture]:
     primary = [row for row in rows if row["primary"]]
     asked = [row for row in primary if row["skip_rate_asked"] is not None]
     timed = [row for row in asked if row["tpot_ratio"] is not None]
-    found = []
+    found, colors = [], arm_colors(asked)
     if asked:
         caption = (
             "Quality against the share of layers skipped. Bars are 95% intervals over items and "
             "seeds."
         )
-        found.append(Picture(f"quality-{section}", section, _quality(asked), caption))
+        found.append(Picture(f"quality-{section}", section, _quality(asked, colors), caption))
     if timed:
         caption = (
             "Quality against measured time per token, as a share of that with all layers of the "
-            "same model, batch 1."
+            "same model, batch 1. Bars across are the 5th and 95th percentile over prompts."
         )
-        png = _quality(timed, "tpot_ratio", "time per token, % of all layers")
+        png = _quality(timed, colors, "tpot_ratio", "time per token, % of all layers")
         found.append(Picture(f"time-{section}", section, png, caption))
     for name in SWEPT:
         if points := swept(primary, name):
@@ -203,8 +208,22 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def arm_colors(rows: Sequence[Row]) -> dict[str, str]:
+    """Return a colour for each arm: its policy's, or another where a further arm has the policy."""
+    spare, found = cycle(SPARE_COLORS), dict[str, str]()
+    for row in rows:
+        if row["policy"] != "base" and row["arm"] not in found:
+            wanted = COLORS.get(row["policy"], "")
+            taken = not wanted or wanted in found.values()
+            found[row["arm"]] = next(spare) if taken else wanted
+    return found
+
+
 def _quality(
-    rows: Sequence[Row], over: str = "skip_rate", axis: str = "layers skipped, %"
+    rows: Sequence[Row],
+    colors: Mapping[str, str],
+    over: str = "skip_rate",
+    axis: str = "layers skipped, %",
 ) -> bytes:
     """Draw score over skip rate or time, a line a policy and LoRA; plain LoRA is dashed.
 
@@ -215,7 +234,7 @@ def _quality(
     lines: dict[str, list[Row]] = {}
     for shown, row in labelled(rows):
         lines.setdefault(shown, []).append(row)
-    spare, colors, dashes = cycle(SPARE_COLORS), dict[str, str](), cycle(DASHES)
+    dashes = cycle(DASHES)
     marks: dict[tuple[str, bool], int] = {}
     for shown, points in lines.items():
         policy, lora_of, arm = (points[0][key] for key in ("policy", "lora_of", "arm"))
@@ -223,19 +242,21 @@ def _quality(
             style = next(dashes) if lora_of else ":"
             axes.axhline(points[0]["score"], color="#6b7280", linestyle=style, label=shown)
             continue
-        if arm not in colors:
-            wanted = COLORS.get(policy, "")
-            taken = not wanted or wanted in colors.values()  # by another arm of the same policy
-            colors[arm] = next(spare) if taken else wanted
         borrowed = lora_of not in (None, policy)
         marks[arm, borrowed] = marks.get((arm, borrowed), -1) + 1
         points = sorted(points, key=lambda row: row[over])
         scores = np.array([row["score"] for row in points])
         low, high = np.array([row["ci95"] for row in points]).T
+        places = np.array([row[over] for row in points])
+        across = None
+        if all(row.get(f"{over}_spread") for row in points):
+            left, right = np.array([row[f"{over}_spread"] for row in points]).T
+            across = 100 * np.maximum([places - left, right - places], 0)
         axes.errorbar(
-            [100 * row[over] for row in points],
+            100 * places,
             scores,
             yerr=[np.maximum(scores - low, 0), np.maximum(high - scores, 0)],
+            xerr=across,
             color=colors[arm],
             linestyle="-." if borrowed else "-" if lora_of else ":",
             marker=MARKS[marks[arm, borrowed] % len(MARKS)],

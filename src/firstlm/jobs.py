@@ -27,6 +27,7 @@ from firstlm.summary import read
 
 KEYS = {"data", "train", "eval", "arms"}
 ARM_KEYS = {"seeds", "data", "test", "train", "balance", "eval"}
+DATA_ENDS = (".jsonl", ".jsonl.gz")
 ARM_PATHS = ("artifact", "majority_of")  # options of training that may name an arm as "arm:NAME"
 
 
@@ -139,13 +140,20 @@ class Job:
             found.append(self.artifact.name)
         return found
 
-    def make(self, others: Mapping[str, Job]) -> None:
-        """Train, and before that what its training needs, as far as that is not done."""
+    def chain(self, others: Mapping[str, Job]) -> list[Job]:
+        """Return the jobs to be trained before this one, what those need first, and this one last.
+
+        Args:
+            others: all jobs by name.
+        """
+        found: dict[str, Job] = {}
+        for name in () if self.trained else self.needs:
+            found |= {job.name: job for job in others[name].chain(others) if not job.trained}
+        return [*found.values(), self]
+
+    def make(self) -> None:
+        """Train, if that is not done; what it needs must be there."""
         if self.trained:
-            return
-        for name in self.needs:
-            others[name].make(others)
-        if self.trained:  # it scores the artifact of another
             return
         print(f"{self.name}: {'balancing' if self.balance else 'training'}", flush=True)
         if self.balance:
@@ -153,15 +161,17 @@ class Job:
         else:
             train.run(self.train)
 
-    def run(self, others: Mapping[str, Job]) -> None:
-        """Train and score, as far as that is not done.
-
-        Args:
-            others: all jobs of the file by name, of which some may be needed.
-        """
-        self.make(others)
+    def evaluate(self) -> None:
+        """Score what was trained, as far as that is not done."""
         print(f"{self.name}: scoring", flush=True)
         eval_command.run(self.score)
+
+    @property
+    def missing(self) -> list[str]:
+        """Data files that it is yet to read, and that are not there."""
+        files = [] if self.trained else [*(self.train.data or ()), *(self.train.validation or ())]
+        local = (file for file in (*files, self.score.data) if file.endswith(DATA_ENDS))
+        return [file for file in dict.fromkeys(local) if not Path(file).is_file()]
 
 
 def files_of(paths: list[str]) -> list[Path]:

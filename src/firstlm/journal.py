@@ -16,16 +16,20 @@ class Journal:
     Args:
         path: the file; None keeps nothing for later.
         work: what the parts belong to. Parts of other work that the file holds are dropped.
+
+    Attributes:
+        dropped: whether it held some.
     """
 
     def __init__(self, path: Path | None, work: Any = None) -> None:
-        self.path, self.parts = path, {}
+        self.path, self.parts, self.dropped = path, {}, False
         self._head = to_json({"work": work})
         if path is None:
             return
         # A line ends with a line feed alone: texts may hold Unicode's other line ends.
         head, *lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         if head != self._head.encode():
+            self.dropped = bool(head)
             return
         whole = [line for line in lines if self._take(line)]
         if lines != [*whole, b""]:  # one was cut off when it was written, or damaged since

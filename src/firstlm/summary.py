@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One row per arm, policy and skip rate over all seeds, from the results of experiments.
 
-Reads what `firstlm experiment run` wrote and the test sets' references; needs no model.
+Reads what `firstlm experiment run` wrote and the test sets' references; needs no model, and its
+tokenizer for chats alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from firstlm.command_config import EvalConfig
 from firstlm.config import BASELINES, DIAGNOSTICS, RATED, TrainConfig
 from firstlm.data import items_hash, scored_examples
 from firstlm.errors import DataError
+from firstlm.examples import needs_tokenizer
 from firstlm.masks import (
     describe_masks,
     from_bits,
@@ -24,6 +26,7 @@ from firstlm.masks import (
     length_correlation,
 )
 from firstlm.metrics import Scores, grouped, means, over_seeds, perplexity
+from firstlm.pretrained import load_tokenizer
 from firstlm.tasks import Task, find_task
 
 # Below this the reference itself has hardly learnt the task: a share of it would mean nothing.
@@ -53,7 +56,10 @@ class Arm:
         if len(counts) != 1:
             raise DataError(f"The results of {train.output} are over {sorted(counts)} items.")
         (self.count,) = counts
-        examples = scored_examples(score.data, score.template, limit=score.limit)
+        tokenizer = None
+        if needs_tokenizer(score.data, score.template):
+            tokenizer = load_tokenizer(train.model or str(train.artifact))
+        examples = scored_examples(score.data, score.template, tokenizer, score.limit)
         if len(examples) != self.count:
             raise DataError(
                 f"The results of {train.output} are over {self.count} items, but {score.data} has "
@@ -121,7 +127,8 @@ class Arm:
         for seed, run in self.runs(name).items():
             items = run["items"]
             by_metric = self.task.score([item["prediction"] for item in items], self._references)
-            if all("answer_tokens" in item for item in items):  # not in results of 2026-11-25
+            # Results of 2026-11-25 lack answer_tokens; what is no number was written as null.
+            if all("answer_tokens" in x and x["perplexity"] is not None for x in items):
                 tokens = [item["answer_tokens"] for item in items]
                 losses = [np.log(item["perplexity"]) * item["answer_tokens"] for item in items]
                 by_metric |= {"perplexity": perplexity(losses, tokens)}
@@ -161,7 +168,8 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                 kept = None
                 if base:  # a perplexity is the better the lower it is
                     pair = (base, scores) if metric == "perplexity" else (scores, base)
-                    kept = over_seeds(*pair, groups=arm.groups)
+                    paired = set(by_seed) <= set(known)
+                    kept = over_seeds(*pair, groups=arm.groups, paired=paired)
                 found.append(
                     {
                         "task": arm.task.name,
@@ -191,7 +199,8 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "seeds": len(scores),
                         "n_test": score.count,
                         "n_groups": int(arm.groups.max()) + 1,
-                        "tpot_ratio": _tpot_ratio(runs),
+                        "tpot_ratio": _tpot_ratio(runs, "value"),
+                        "tpot_ratio_spread": _spread(runs),
                     }
                 )
     return found
@@ -216,11 +225,9 @@ def _reference(arm: Arm, arms: Sequence[Arm]) -> dict[str, dict[int, Scores]]:
     picked += [other for other in plain if other.trained_on == arm.trained_on]
     if not picked:
         return {}
-    return {
-        metric: scores
-        for metric, scores in picked[0].scores("run_all").items()
-        if over_seeds(list(scores.values()), samples=1).value >= LOWEST.get(metric, 0.0)
-    }
+    found, primary = picked[0].scores("run_all"), picked[0].task.primary
+    learnt = over_seeds(list(found[primary].values()), samples=1).value
+    return found if learnt >= LOWEST.get(primary, 0.0) else {}
 
 
 def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
@@ -298,9 +305,18 @@ def _policy(arm: Arm, name: str, policy: str) -> dict[str, Any]:
     return {"policy": shown, "lora": arm.lora, "lora_of": trained_for if arm.lora else None}
 
 
-def _tpot_ratio(runs: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the mean over runs of their time per token over that with all layers."""
-    return _known_mean([run["tpot_ratio"]["value"] for run in runs if run.get("tpot_ratio")])
+def _tpot_ratio(runs: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Return the mean over runs of their time per token over that with all layers.
+
+    `name`: value, their medians over prompts, p5 or p95.
+    """
+    return _known_mean([run["tpot_ratio"][name] for run in runs if run.get("tpot_ratio")])
+
+
+def _spread(runs: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """Return the 5th and 95th percentile over prompts of `_tpot_ratio`."""
+    low, high = (_tpot_ratio(runs, name) for name in ("p5", "p95"))
+    return None if low is None or high is None else [low, high]
 
 
 def _mean_over_seeds(correlations: Sequence[float | None]) -> float | None:

@@ -22,6 +22,7 @@ from firstlm.policies import RunAll
 from firstlm.routers import Routers
 
 ROUNDS = 12  # of halving the interval in which the offset lies
+MISSED = 0.1  # of the skip rate: routers that miss it by more cannot tell tokens apart
 SPAN = 30.0  # logits: the offset lies between minus and plus this
 
 
@@ -84,6 +85,11 @@ class TokenLevel(RunAll):
             weights = mask.sum(1).tolist()
             rate = sum(r * w for r, w in zip(rates, weights, strict=True)) / sum(weights)
             low, high = (low, self.offset) if rate < self.rate else (self.offset, high)
+        if abs(rate - self.rate) > MISSED:
+            raise ConfigError(
+                f"Routing token by token, these routers skip {rate:.0%} or nearly all or nothing, "
+                f"not {self.rate:.0%}: they say the same of all tokens. Train them first."
+            )
 
     def take(
         self, mask: torch.Tensor, steps: Sequence[int]
