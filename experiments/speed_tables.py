@@ -75,10 +75,11 @@ def cut_table(report: dict) -> list[str]:
     return markdown(names, lines)
 
 
-def mixed_table(report: dict) -> list[str]:
-    """Return a table of batches whose rows have other masks."""
+def mixed_table(reports: Mapping[str, dict]) -> list[str]:
+    """Return a table of batches whose rows have other masks; reports by the name of their model."""
     lines = [
         [
+            model,
             str(row["batch"]),
             f"`{row['engine']}`, {row['dtype']}",
             f"{row['skip_rate']:.1%}",
@@ -86,10 +87,11 @@ def mixed_table(report: dict) -> list[str]:
             f"{_between(row, 'tpot_over_shared')}x",
             f"{_between(row, 'tpot_ratio')}x",
         ]
+        for model, report in reports.items()
         for row in report["rows"]
         if row["masks"] == "mixed"
     ]
-    names = ["rows", "engine, weights", "skipped", "layers that some row runs"]
+    names = ["model", "rows", "engine, weights", "skipped", "layers that some row runs"]
     return markdown([*names, "time over one mask for all", "time over all layers"], lines)
 
 

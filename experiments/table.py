@@ -263,15 +263,16 @@ def write_picture(file: Path, source: str) -> None:
 
 def speed_page(file: Path) -> str:
     """Return the page on speed."""
-    bench, prompts, profile = (
+    bench, prompts, qwen, profile = (
         json.loads((RESULTS / f"{name}.json").read_text())
-        for name in ("bench_smollm2", "bench_smollm2_512", "profile_smollm2")
+        for name in ("bench_smollm2", "bench_smollm2_512", "bench_qwen_mixed", "profile_smollm2")
     )
+    mixed = {"SmolLM2-135M": bench, "Qwen2.5-Coder-0.5B": qwen}
     many = [json.loads(f.read_text()) for f in sorted(RESULTS.glob("throughput_*.json"))]
     tables = [bench_table(bench, 4), bench_table(bench, 16), cut_table(bench), prompt_text(prompts)]
-    tables += [mixed_table(bench), throughput_table(many), peers_table(bench)]
+    tables += [mixed_table(mixed), throughput_table(many), peers_table(bench)]
     tables += [profile_table(profile)]
-    made = [f"- `{command(report)}`" for report in (bench, prompts, profile, *many)]
+    made = [f"- `{command(report)}`" for report in (bench, prompts, qwen, profile, *many)]
     return _filled(file, *(["\n".join(lines)] for lines in (*tables, made)))
 
 

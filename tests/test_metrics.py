@@ -128,6 +128,8 @@ def test_translation_scores_are_sacrebleus_own() -> None:
 def test_chinese_is_scored_by_characters() -> None:
     texts, references = ["他喜欢喝茶。"], [["他很喜欢喝茶。"]]
     assert tokenizer_for("zh") == tokenizer_for("zh-CN") == tokenizer_for("zh_TW") == "zh"
+    assert tokenizer_for("zho") == tokenizer_for("cmn_Hans") == "zh"
+    assert tokenizer_for("th") == "char"
     assert tokenizer_for("de") == tokenizer_for(None) == "13a"
     whole = score_translation(texts, references)["bleu1"].estimate().value
     parts = score_translation(texts, references, "zh")["bleu1"].estimate().value
@@ -142,6 +144,23 @@ def test_summaries_are_scored_against_the_best_reference() -> None:
     assert scores["rouge1"].items == pytest.approx((4 / 7,))  # the, dog(s): 2 of 3 and 2 of 4
     assert scores["rouge2"].items == pytest.approx((2 / 5,))
     assert scores["rougeL"].estimate().value == pytest.approx(100 * 4 / 7)
+
+
+def test_scripts_other_than_latin_have_words_too() -> None:
+    for said, wanted, shared in (
+        ("кот сидит на окне", "кот спит на окне", 3 / 4),
+        (
+            "\u0915\u093f\u0924\u093e\u092c \u092e\u0947\u091c",
+            "\u0915\u093f\u0924\u093e\u092c",
+            2 / 3,
+        ),
+        ("北京天气", "北京冷", 4 / 7),
+        ("\u0e19\u0e49\u0e33\u0e14\u0e35", "\u0e19\u0e49\u0e33", 4 / 5),
+    ):
+        assert score_summaries([said], [[wanted]])["rouge1"].items == pytest.approx((shared,))
+        assert score_qa([said], [[wanted]])["f1"].items == pytest.approx((shared,))
+    one = score_summaries(["the café opens"], [["a café opened"]])["rouge1"].items
+    assert one == pytest.approx((2 / 3,))  # Latin letters stay rouge-score's: caf, open
 
 
 def test_perplexity_weighs_items_by_their_tokens() -> None:

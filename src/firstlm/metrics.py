@@ -17,11 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import regex
 
 from firstlm.errors import ConfigError, DataError
 
 Groups = np.ndarray  # [items] of int: the number of the group that an item belongs to
 ARTICLES = re.compile(r"\b(a|an|the)\b")
+# A sign of a script that puts no blanks between words, with its marks; and words of any script.
+UNSPACED = regex.compile(
+    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*"
+)
+WORDS = regex.compile(r"[\p{L}\p{M}\p{N}]+")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -39,11 +45,17 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 def f1(prediction: str, references: Sequence[str]) -> float:
     """Return the best token overlap F1 over the references.
 
-    Where nothing is left after normalising, both sides must be empty to agree (SQuAD 2.0); the
-    1.1 script differs only there.
+    Signs of scripts without blanks between words count one by one, as in MLQA and CMRC. Where
+    nothing is left after normalising, both sides must be empty to agree (SQuAD 2.0); the 1.1 script
+    differs only there.
     """
-    found = normalize(prediction).split()
-    return max(_overlap(found, normalize(reference).split()) for reference in _some(references))
+    found = _tokens(prediction)
+    return max(_overlap(found, _tokens(reference)) for reference in _some(references))
+
+
+def _tokens(text: str) -> list[str]:
+    """Return the words of a normalised text."""
+    return UNSPACED.sub(r" \g<0> ", normalize(text)).split()
 
 
 def _overlap(found: list[str], wanted: list[str]) -> float:
@@ -252,13 +264,27 @@ def _sacrebleu_scores(
 def score_summaries(
     predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, Scores]:
-    """Return ROUGE-1, ROUGE-2 and ROUGE-L (F1 with stemming, in percent) by rouge-score."""
+    """Return ROUGE-1, ROUGE-2 and ROUGE-L (F1 with stemming, in percent) by rouge-score.
+
+    Its own words are of Latin letters without accents; references in other scripts are taken apart
+    by `Words`.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     names = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(names, use_stemmer=True)
+    letters = [c for refs in references for ref in _some(refs) for c in ref if c.isalpha()]
+    other = 2 * sum(not c.isascii() for c in letters) > len(letters)
+    scorer = RougeScorer(names, use_stemmer=True, tokenizer=Words() if other else None)
     found = [scorer.score_multi(refs, text) for text, refs in paired(predictions, references)]
     return {name: means([item[name].fmeasure for item in found]) for name in names}
+
+
+class Words:
+    """Takes texts of any script apart, for rouge-score."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the words of a text; signs of scripts without blanks are words by themselves."""
+        return WORDS.findall(UNSPACED.sub(r" \g<0> ", text.lower()))
 
 
 def tokenizer_for(language: str | None) -> str:
@@ -268,12 +294,14 @@ def tokenizer_for(language: str | None) -> str:
         ConfigError: it would need a package that is not installed.
     """
     code = re.split(r"[-_]", (language or "").lower())[0]
-    if code in ("ja", "ko"):
+    if code in ("th", "tha", "lo", "lao", "km", "khm", "my", "mya"):
+        return "char"
+    if code in ("ja", "jpn", "ko", "kor"):
         raise ConfigError(
             f"BLEU in {language!r} needs a word segmenter that firstlm does not bring; expected "
             "another target language."
         )
-    return "zh" if code == "zh" else "13a"
+    return "zh" if code in ("zh", "zho", "chi", "cmn", "yue") else "13a"
 
 
 def paired(
