@@ -53,15 +53,19 @@ def test_rates_are_met_with_two_numbers_of_layers_at_most(name: str, rate: float
 
 
 @pytest.mark.parametrize("name", list(policies(0.25)))
-@pytest.mark.parametrize("rate", [0.25, 0.3])
+@pytest.mark.parametrize("rate", [0.0, 0.25, 0.3, 0.3124])
 def test_known_prompts_meet_the_rate_exactly(name: str, rate: float) -> None:
     policy = policies(rate)[name]
-    keys = list(range(50))
-    policy.meet(keys)
-    assert sum(policy.mask(key).count(False) for key in keys) == rate * LAYERS * len(keys)
-    masks = [policy.mask(key) for key in keys]
-    policy.meet(keys[::-1])
-    assert [policy.mask(key) for key in keys] == masks
+    before = [policy.mask(key) for key in range(50)]
+    found = policy.meeting(range(50))
+    gone = sum(found.mask(key).count(False) for key in range(50))
+    assert gone == round(rate * LAYERS * 50)
+    assert [policy.mask(key) for key in range(50)] == before
+    repeated = policy.meeting([1] * 20 + [2] * 20 + [3] * 10)
+    more = [repeated.mask(key).count(False) - int(rate * LAYERS) for key in (1, 2, 3)]
+    reached = more[0] * 20 + more[1] * 20 + more[2] * 10
+    assert abs(reached - (rate * LAYERS % 1) * 50) <= 10
+    assert not policy.meeting([]).mask(0).count(False) > rate * LAYERS + 1
 
 
 @pytest.mark.parametrize("name", list(policies(0.25)))

@@ -581,19 +581,29 @@ def test_what_fails_does_not_end_the_rest(words, capsys, monkeypatch):
         "  tiny-first-1: RuntimeError: out of memory",
     ]
     assert 'raise RuntimeError("out of memory")' in said.err  # where, for what no one foresaw
+    monkeypatch.setattr(experiment.Job, "evaluate", lambda self: signal.raise_signal(signal.SIGINT))
+    assert cli.main(words) == 130
+    assert "tiny-broken-0: ConfigError: " in capsys.readouterr().out
     monkeypatch.setattr(experiment.Job, "evaluate", real)
     assert cli.main([*words, "--only", "tiny-first"]) == 0
     assert list(results(words)) == JOBS
 
 
 def test_missing_data_is_named_before_anything_is_trained(words, capsys):
-    file = Path(words[2]) / "tiny.yaml"
-    (Path(words[2]).parent / "set" / "test.jsonl").unlink()
-    assert cli.main(words) == 2
+    file, folder = Path(words[2]) / "tiny.yaml", Path(words[2]).parent
+    (folder / "none").mkdir()
+    other = "  other: {test: OTHER, train: 'arm:first', eval: {policies: [run_all]}}\n"
+    file.write_text(file.read_text() + other.replace("OTHER", str(folder / "none")))
+    assert cli.main([*words, "--only", "tiny-first-0", "tiny-other"]) == 1
     said = capsys.readouterr()
-    assert re.search(r"tiny-first-0 reads \S*/set/test.jsonl\S*, which is not there", said.err)
+    assert f"tiny-other-0: there is no {folder}/none/test.jsonl.gz" in said.out
+    assert list(results(words)) == ["tiny-first-0"]
+    (folder / "set" / "test.jsonl").unlink()
+    assert cli.main(words) == 1
+    said = capsys.readouterr()
+    for name in JOBS[1:]:
+        assert re.search(rf"{name}: there is no \S*/set/test.jsonl", said.out)
     assert "training" not in said.out
-    assert file.exists()
 
 
 def test_two_files_of_one_name_are_refused(words, capsys):
@@ -621,9 +631,17 @@ def test_a_summary_of_one_file_keeps_the_rows_of_others(words, capsys):
     both = summed(folder)
     assert sorted(set(both)) == ["small-majority", "tiny-majority"]
     assert summed(folder / "small.yaml") == summed(folder / "tiny.yaml") == both
-    assert "rows are in" in capsys.readouterr().out
+    (folder / "small.yaml").unlink()
+    assert set(summed(folder)) == {"tiny-majority"}  # a folder is all there is
+    capsys.readouterr()
     assert cli.main(["experiment", "summary", *words[2:], *only]) == 2
     assert "Leave --only out" in capsys.readouterr().err
+    file = Path(words[words.index("--results") + 1]) / "summary.json"
+    for broken in ("[{", "null", '[{"score": 1}]'):
+        file.write_text(broken)
+        assert cli.main(["experiment", "summary", str(folder / "tiny.yaml"), *words[3:]]) == 2
+        assert "is no summary of experiments" in capsys.readouterr().err
+        assert file.read_text() == broken
 
 
 def test_a_folder_without_files_is_refused(tmp_path, capsys):

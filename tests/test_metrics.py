@@ -184,14 +184,37 @@ def test_over_seeds_counts_both_seeds_and_items() -> None:
 
 
 def test_intervals_vary_as_much_as_the_mean_of_seeds() -> None:
-    """Of n seeds, draws with replacement alone vary by (n - 1) / n of that."""
+    """Of n seeds, draws with replacement alone vary by (n - 1) / n of that: they cover 72%."""
     rng = np.random.default_rng(0)
     covered = 0
-    for turn in range(200):
+    for turn in range(300):
         values = 0.5 + 0.05 * rng.standard_normal(3)
-        found = over_seeds([means([value] * 2) for value in values], samples=100, seed=turn)
+        found = over_seeds([means([value] * 2) for value in values], samples=400, seed=turn)
         covered += found.low <= 50 <= found.high
-    assert covered >= 0.8 * 200
+    assert 0.78 * 300 <= covered <= 0.86 * 300
+
+
+def test_what_seeds_and_items_do_together_is_counted_less_than_three_times() -> None:
+    """Each seed is right on other items, by chance alone."""
+    rng = np.random.default_rng(0)
+    widths, found = [], []
+    for turn in range(60):
+        ours, base = ([means(rng.random(100) < 0.5) for _ in range(3)] for _ in range(2))
+        one = over_seeds(ours, base, difference=True, samples=200, seed=turn)
+        widths.append(one.high - one.low)
+        found.append(one.value)
+    assert float(np.mean(widths)) < 1.6 * 2 * 1.96 * float(np.std(found))
+
+
+def test_shares_and_scores_stay_above_nothing() -> None:
+    base = [perplexity([math.log(8.0)] * 2, [1, 1])] * 3
+    ours = [perplexity([math.log(value)] * 2, [1, 1]) for value in (10.0, 20.0, 900.0)]
+    found = over_seeds(base, ours)
+    assert 0 < found.low < found.value < found.high
+    failed = [means([0.2] * 9)] * 3
+    mixed = [means([value] * 9) for value in (0.0, 0.0, 0.6)]
+    assert over_seeds(failed, mixed).low > 0
+    assert over_seeds([means([1.0] * 9), means([0.05] * 9)]).low >= 0
 
 
 def test_over_seeds_pairs_ours_with_the_base() -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from browser import PROGRAM
 
-from firstlm import cli
-from firstlm.figures import COLORS, arm_colors, draw
+from firstlm import cli, figures
+from firstlm.figures import draw
 from firstlm.report import page
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -72,30 +72,31 @@ def test_an_overview_links_to_every_section_with_what_is_kept():
     assert re.findall(r"<td>(\d*%?)</td>", table) == ["90%", "80%", "2", "", "70%", "2"]
 
 
-def test_an_arm_has_one_colour_in_all_pictures():
-    rows = [row(arm, rate) for arm in COLORS for rate in (0.15, 0.25)]
-    rows += [row("further", 0.25, policy="first")]
-    colors = arm_colors(rows)
-    assert len(set(colors.values())) == len(COLORS) + 1
-    assert colors["qa-unified"] == COLORS["unified"]
-    timed = [one | {"tpot_ratio": 0.8} for one in rows if one["policy"] != "first"]
-    assert {arm: colors[arm] for arm in arm_colors(timed)} == arm_colors(timed)
-
-
-def test_pictures_of_results_that_are_gone_go(tmp_path, capsys):
+def test_an_arm_has_one_colour_in_all_pictures(monkeypatch):
     pytest.importorskip("matplotlib")
-    (tmp_path / "summary.json").write_text(json.dumps([row("first", 0.15)]))
-    out = tmp_path / "report"
+    used = []
+    monkeypatch.setattr(figures, "_quality", lambda rows, colors, *_: used.append(colors) or b"")
+    rows = [row(arm, rate) for arm in figures.COLORS for rate in (0.15, 0.25)]
+    rows += [row("further", 0.25, policy="first", tpot_ratio=0.8)]  # timed, where `first` is not
+    rows += [row("unified", 0.4, tpot_ratio=0.8)]
+    draw(rows, {})
+    quality, times = used
+    assert quality == times
+    assert len(set(quality.values())) == len(figures.COLORS) + 1
+    assert quality["qa-unified"] == figures.COLORS["unified"]
+
+
+def test_pictures_of_results_that_are_gone_go(tmp_path):
+    pytest.importorskip("matplotlib")
+    summary, out = tmp_path / "summary.json", tmp_path / "report"
     out.mkdir()
-    for name in ("quality-old.png", "mine.png", "holidays-2026.png"):
-        (out / name).write_bytes(b"picture")
-    assert cli.main(["report", str(tmp_path)]) == 0
-    assert sorted(file.name for file in out.iterdir()) == [
-        "holidays-2026.png",
-        "index.html",
-        "mine.png",
-        "quality-qa-set.png",
-    ]
+    (out / "time-lapse.png").write_bytes(b"of a user")
+    names = []
+    for dataset in ("old", "new"):
+        summary.write_text(json.dumps([row("first", 0.15, dataset=dataset)]))
+        assert cli.main(["report", str(tmp_path)]) == 0
+        names.append(sorted(file.name for file in out.glob("*.png")))
+    assert names == [[f"quality-qa-{name}.png", "time-lapse.png"] for name in ("old", "new")]
 
 
 def test_long_legends_are_not_cut_off():

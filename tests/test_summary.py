@@ -8,6 +8,7 @@ import json
 import pytest
 
 from firstlm import cli
+from firstlm.artifact_files import base_id
 from firstlm.command_config import EvalConfig
 from firstlm.config import TrainConfig
 from firstlm.data import items_hash, scored_examples
@@ -15,7 +16,7 @@ from firstlm.errors import DataError
 from firstlm.figures import labelled
 from firstlm.masks import length_correlation
 from firstlm.report import recomputed
-from firstlm.summary import Arm, adaptivity, rows
+from firstlm.summary import Arm, adaptivity, base_of, rows
 
 
 def test_arms_with_one_policy_are_told_apart():
@@ -186,3 +187,20 @@ def test_below_its_floor_a_base_is_no_measure_in_any_metric(tmp_path):
         "f1": None,
         "perplexity": None,
     }
+
+
+def test_a_base_that_is_not_scored_yet_is_no_measure(tmp_path):
+    plain = arm(tmp_path, "lora", {0: 4}, stage="lora", skip_rate=0.0)()
+    runs = plain.reports[0]["runs"]
+    runs["base"] = runs.pop("run_all")
+    assert [row["retention"] for row in rows([plain])] == [None, None]
+
+
+def test_a_model_is_named_as_in_training():
+    def train(**options):
+        return TrainConfig(data=["a.jsonl"], output="out", **options)
+
+    assert base_of(train()) == "smollm2"
+    assert base_of(train(model="other")) == "other"
+    assert base_of(train(model="other"), "asked") == "asked"
+    assert base_of(train(artifact="smollm2-qa")) == base_id("smollm2-qa")

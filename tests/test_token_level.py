@@ -51,7 +51,7 @@ def test_usage_counts_pairs_that_later_tokens_need():
 
 @torch.no_grad()
 def test_tokens_that_all_skip_a_layer_leave_it_out():
-    model = model_with([-3.0 if layer == 2 else 3.0 for layer in range(LAYERS)])
+    model = model_with([-3.0 if layer == 2 else 3.0 for layer in range(LAYERS)], scale=1e-4)
     ids, mask = pad_left(PROMPTS, 0)
     options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
     mask_of_it = FixedMask([layer != 2 for layer in range(LAYERS)])
@@ -99,11 +99,19 @@ def test_the_rate_is_met_over_tokens(rate):
     assert 0 < sum(again) / len(again) < 1
 
 
-def test_routers_that_tell_no_tokens_apart_are_refused():
-    model = model_with([0.3] * LAYERS)
-    policy, (ids, mask) = policy_of(model), pad_left(PROMPTS, 0)
+def test_untrained_routers_are_refused():
     with pytest.raises(ConfigError, match="say the same of all tokens"):
-        policy.fit(lambda: model.decide(ids, mask, policy), mask)
+        policy_of(model_with([0.3] * LAYERS))
+
+
+def test_where_a_rate_cannot_be_met_the_nearest_is_taken():
+    """Layers whose routers hardly look at tokens go as a whole: here 1, 4 or all of 8."""
+    model = model_with([-6.0] + [-3.0] * 3 + [3.0] * 4, scale=1e-4)
+    policy, (ids, mask) = policy_of(model, 0.25), pad_left(PROMPTS, 0)
+    policy.fit(lambda: model.decide(ids, mask, policy), mask)
+    with policy.applied():
+        model.decide(ids, mask, policy)
+    assert policy.take(mask, [0] * len(ids))[1] == pytest.approx([1 / 8] * len(ids))
 
 
 @pytest.fixture

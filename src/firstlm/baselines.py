@@ -3,13 +3,15 @@
 
 A rate between two numbers of layers is met by giving some prompts one layer more; which ones, a
 hash of the prompt says, so that a prompt always gets the same mask. That meets the rate on average
-over all prompts there are; where those to come are known, `meet` does for just these.
+over all prompts there are; where those to come are known, `meeting` does for just these.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,15 +46,22 @@ class CountedSkip:
                 f"{len(self.free)} may be skipped here."
             )
         self._masks: dict[int, list[bool]] = {}
-        self._bound: float | None = None
+        self._whole = int(rate * layers + 1e-9)  # layers that every prompt skips
+        self._rest = rate * layers - self._whole  # share of prompts that skip one more
+        self._bound = self._rest  # these have a place below it
 
-    def meet(self, keys: Sequence[int]) -> None:
-        """Let just so many prompts skip one layer more that those with these keys meet the rate."""
-        wanted = self.rate * self.layers
-        count = round((wanted - int(wanted + 1e-9)) * len(keys))
+    def meeting(self, keys: Sequence[int]) -> CountedSkip:
+        """Return the policy that meets the rate over prompts with just these keys.
+
+        Prompts that are the same have one key, and one mask: then it comes as near as it can.
+        """
+        other = copy.copy(self)
+        other._masks = {}
+        count = self._rest * len(keys)
         places = sorted(map(self._place, keys))
-        self._bound = places[count] if count < len(places) else 1.0
-        self._masks.clear()
+        bounds = dict.fromkeys([*places, 1.0])
+        other._bound = min(bounds, key=lambda bound: abs(bisect_left(places, bound) - count))
+        return other
 
     def _place(self, key: int) -> float:
         """Return a number in [0, 1); prompts where it is low skip one layer more."""
@@ -65,10 +74,8 @@ class CountedSkip:
     def mask(self, key: int) -> list[bool]:
         """Return the mask [layers] of the prompt with this key; True = the layer runs."""
         if key not in self._masks:
-            wanted = self.rate * self.layers
-            whole = int(wanted + 1e-9)
-            more = self._place(key) < (wanted - whole if self._bound is None else self._bound)
-            gone = set(self.skipped(whole + more, key))
+            more = self._place(key) < self._bound
+            gone = set(self.skipped(self._whole + more, key))
             if len(self._masks) >= KEPT:
                 self._masks.clear()
             self._masks[key] = [layer not in gone for layer in range(self.layers)]

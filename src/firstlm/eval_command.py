@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -50,32 +49,6 @@ FREE_OPTIONS = (
 def run(options: EvalConfig) -> int:
     """Score an artifact on a task (`firstlm eval`)."""
     check_file(options.output)
-    with _alone(options.output):
-        return _run(options)
-
-
-@contextmanager
-def _alone(output: str | None) -> Iterator[None]:
-    """Keep other processes from writing results into the same file."""
-    if output is None:
-        yield
-        return
-    name = hashlib.sha256(str(Path(output).resolve()).encode()).hexdigest()
-    lock = Path(tempfile.gettempdir(), f"firstlm-{name}.lock")
-    try:
-        held = FileLock(lock).acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(
-            f"Another evaluation writes into {output}. Wait for it, or name another --output."
-        ) from None
-    with held:
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
-def _run(options: EvalConfig) -> int:
     recorded_in = None
     if options.record:
         recorded_in = artifact_files.local_folder(
@@ -92,6 +65,40 @@ def _run(options: EvalConfig) -> int:
     for policy, rate in asked:  # an impossible rate is refused before anything is run
         choose(model, policy, rate, options.prefill, options.seed)
     encode_rows(model, examples, options.max_new_tokens)
+    with _alone(options.output):
+        report = _score(options, model, examples, task, asked)
+    print(table(report))
+    if recorded_in is not None:
+        artifact_files.record(recorded_in, task.name, summary(report))
+    return 0
+
+
+@contextmanager
+def _alone(output: str | None) -> Iterator[None]:
+    """Keep other processes from writing results into the same file."""
+    if output is None:
+        yield
+        return
+    lock = Path(output).parent / ".locks" / f"{Path(output).name}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(lock).acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"Another evaluation writes into {output}. Wait for it, or name another --output."
+        ) from None
+    with held:
+        yield
+
+
+def _score(
+    options: EvalConfig,
+    model: FirstModel,
+    examples: Sequence[Example],
+    task: Task,
+    asked: Sequence[tuple[str, float | None]],
+) -> dict[str, Any]:
+    """Score the policies that are asked for, as far as --output does not hold them yet."""
     bert_score = None
     if options.bert_model is not None:
         bert_score = BertScore(resolve_encoder(options.bert_model), str(model.device))
@@ -106,8 +113,7 @@ def _run(options: EvalConfig) -> int:
     for policy, rate in asked:
         name = run_name(policy, rate)
         if name in report["runs"]:
-            untimed = options.timed and report["runs"][name].get("tpot_ratio") is None
-            print(f"{name}: done before, taken from {options.output}{', no times' * bool(untimed)}")
+            print(f"{name}: done before, taken from {options.output}")
             continue
         try:
             result = evaluate(
@@ -138,10 +144,7 @@ def _run(options: EvalConfig) -> int:
             report["provenance"] = provenance(seed=options.seed, **report["inputs"])
             write_json(options.output, report)
         journal.close()
-    print(table(report))
-    if recorded_in is not None:
-        artifact_files.record(recorded_in, task.name, summary(report))
-    return 0
+    return report
 
 
 def _start(

@@ -80,7 +80,7 @@ def settle(
     prefill: str,
     batch_size: int,
 ) -> Policy:
-    """Return a policy that has seen the prompts it is scored on, if it is one that must."""
+    """Return a policy that knows the prompts it is scored on, where that makes a difference."""
     if isinstance(policy, TokenLevel):
         ids, mask = pad_left(spread_by_length(prompts, TOKEN_LEVEL_PROMPTS), model.pad_id)
         policy.fit(lambda: model.decide(ids, mask, policy), mask)
@@ -91,7 +91,7 @@ def settle(
         free = [layer for layer in order if layer in model.free_layers]
         policy = OrderedSkip(free, model.layer_count, float(skipped.mean()))
     if isinstance(policy, CountedSkip):
-        policy.meet([prompt_key(prompt) for prompt in prompts])
+        return policy.meeting([prompt_key(prompt) for prompt in prompts])
     return policy
 
 

@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from firstlm.command_config import ExperimentConfig
-from firstlm.errors import ConfigError, FirstError, kind_and_line
+from firstlm.errors import ConfigError, DataError, FirstError, kind_and_line
 from firstlm.jobs import Job, files_of, jobs_of
 from firstlm.results import write_json
 from firstlm.summary import Arm, rows
@@ -42,6 +42,10 @@ def run(options: ExperimentConfig) -> int:
         for file in _files(options.files)
         for job in jobs_of(file, options.runs, options.results)
     }
+    if options.only and options.action == "summary":
+        raise ConfigError(
+            "A summary is of whole files: its shares and gains compare arms. Leave --only out."
+        )
     jobs = [
         job
         for name, job in known.items()
@@ -69,33 +73,25 @@ def run(options: ExperimentConfig) -> int:
                 "--results."
             )
     if options.action == "summary":
-        if options.only:
-            raise ConfigError(
-                "A summary is of whole files: its shares and gains compare arms. Leave --only out."
-            )
-        return _summary(jobs, Path(options.results) / SUMMARY)
-    for job in jobs:
-        if missing := [] if job.scored else job.missing:
-            raise ConfigError(f"{job.name} reads {' and '.join(missing)}, which is not there.")
+        everything = all(Path(path).is_dir() for path in options.files)
+        return _summary(jobs, Path(options.results) / SUMMARY, everything)
     end = None if options.minutes is None else monotonic() + 60 * options.minutes
     failed: dict[str, str] = {}
-    code = OK
     try:
         with _interrupted_after(options.minutes):
             _work_through(jobs, known, Path(options.runs), failed)
+        if not failed:
+            print(f"All {len(jobs)} are in {options.results}.")
     except KeyboardInterrupt:
         left = sum(not job.scored for job in jobs)
         if end is None or monotonic() < end:
             raise
         print(f"The time is up; {left} of {len(jobs)} are left. The same command goes on.")
-    else:
-        if not failed:
-            print(f"All {len(jobs)} are in {options.results}.")
-    if failed:
-        lines = [f"  {name}: {why}" for name, why in failed.items()]
-        print("\n".join(["These failed, and the same command tries them again:", *lines]))
-        code = FAILED
-    return code
+    finally:
+        if failed:
+            lines = [f"  {name}: {why}" for name, why in failed.items()]
+            print("\n".join(["These failed, and the same command tries them again:", *lines]))
+    return FAILED if failed else OK
 
 
 def _files(paths: list[str]) -> list[Path]:
@@ -139,6 +135,10 @@ def _work_through(
 
 def _attempt(job: Job, known: Mapping[str, Job], failed: dict[str, str]) -> None:
     """Train a job, after what it needs, and score it; what fails goes into `failed`."""
+    if missing := job.missing(known):  # not found out after an hour of training
+        failed[job.name] = f"there is no {' and no '.join(missing)}"
+        print(f"{job.name} failed: {failed[job.name]}", file=sys.stderr)
+        return
     for needed in job.chain(known):
         if needed.name not in failed:
             try:
@@ -147,7 +147,7 @@ def _attempt(job: Job, known: Mapping[str, Job], failed: dict[str, str]) -> None
                     job.evaluate()
             except Exception as error:
                 print(f"{needed.name} failed: {error}", file=sys.stderr)
-                if not isinstance(error, FirstError):
+                if not isinstance(error, FirstError | OSError):
                     traceback.print_exc()
                 failed[needed.name] = kind_and_line(error)
         if needed.name in failed:
@@ -187,10 +187,13 @@ def arms_of(jobs: Sequence[Job]) -> dict[str, dict[str, Arm]]:
     return arms
 
 
-def _summary(jobs: list[Job], file: Path) -> int:
+def _summary(jobs: list[Job], file: Path, everything: bool) -> int:
     """Write one row per arm, policy and rate over all seeds that are scored.
 
-    Rows of other experiment files stay in it.
+    Args:
+        jobs: of all arms that are summed up.
+        file: the summary.
+        everything: they are all there is; else rows of other experiment files stay in it.
     """
     groups = [list(group.values()) for group in arms_of(jobs).values()]
     for arm in (arm for group in groups for arm in group):
@@ -198,22 +201,29 @@ def _summary(jobs: list[Job], file: Path) -> int:
             print(f"Note: {arm.name} was scored at several commits: {', '.join(arm.commits)}.")
     found = [row for group in groups for row in rows(group)]
     ours = {job.file for job in jobs}
-    others = [row for row in _rows_of(file) if _file_of(row) not in ours]
+    others = [] if everything else [row for row in _rows_of(file) if _file_of(row) not in ours]
     write_json(file, sorted([*others, *found], key=_file_of))
     if missing := [job.name for job in jobs if not job.scored]:
         shown = ", ".join(missing[:SHOWN]) + (" ..." if len(missing) > SHOWN else "")
         print(f"Note: {len(missing)} of {len(jobs)} are not (all) scored yet: {shown}.")
-    print(f"{len(found)} rows are in {file}, {len(others)} of other files with them.")
+    more = f", and {len(others)} of other files" if others else ""
+    print(f"{len(found)} rows are in {file}{more}.")
     return 0
 
 
 def _rows_of(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a summary; none where there is no file yet, or it is no summary."""
-    try:
-        found = json.loads(file.read_bytes()) if file.is_file() else []
-    except ValueError:
+    """Return the rows of a summary; none where there is no file yet."""
+    if not file.is_file():
         return []
-    return [row for row in found if isinstance(row, dict) and "arm" in row]
+    try:
+        found = json.loads(file.read_bytes())
+        if not all("arm" in row for row in found):
+            raise ValueError("rows without an arm")
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{file} is no summary of experiments ({error}); remove it, and sum up all files anew."
+        ) from error
+    return found
 
 
 def _file_of(row: Mapping[str, Any]) -> str:

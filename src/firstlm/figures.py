@@ -29,11 +29,11 @@ COLORS = {
     "skip_decode": "#111827",
 }
 SPARE_COLORS = ("#475569", "#2dd4bf", "#c084fc", "#1d4ed8", "#ca8a04", "#991b1b", "#94a3b8")
+PLAIN_COLOR = "#6b7280"  # of plain LoRA
 DASHES = ((0, (6, 3)), (0, (3, 2)), (0, (10, 4)))  # of plain LoRA, arm for arm
 MARKS = "osD^v"
 WIDE = 28  # letters of a label, from which on two columns of them are enough
 LENGTH_GROUPS = 4  # of prompts, from short to long
-KINDS = ("quality", "time", "masks", "training", "layers", "outputs", "alpha", "l2")
 SWEPT = {"alpha": "alpha, weight of the non-skip penalty", "l2": "lambda, weight of the L2 penalty"}
 
 
@@ -68,10 +68,7 @@ def title(section: Section, rows: Sequence[Row]) -> str:
 
 
 class Picture(NamedTuple):
-    """A PNG picture, where it belongs, and whether only those who look closer want it.
-
-    Names begin with one of `KINDS` and a '-'.
-    """
+    """A PNG picture, where it belongs, and whether only those who look closer want it."""
 
     name: str
     section: Section
@@ -113,7 +110,8 @@ def draw(rows: Sequence[Row], reports: Mapping[str, Any]) -> list[Picture]:
             "Cross-entropy while LoRA trains, of batches (faint) and validation rows, at the skip "
             "rate asked for; one line a seed."
         )
-        pictures.append(Picture(f"training-{section}", section, _training(found), caption))
+        png = _training(found, arm_colors(sections[section]))
+        pictures.append(Picture(f"training-{section}", section, png, caption))
     return pictures
 
 
@@ -122,7 +120,7 @@ def _of_rows(section: Section, rows: Sequence[Row]) -> list[Picture]:
     primary = [row for row in rows if row["primary"]]
     asked = [row for row in primary if row["skip_rate_asked"] is not None]
     timed = [row for row in asked if row["tpot_ratio"] is not None]
-    found, colors = [], arm_colors(asked)
+    found, colors = [], arm_colors(rows)
     if asked:
         caption = (
             "Quality against the share of layers skipped. Bars are 95% intervals over items and "
@@ -240,7 +238,7 @@ def _quality(
         policy, lora_of, arm = (points[0][key] for key in ("policy", "lora_of", "arm"))
         if policy == "base":
             style = next(dashes) if lora_of else ":"
-            axes.axhline(points[0]["score"], color="#6b7280", linestyle=style, label=shown)
+            axes.axhline(points[0]["score"], color=PLAIN_COLOR, linestyle=style, label=shown)
             continue
         borrowed = lora_of not in (None, policy)
         marks[arm, borrowed] = marks.get((arm, borrowed), -1) + 1
@@ -249,8 +247,9 @@ def _quality(
         low, high = np.array([row["ci95"] for row in points]).T
         places = np.array([row[over] for row in points])
         across = None
-        if all(row.get(f"{over}_spread") for row in points):
-            left, right = np.array([row[f"{over}_spread"] for row in points]).T
+        if over == "tpot_ratio":
+            spread = [row.get("tpot_ratio_spread") or [row[over]] * 2 for row in points]
+            left, right = np.array(spread).T
             across = 100 * np.maximum([places - left, right - places], 0)
         axes.errorbar(
             100 * places,
@@ -347,12 +346,12 @@ def _sensitivity(rows: Sequence[Row], name: str) -> bytes:
     return _png(figure)
 
 
-def _training(arms: Mapping[str, Sequence[Row]]) -> bytes:
+def _training(arms: Mapping[str, Sequence[Row]], colors: Mapping[str, str]) -> bytes:
     """Draw cross-entropy over steps, a colour an arm."""
     figure, axes = _figure(8, 4.5)
-    for number, (arm, seeds) in enumerate(arms.items()):
+    for arm, seeds in arms.items():
         for seed, curve in enumerate(seeds):
-            color = f"C{number % 10}"
+            color = colors.get(arm, PLAIN_COLOR)
             for name, style in (("ce", {"alpha": 0.25}), ("eval_loss", {"marker": "o"})):
                 if name in curve:
                     shown = arm if name == "eval_loss" and seed == 0 else None

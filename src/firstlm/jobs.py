@@ -23,11 +23,11 @@ from firstlm.errors import ConfigError
 from firstlm.options import from_dict, read_yaml
 from firstlm.pretrained import ARTIFACT_FILE
 from firstlm.results import DATA_VARIABLE
+from firstlm.rows import exists
 from firstlm.summary import read
 
 KEYS = {"data", "train", "eval", "arms"}
 ARM_KEYS = {"seeds", "data", "test", "train", "balance", "eval"}
-DATA_ENDS = (".jsonl", ".jsonl.gz")
 ARM_PATHS = ("artifact", "majority_of")  # options of training that may name an arm as "arm:NAME"
 
 
@@ -166,12 +166,19 @@ class Job:
         print(f"{self.name}: scoring", flush=True)
         eval_command.run(self.score)
 
-    @property
-    def missing(self) -> list[str]:
-        """Data files that it is yet to read, and that are not there."""
-        files = [] if self.trained else [*(self.train.data or ()), *(self.train.validation or ())]
-        local = (file for file in (*files, self.score.data) if file.endswith(DATA_ENDS))
-        return [file for file in dict.fromkeys(local) if not Path(file).is_file()]
+    def missing(self, others: Mapping[str, Job]) -> list[str]:
+        """Return data files that are yet to be read, by it or what it needs, and that do not exist.
+
+        Args:
+            others: all jobs by name.
+        """
+        files = [] if self.scored else [self.score.data]
+        for job in () if self.scored else self.chain(others):
+            if job.balance and not job.trained:
+                files += job.balance.data or ()
+            elif not job.trained:
+                files += [*(job.train.data or ()), *(job.train.validation or ())]
+        return [file for file in dict.fromkeys(files) if not exists(file)]
 
 
 def files_of(paths: list[str]) -> list[Path]:

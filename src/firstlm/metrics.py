@@ -45,9 +45,8 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 def f1(prediction: str, references: Sequence[str]) -> float:
     """Return the best token overlap F1 over the references.
 
-    Signs of scripts without blanks between words count one by one, as in MLQA and CMRC. Where
-    nothing is left after normalising, both sides must be empty to agree (SQuAD 2.0); the 1.1 script
-    differs only there.
+    Signs of scripts without blanks between words count one by one. Where nothing is left after
+    normalising, both sides must be empty to agree (SQuAD 2.0); the 1.1 script differs only there.
     """
     found = _tokens(prediction)
     return max(_overlap(found, _tokens(reference)) for reference in _some(references))
@@ -150,11 +149,13 @@ def over_seeds(
 ) -> Estimate:
     """Return the mean score over seeds, or its share of the base's, with a hierarchical interval.
 
-    Every draw takes seeds with replacement, then groups of items, the same for all: both what
-    training and what the test set leaves to chance is in the interval. Draws of n seeds vary by
-    (n - 1) / n of what seeds do, so their distance from the mean is stretched by the root of its
-    inverse (Rao and Wu, 1988). A single seed leaves the first out; of two or three, the interval is
-    still a little narrow where seeds differ by more than items leave to chance.
+    Every draw takes groups of items with replacement, the same for all seeds, and adds by how much
+    some draw of the seeds differs from all of them on the whole corpus: what training and what the
+    test set leaves to chance are both in the interval. Draws of n seeds vary by (n - 1) / n of what
+    seeds do, so their difference is stretched by the root of its inverse (Rao and Wu, 1988).
+    Differences are factors for shares of the base's, which stay above 0. A single seed leaves this
+    part out; where seeds differ by far more than items leave to chance, the interval over three
+    holds the mean of all seeds in four of five cases only, over two in three of five.
 
     Args:
         ours: one a seed, all over the same items.
@@ -166,37 +167,49 @@ def over_seeds(
         samples: number of draws.
         seed: of the draws.
     """
-    both = [list(ours), list(base or [])]
+    sides = [ours] if base is None else [ours, base]
     count = len(ours[0].items)
-    if any(len(scores.items) != count for scores in [*ours, *both[1]]):
+    if any(len(scores.items) != count for side in sides for scores in side):
         raise DataError("These scores are over different numbers of items.")
-    if base is not None and paired and len(base) != len(ours):
-        raise DataError(f"{len(ours)} seeds cannot be paired with {len(base)} of the base.")
+    if paired and len({len(side) for side in sides}) > 1:
+        raise DataError(f"{len(ours)} seeds cannot be paired with {len(sides[1])} of the base.")
+    share = base is not None and not difference
 
-    def value(times: np.ndarray, picked: Sequence[np.ndarray] | None = None) -> float:
-        means = []
-        for i, scores in enumerate(both if base is not None else both[:1]):
-            by_seed = np.array([one.combine(times @ one.statistics) for one in scores])
-            mean = by_seed.mean()
-            if picked is not None and len(scores) > 1:
-                stretch = math.sqrt(len(scores) / (len(scores) - 1))
-                mean += stretch * (by_seed[picked[i]].mean() - mean)
-            means.append(float(mean))
-        if len(means) == 1:
-            return means[0]
+    def value(by_side: Sequence[np.ndarray]) -> float:
+        """Return the result from the scores of some seeds, side by side."""
+        first, *others = (float(scores.mean()) for scores in by_side)
+        if not others:
+            return first
         if difference:
-            return means[0] - means[1]
-        return means[0] / means[1] if means[1] else float("nan")
+            return first - others[0]
+        return first / others[0] if others[0] else float("nan")
 
+    def scored(times: np.ndarray) -> list[np.ndarray]:
+        return [np.array([one.combine(times @ one.statistics) for one in side]) for side in sides]
+
+    whole = scored(np.ones(count))
+    everything = value(whole)
+    stretches = [math.sqrt(len(side) / (len(side) - 1)) if len(side) > 1 else 0.0 for side in sides]
     items, seeds = (np.random.default_rng([seed, i]) for i in range(2))
     drawn = []
     for _ in range(samples):
-        times = drawn_items(items, count, groups)
-        rows = seeds.integers(0, len(ours), len(ours))
-        others = rows if paired else seeds.integers(0, len(both[1]) or 1, len(both[1]))
-        drawn.append(value(times, [rows, others]))
+        found = value(scored(drawn_items(items, count, groups)))
+        picks = [seeds.integers(0, len(side), len(side)) for side in sides[: 1 if paired else 2]]
+        for turn, stretch in enumerate(stretches[: len(picks)]):
+            # Paired, both sides take one draw; otherwise each in turn, the other side whole.
+            part = [
+                scores[picks[turn]] if paired or side == turn else scores
+                for side, scores in enumerate(whole)
+            ]
+            if share:
+                found *= (value(part) / everything) ** stretch if everything else 1.0
+            else:
+                found += stretch * (value(part) - everything)
+        drawn.append(found)
     low, high = np.nanpercentile(drawn, [2.5, 97.5]) if not np.isnan(drawn).all() else (np.nan,) * 2
-    return Estimate(value(np.ones(count)), float(low), float(high), count)
+    if not difference:
+        low = max(low, 0.0)
+    return Estimate(everything, float(low), float(high), count)
 
 
 def means(values: Sequence[float], scale: float = 100.0) -> Scores:
@@ -264,10 +277,10 @@ def _sacrebleu_scores(
 def score_summaries(
     predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, Scores]:
-    """Return ROUGE-1, ROUGE-2 and ROUGE-L (F1 with stemming, in percent) by rouge-score.
+    """Return ROUGE-1, ROUGE-2 and ROUGE-L (F1, in percent) by rouge-score.
 
-    Its own words are of Latin letters without accents; references in other scripts are taken apart
-    by `Words`.
+    Its own words are stems of ASCII letters, and accents part them. Where most letters of the
+    references are others, texts are taken apart by `Words`, without stemming.
     """
     from rouge_score.rouge_scorer import RougeScorer
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from firstlm.command_config import ReportConfig
 from firstlm.errors import ConfigError, DataError
-from firstlm.figures import KINDS, Picture, Row, Section, draw, groups, labelled, metric_name, title
+from firstlm.figures import Picture, Row, Section, draw, groups, labelled, metric_name, title
 from firstlm.results import write_text
 from firstlm.summary import checked
 
@@ -72,6 +72,9 @@ figcaption, .small { color: #4b5563; font-size: .9rem; }
 """
 
 
+LISTED = ".pictures"  # holds the names of the pictures that the last report wrote
+
+
 def run(options: ReportConfig) -> int:
     """Write the page and its pictures (`firstlm report`)."""
     folder = Path(options.results)
@@ -86,10 +89,12 @@ def run(options: ReportConfig) -> int:
             f"Drawing needs {error.name}: install it with `pip install 'firstlm[report]'`."
         ) from error
     target.mkdir(parents=True, exist_ok=True)
-    names = {f"{picture.name}.png" for picture in pictures}
-    for old in target.glob("*-*.png"):  # of results that are gone
-        if old.name not in names and old.name.partition("-")[0] in KINDS:
-            old.unlink()
+    listed = target / LISTED
+    before = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
+    names = [f"{picture.name}.png" for picture in pictures]
+    for old in {Path(name).name for name in before} - set(names):  # of results that are gone
+        (target / old).unlink(missing_ok=True)
+    write_text(listed, "\n".join(names))
     for picture in pictures:
         (target / f"{picture.name}.png").write_bytes(picture.png)
     write_text(target / "index.html", page(rows, pictures))

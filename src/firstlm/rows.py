@@ -42,6 +42,12 @@ class Row:
     where: str
 
 
+def exists(source: str | Path) -> bool:
+    """Whether there is such a file; a hub dataset, of which only the hub knows, counts as there."""
+    path = Path(source).expanduser()
+    return path.exists() or not LOOKS_LIKE_A_FILE.search(str(source))
+
+
 def read_rows(source: str | Path) -> Iterator[Row]:
     """Yield the rows of a .jsonl or .jsonl.gz file, or of a hub dataset.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from firstlm import artifact_files
 from firstlm.command_config import EvalConfig
 from firstlm.config import BASELINES, DIAGNOSTICS, RATED, TrainConfig
 from firstlm.data import items_hash, scored_examples
@@ -26,7 +27,7 @@ from firstlm.masks import (
     length_correlation,
 )
 from firstlm.metrics import Scores, grouped, means, over_seeds, perplexity
-from firstlm.pretrained import load_tokenizer
+from firstlm.pretrained import SMOLLM2, load_tokenizer
 from firstlm.tasks import Task, find_task
 
 # Below this the reference itself has hardly learnt the task: a share of it would mean nothing.
@@ -58,7 +59,7 @@ class Arm:
         (self.count,) = counts
         tokenizer = None
         if needs_tokenizer(score.data, score.template):
-            tokenizer = load_tokenizer(train.model or str(train.artifact))
+            tokenizer = load_tokenizer(base_of(train, score.model))
         examples = scored_examples(score.data, score.template, tokenizer, score.limit)
         if len(examples) != self.count:
             raise DataError(
@@ -206,6 +207,13 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     return found
 
 
+def base_of(train: TrainConfig, asked: str | None = None) -> str:
+    """Return the name of the model that an arm is of: the one asked for, else as in training."""
+    if asked or train.model or train.artifact is None:
+        return asked or train.model or SMOLLM2
+    return artifact_files.base_id(train.artifact) or SMOLLM2
+
+
 def base_seeds(seeds: Sequence[int], known: Sequence[int]) -> Sequence[int]:
     """Return with which seeds of a base to compare: the same; where it lacks one of them, all."""
     return seeds if set(seeds) <= set(known) else known
@@ -226,6 +234,8 @@ def _reference(arm: Arm, arms: Sequence[Arm]) -> dict[str, dict[int, Scores]]:
     if not picked:
         return {}
     found, primary = picked[0].scores("run_all"), picked[0].task.primary
+    if primary not in found:  # not scored yet
+        return {}
     learnt = over_seeds(list(found[primary].values()), samples=1).value
     return found if learnt >= LOWEST.get(primary, 0.0) else {}
 
