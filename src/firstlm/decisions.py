@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import torch
 
 from firstlm.errors import ConfigError, FirstError
-from firstlm.inputs import prompt_key
 from firstlm.policies import Policy, SteppedPolicy
 
 
@@ -274,3 +274,8 @@ class RoutingState:
     def count_call(self) -> None:
         """Count one unit that really runs."""
         self.layer_calls["prefill" if self.in_prefill else "decode"] += 1
+
+
+def prompt_key(ids: Sequence[int]) -> int:
+    """Return a number that depends on a prompt's token ids alone."""
+    return zlib.crc32(" ".join(map(str, ids)).encode())

@@ -12,9 +12,9 @@ import torch
 from firstlm.baselines import CountedSkip, OrderedSkip
 from firstlm.config import BASELINES, DIAGNOSTICS, EVAL_POLICIES, RATED
 from firstlm.data import spread_by_length
-from firstlm.decisions import RoutingState
+from firstlm.decisions import RoutingState, prompt_key
 from firstlm.errors import ConfigError
-from firstlm.inputs import pad_left, prompt_key
+from firstlm.inputs import pad_left
 from firstlm.model import FirstModel
 from firstlm.policies import Policy, RouterPolicy, RunAll, SteppedPolicy
 from firstlm.probes import decide_all

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -175,8 +174,3 @@ def kv_token_bytes(config: Any, size: int) -> int:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * heads * width * size
-
-
-def prompt_key(ids: Sequence[int]) -> int:
-    """Return a number that depends on a prompt's token ids alone."""
-    return zlib.crc32(" ".join(map(str, ids)).encode())
