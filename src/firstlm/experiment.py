@@ -39,7 +39,7 @@ def run(options: ExperimentConfig) -> int:
     """Work through experiment files, or list what is done (`firstlm experiment`)."""
     known = {
         job.name: job
-        for file in _files(options.files)
+        for file in files_of(options.files)
         for job in jobs_of(file, options.runs, options.results)
     }
     if options.only and options.action == "summary":
@@ -92,20 +92,6 @@ def run(options: ExperimentConfig) -> int:
             lines = [f"  {name}: {why}" for name, why in failed.items()]
             print("\n".join(["These failed, and the same command tries them again:", *lines]))
     return FAILED if failed else OK
-
-
-def _files(paths: list[str]) -> list[Path]:
-    """Return the experiment files, whose names must differ: those of results begin with them."""
-    files = list({file.resolve(): file for file in files_of(paths)}.values())
-    by_name: dict[str, Path] = {}
-    for file in files:
-        if file.stem in by_name:
-            raise ConfigError(
-                f"{by_name[file.stem]} and {file} have one name, and so would their results; "
-                "rename one of them."
-            )
-        by_name[file.stem] = file
-    return files
 
 
 def _work_through(

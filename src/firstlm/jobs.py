@@ -172,8 +172,10 @@ class Job:
         Args:
             others: all jobs by name.
         """
-        files = [] if self.scored else [self.score.data]
-        for job in () if self.scored else self.chain(others):
+        if self.scored:
+            return []
+        files = [self.score.data]
+        for job in self.chain(others):
             if job.balance and not job.trained:
                 files += job.balance.data or ()
             elif not job.trained:
@@ -182,14 +184,23 @@ class Job:
 
 
 def files_of(paths: list[str]) -> list[Path]:
-    """Return the files that are named, and those in folders that are."""
-    found: list[Path] = []
+    """Return the files that are named, and those in folders that are, each once.
+
+    Raises:
+        ConfigError: there are none, or two have one name, with which their results would begin.
+    """
+    found: dict[str, Path] = {}
     for path in map(Path, paths):
         inside = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
         if not inside or not all(file.is_file() for file in inside):
             raise ConfigError(f"{path} is no experiment file, nor a folder with any (*.yaml).")
-        found += inside
-    return found
+        for file in inside:
+            if found.setdefault(file.stem, file).resolve() != file.resolve():
+                raise ConfigError(
+                    f"{found[file.stem]} and {file} have one name, and so would their results; "
+                    "rename one of them."
+                )
+    return list(found.values())
 
 
 def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
