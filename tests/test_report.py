@@ -108,3 +108,27 @@ def test_long_legends_are_not_cut_off():
         seen = image.imread(io.BytesIO(picture.png))[..., :3]
         margins = (seen[:, :5], seen[:, -5:])
         assert all(bool((margin == 1).all()) for margin in margins), picture.name
+
+
+def test_policies_of_one_rate_stand_beside_the_curves(monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or b"")
+    rows = [row(arm, rate) for arm in ("first", "unified") for rate in (0.15, 0.25)]
+    rows += [row("base", 0.0, score=80.0), row("early_exit", 0.25, score=10.0)]
+    rows += [row("skip_decode", 0.2, score=70.0), row("length_only", 0.25, score=60.0)]
+    draw(rows, {})
+    rows.append(row("random_fixed", 0.25, score=0.0))
+    draw(rows, {})
+    few, many = drawn
+    assert [len(figure.axes) for figure in drawn] == [1, 2]
+    assert len(few.legends[0].texts) == 6
+    assert [text.get_text() for text in many.legends[0].texts] == [
+        "base + LoRA, all layers",
+        "FiRST",
+        "unified",
+    ]
+    names = [text.get_text() for text in many.axes[1].get_yticklabels()]
+    assert names == ["random fixed (25)", "early exit (25)", "length only (25)", "skip decode (20)"]
+    shown = [line.get_xdata()[0] for line in many.axes[1].lines if line.get_marker() == "o"]
+    assert shown == [0.0, 10.0, 60.0, 70.0]

@@ -32,6 +32,7 @@ SPARE_COLORS = ("#475569", "#2dd4bf", "#c084fc", "#1d4ed8", "#ca8a04", "#991b1b"
 PLAIN_COLOR = "#6b7280"  # of plain LoRA
 DASHES = ((0, (6, 3)), (0, (3, 2)), (0, (10, 4)))  # of plain LoRA, arm for arm
 MARKS = "osD^v"
+CROWD = 4  # policies with one point each, from which on they stand beside the curves
 WIDE = 28  # letters of a label, from which on two columns of them are enough
 LENGTH_GROUPS = 4  # of prompts, from short to long
 SWEPT = {"alpha": "alpha, weight of the non-skip penalty", "l2": "lambda, weight of the L2 penalty"}
@@ -191,12 +192,14 @@ def curves(reports: Mapping[str, Any]) -> dict[Section, dict[str, list[Row]]]:
     return found
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
+    """Return an empty figure, width and height in inches, and its axes from left to right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
+    axes = figure.subplots(1, columns, squeeze=False)[0].tolist()
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
@@ -226,25 +229,58 @@ def _quality(
     """Draw score over skip rate or time, a line a policy and LoRA; plain LoRA is dashed.
 
     All lines of one arm share a colour, each with a mark of its own; hollow marks ran with another
-    policy's LoRA.
+    policy's LoRA. Where many have but one point, these stand beside, best first.
     """
-    figure, axes = _figure(8, 4.5)
     lines: dict[str, list[Row]] = {}
     for shown, row in labelled(rows):
         lines.setdefault(shown, []).append(row)
+    whole = {shown: points[0] for shown, points in lines.items() if points[0]["policy"] == "base"}
+    lines = {shown: points for shown, points in lines.items() if shown not in whole}
+    alone = {shown: points[0] for shown, points in lines.items() if len(points) == 1}
+    if not CROWD <= len(alone) < len(lines):
+        alone = {}
+    lines = {shown: points for shown, points in lines.items() if shown not in alone}
+    figure, axes = _figure(11 if alone else 8, 4.5, 2 if alone else 1)
+    _curves(axes[0], lines, colors, over)
+    _references(axes[0].axhline, whole)
+    axes[0].set_xlabel(axis)
+    axes[0].set_ylabel(metric_name(rows[0]["metric"]))
+    axes[0].set_ylim(bottom=0)
+    axes[0].grid(axis="y", color="#e5e7eb")
+    figure.legend(
+        handles=axes[0].get_legend_handles_labels()[0],
+        fontsize="small",
+        frameon=False,
+        loc="outside lower center",
+        ncols=3 if max(map(len, [*lines, *whole])) < WIDE else 2,
+    )
+    if alone:
+        _ranked(axes[1], alone, colors, over)
+        _references(axes[1].axvline, whole)
+        axes[1].set_xlabel(
+            f"{metric_name(rows[0]['metric'])} of one rate each (in brackets: {axis})"
+        )
+    return _png(figure)
+
+
+def _references(draw_line: Any, whole: Mapping[str, Row]) -> None:
+    """Draw the base model's scores with all layers across a picture."""
     dashes = cycle(DASHES)
+    for shown, row in whole.items():
+        style = next(dashes) if row["lora_of"] else ":"
+        draw_line(row["score"], color=PLAIN_COLOR, linestyle=style, label=shown, zorder=0)
+
+
+def _curves(
+    axes: Any, lines: Mapping[str, list[Row]], colors: Mapping[str, str], over: str
+) -> None:
+    """Draw score over skip rate or time, with intervals."""
     marks: dict[tuple[str, bool], int] = {}
     for shown, points in lines.items():
         policy, lora_of, arm = (points[0][key] for key in ("policy", "lora_of", "arm"))
-        if policy == "base":
-            style = next(dashes) if lora_of else ":"
-            axes.axhline(points[0]["score"], color=PLAIN_COLOR, linestyle=style, label=shown)
-            continue
         borrowed = lora_of not in (None, policy)
         marks[arm, borrowed] = marks.get((arm, borrowed), -1) + 1
         points = sorted(points, key=lambda row: row[over])
-        scores = np.array([row["score"] for row in points])
-        low, high = np.array([row["ci95"] for row in points]).T
         places = np.array([row[over] for row in points])
         across = None
         if over == "tpot_ratio":
@@ -253,8 +289,8 @@ def _quality(
             across = 100 * np.maximum([places - left, right - places], 0)
         axes.errorbar(
             100 * places,
-            scores,
-            yerr=[np.maximum(scores - low, 0), np.maximum(high - scores, 0)],
+            [row["score"] for row in points],
+            yerr=_interval(points),
             xerr=across,
             color=colors[arm],
             linestyle="-." if borrowed else "-" if lora_of else ":",
@@ -264,22 +300,39 @@ def _quality(
             capsize=3,
             label=shown,
         )
-    axes.set_xlabel(axis)
-    axes.set_ylabel(metric_name(rows[0]["metric"]))
-    axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color="#e5e7eb")
-    figure.legend(
-        fontsize="small",
-        frameon=False,
-        loc="outside lower center",
-        ncols=3 if max(map(len, lines)) < WIDE else 2,
-    )
-    return _png(figure)
+
+
+def _ranked(axes: Any, alone: Mapping[str, Row], colors: Mapping[str, str], over: str) -> None:
+    """Draw the scores of what has but one point, each on a line of its own, best on top."""
+    ranked = sorted(alone.items(), key=lambda one: one[1]["score"])
+    for place, (_, row) in enumerate(ranked):
+        borrowed = row["lora_of"] not in (None, row["policy"])
+        axes.errorbar(
+            row["score"],
+            place,
+            xerr=_interval([row]),
+            color=colors[row["arm"]],
+            marker="o",
+            markerfacecolor="white" if borrowed else colors[row["arm"]],
+            markersize=5,
+            capsize=3,
+        )
+    names = [f"{shown} ({100 * row[over]:.0f})" for shown, row in ranked]
+    axes.set_yticks(range(len(ranked)), names, fontsize="small")
+    axes.set_xlim(left=0)
+    axes.grid(axis="x", color="#e5e7eb")
+
+
+def _interval(points: Sequence[Row]) -> np.ndarray:
+    """Return how far the interval of each point reaches below and above it, [2, points]."""
+    scores = np.array([row["score"] for row in points])
+    low, high = np.array([row["ci95"] for row in points]).T
+    return np.maximum([scores - low, high - scores], 0)
 
 
 def _masks(shares: Mapping[str, np.ndarray]) -> bytes:
     """Draw how often each layer runs, one line of boxes a run."""
-    figure, axes = _figure(9, 0.28 * len(shares) + 1.2)
+    figure, (axes,) = _figure(9, 0.28 * len(shares) + 1.2)
     lines = np.array(list(shares.values()))
     image = axes.imshow(lines, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_yticks(range(len(shares)))
@@ -295,7 +348,7 @@ def _layers(items: Sequence[Row]) -> bytes:
     keep = from_bits([item["keep"] for item in items])
     parts = [part for part in np.array_split(np.argsort(tokens, kind="stable"), LENGTH_GROUPS)]
     parts = [part for part in parts if len(part)]
-    figure, axes = _figure(9, 0.5 * len(parts) + 1.2)
+    figure, (axes,) = _figure(9, 0.5 * len(parts) + 1.2)
     shares = np.array([keep[part].mean(0) for part in parts])
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_yticks(range(len(parts)))
@@ -307,7 +360,7 @@ def _layers(items: Sequence[Row]) -> bytes:
 
 def _outputs(counts: np.ndarray) -> bytes:
     """Draw a histogram of router outputs [layers, bins], one column a layer."""
-    figure, axes = _figure(9, 3)
+    figure, (axes,) = _figure(9, 3)
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     image = axes.imshow(
         shares.T,
@@ -327,7 +380,7 @@ def _outputs(counts: np.ndarray) -> bytes:
 
 def _sensitivity(rows: Sequence[Row], name: str) -> bytes:
     """Draw skip rate and score over the values of an option of training."""
-    figure, axes = _figure(8, 3.5)
+    figure, (axes,) = _figure(8, 3.5)
     places = range(len(rows))
     axes.plot(places, [100 * row["skip_rate"] for row in rows], color="#0b6e99", marker="o")
     axes.set_ylabel("layers skipped, %", color="#0b6e99")
@@ -336,10 +389,8 @@ def _sensitivity(rows: Sequence[Row], name: str) -> bytes:
     axes.set_xticklabels([f"{row[name]:g}" for row in rows])
     axes.set_xlabel(SWEPT[name])
     right = axes.twinx()
-    scores = np.array([row["score"] for row in rows])
-    low, high = np.array([row["ci95"] for row in rows]).T
-    spread = [np.maximum(scores - low, 0), np.maximum(high - scores, 0)]
-    right.errorbar(places, scores, yerr=spread, color="#c2410c", marker="s", capsize=3)
+    scores = [row["score"] for row in rows]
+    right.errorbar(places, scores, yerr=_interval(rows), color="#c2410c", marker="s", capsize=3)
     right.set_ylabel(metric_name(rows[0]["metric"]), color="#c2410c")
     right.set_ylim(bottom=0)
     right.spines[["top"]].set_visible(False)
@@ -348,7 +399,7 @@ def _sensitivity(rows: Sequence[Row], name: str) -> bytes:
 
 def _training(arms: Mapping[str, Sequence[Row]], colors: Mapping[str, str]) -> bytes:
     """Draw cross-entropy over steps, a colour an arm."""
-    figure, axes = _figure(8, 4.5)
+    figure, (axes,) = _figure(8, 4.5)
     for arm, seeds in arms.items():
         for seed, curve in enumerate(seeds):
             color = colors.get(arm, PLAIN_COLOR)
