@@ -324,8 +324,24 @@ def test_run_writes_an_artifact_with_its_run_file(tmp_path: Path, byte_tokenizer
     ids = torch.tensor([model.tokenizer("say 3:")["input_ids"]])
     assert model.generate(ids, max_new_tokens=3).keep.shape == (1, 6)
 
+
+def test_what_cannot_be_trained_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, byte_tokenizer
+) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    settings = config(tmp_path, model=str(folder), data=str(data), router_steps=1, lora_steps=1)
+    assert run(settings) == 0
+    (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="other options"):
         run(replace(settings, lora_lr=1e-4))
+    with data.open("a") as file:
+        file.write('\n{"prompt": "say more:", "completion": " 1"}')
+    with pytest.raises(ConfigError, match="data that has changed since"):
+        run(settings)
+    data.write_text('{"prompt": "no answer"}\n')
+    with pytest.raises(DataError, match=r"data\.jsonl:\d+"):
+        run(replace(settings, output=str(tmp_path / "other")))
+    assert not (tmp_path / "other-run").exists()
 
 
 def test_rows_longer_than_the_context_are_refused(tmp_path: Path, byte_tokenizer) -> None:

@@ -37,6 +37,7 @@ from firstlm.inputs import (
     take_prompts,
 )
 from firstlm.policies import FixedMask, Policy, RunAll
+from firstlm.pretrained import context_length
 from firstlm.routers import Routers
 from firstlm.routing import Routing
 from firstlm.thresholds import Thresholds
@@ -213,8 +214,7 @@ class FirstModel(nn.Module):
     @property
     def context_length(self) -> int | None:
         """Most tokens that the base model takes, or None where its config sets no bound."""
-        config = self.base.config.get_text_config(decoder=True)
-        return getattr(config, "max_position_embeddings", None)
+        return context_length(self.base.config)
 
     def need_tokenizer(self) -> Any:
         """Return the tokenizer.

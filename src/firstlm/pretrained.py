@@ -191,9 +191,8 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto", **kw: Any) -
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
     where = resolve_model(name)
-    _check_folder(where)
     shared = {k: kw[k] for k in ("revision", "trust_remote_code", "token", "cache_dir") if k in kw}
-    _check_config(where, shared)
+    load_config(name, **shared)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=torch_dtype, **kw)
     except ValueError as error:
@@ -205,6 +204,32 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto", **kw: Any) -
     if not hasattr(model, "hf_device_map"):
         model = model.to(target)
     return model.eval(), load_tokenizer(where, **shared)
+
+
+def load_config(name: str, **kw: Any) -> Any:
+    """Load a decoder-only model's config, without its weights; arguments as for `load_base`."""
+    from transformers import AutoConfig
+
+    where = resolve_model(name)
+    _check_folder(where)
+    try:
+        config = AutoConfig.from_pretrained(where, **kw)
+    except Exception as error:  # OSError offline or unknown, ValueError for new model types, ...
+        raise ConfigError(
+            f"cannot find or read the model {where!r}: {_first_line(error)} Expected a hub id "
+            "(owner/name) that can be reached, a model folder, or 'smollm2'."
+        ) from error
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{where!r} ({config.model_type}) is an encoder-decoder; firstlm routes the layers of "
+            "decoder-only models such as Llama, Qwen, Gemma or Mistral."
+        )
+    return config
+
+
+def context_length(config: Any) -> int | None:
+    """Return the most tokens that a model takes, or None where its config sets no bound."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def load_tokenizer(name: str, **kw: Any) -> Any:
@@ -266,23 +291,6 @@ def _check_folder(where: str) -> None:
             raise ConfigError(f"{where} has no config.json; expected a Hugging Face model folder.")
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", where):
         raise ConfigError(f"{where!r} is neither a model folder nor a hub id (owner/name).")
-
-
-def _check_config(where: str, shared: dict[str, Any]) -> None:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(where, **shared)
-    except Exception as error:  # OSError offline or unknown, ValueError for new model types, ...
-        raise ConfigError(
-            f"cannot find or read the model {where!r}: {_first_line(error)} Expected a hub id "
-            "(owner/name) that can be reached, a model folder, or 'smollm2'."
-        ) from error
-    if config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{where!r} ({config.model_type}) is an encoder-decoder; firstlm routes the layers of "
-            "decoder-only models such as Llama, Qwen, Gemma or Mistral."
-        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -41,7 +41,14 @@ from firstlm.phases import (
     trainings,
     work_folder,
 )
-from firstlm.pretrained import SMOLLM2, load_base, resolve_device
+from firstlm.pretrained import (
+    SMOLLM2,
+    context_length,
+    load_base,
+    load_config,
+    load_tokenizer,
+    resolve_device,
+)
 from firstlm.results import atomic_dir, provenance, sha256_of, write_json, write_text
 from firstlm.trainer import WEIGHTS_FILE, mixed_precision, read_weights, take_weights
 
@@ -72,7 +79,13 @@ def run(config: TrainConfig) -> int:
             "trains it anew."
         )
         return 0
-    model, train, validation = prepare(config)
+    name = _base_name(config)
+    train, validation = read_data(config, name)
+    with processes.first_alone() as first:
+        if first and work_folder(config).is_dir():
+            with _claimed(config, hashes):  # what it refuses it refuses before a model is loaded
+                pass
+    model = load_model(config, name)
     model.baseline = _baseline(model, train, config)
     if processes.shards() and config.stage != "routers":
         if config.teach or config.heal or config.adapt_steps:
@@ -86,6 +99,7 @@ def run(config: TrainConfig) -> int:
         with processes.first_alone() as first:
             if first:
                 held.enter_context(_claimed(config, hashes))
+                _begin(config, hashes)
         record = _phases(model, train, validation, config, hashes)
         finish(model, draw(validation, CALIBRATION_PROMPTS, config.seed), config)
         model.training_record, model.results = record, {}
@@ -182,12 +196,37 @@ def finish(
         print(f"Warning: the rate trained for is not met. {error}")
 
 
-def prepare(config: TrainConfig) -> tuple[FirstModel, list[Encoded], list[Encoded]]:
-    """Load the model and the encoded data of a run; nothing is written."""
-    name = config.model
-    if name is None and config.artifact is not None:
-        name = artifact_files.base_id(config.artifact)
-    name = name or SMOLLM2
+def _base_name(config: TrainConfig) -> str:
+    """Return the name of the base model: as asked for, or as the artifact to go on from has it."""
+    if config.model is None and config.artifact is not None:
+        return artifact_files.base_id(config.artifact) or SMOLLM2
+    return config.model or SMOLLM2
+
+
+def read_data(config: TrainConfig, name: str) -> tuple[list[Encoded], list[Encoded]]:
+    """Return what a run of a base model trains on and what it validates with, encoded.
+
+    The model itself is not loaded, which can take minutes that nobody wants to lose to a typo.
+
+    Raises:
+        DataError: a row cannot be read, or is longer than `max_length` or the model's context.
+    """
+    assert config.data
+    context, tokenizer = context_length(load_config(name)), load_tokenizer(name)
+    options: dict[str, Any] = {"template": config.template, "tokenizer": tokenizer}
+    train = [e for file in config.data for e in load_examples(file, limit=config.limit, **options)]
+    if config.validation is not None:
+        validation = [e for file in config.validation for e in load_examples(file, **options)]
+    else:
+        train, validation = split_validation(train, VALIDATION_SHARE, config.seed)
+    validation = draw(validation, config.validation_limit, config.seed)
+    longest = min(config.max_length, context or config.max_length)
+    train, validation = (encode_all(part, tokenizer, longest)[1] for part in (train, validation))
+    return train, validation
+
+
+def load_model(config: TrainConfig, name: str) -> FirstModel:
+    """Load the model that a run trains: an artifact's, or a base model with new routers."""
     base, tokenizer = load_base(name, **load_options(config))
     if config.artifact is not None:
         model = FirstModel.from_pretrained(config.artifact, base=base, tokenizer=tokenizer)
@@ -207,18 +246,7 @@ def prepare(config: TrainConfig) -> tuple[FirstModel, list[Encoded], list[Encode
             base, RouterConfig(**{name: getattr(config, name) for name in fields}), tokenizer
         )
     model.base_id = name
-    assert config.data
-    options: dict[str, Any] = {"template": config.template, "tokenizer": tokenizer}
-    train = [e for file in config.data for e in load_examples(file, limit=config.limit, **options)]
-    if config.validation is not None:
-        validation = [e for file in config.validation for e in load_examples(file, **options)]
-    else:
-        train, validation = split_validation(train, VALIDATION_SHARE, config.seed)
-    validation = draw(validation, config.validation_limit, config.seed)
-    # No row may be longer than the model can read.
-    longest = min(config.max_length, model.context_length or config.max_length)
-    encoded = [encode_all(part, tokenizer, longest)[1] for part in (train, validation)]
-    return model, encoded[0], encoded[1]
+    return model
 
 
 def _baseline(model: FirstModel, train: list[Encoded], config: TrainConfig) -> Baseline | None:
@@ -255,7 +283,10 @@ def load_options(config: TrainConfig) -> dict[str, Any]:
 
 @contextmanager
 def _claimed(config: TrainConfig, hashes: dict[str, str]) -> Iterator[None]:
-    """Within this scope a run's work folder is its own; one that another run has is refused."""
+    """Within this scope a run's work folder is its own; one that another run has is refused.
+
+    So is one whose run cannot be resumed with these options and these data.
+    """
     work = work_folder(config)
     if work.is_dir() and not (work / LOCK_FILE).is_file():
         _refuse_others_files(work)  # before anything is written there
@@ -268,7 +299,8 @@ def _claimed(config: TrainConfig, hashes: dict[str, str]) -> Iterator[None]:
                 f"Another training is at work in {work}. Wait for it, or name another --output."
             ) from None
         _refuse_others_files(work)
-        _begin(config, hashes)
+        if config.resume and (work / RUN_FILE).is_file():
+            _refuse_other_run(config, hashes)
         yield
 
 
@@ -281,10 +313,35 @@ def _refuse_others_files(work: Path) -> None:
         )
 
 
-def _begin(config: TrainConfig, hashes: dict[str, str]) -> None:
-    """Write a run's options and data hashes into its work folder, unless they are others there."""
+def _refuse_other_run(config: TrainConfig, hashes: Mapping[str, str]) -> None:
+    """Refuse to resume a run that had other options, data or processes."""
     work = work_folder(config)
     file, data_file = work / RUN_FILE, work / START_FILE
+    changed = changed_options(to_dict(load_yaml(TrainConfig, file)), config)
+    if changed:
+        raise ConfigError(
+            f"{work} holds a run with other options ({', '.join(changed)}; see {file}). Name "
+            "another --output, repeat the options to resume it, or start over with --no-resume."
+        )
+    known = json.loads(data_file.read_text(encoding="utf-8")) if data_file.is_file() else {}
+    started = known.get(PROCESSES, processes.count())
+    if started != processes.count():
+        raise ConfigError(
+            f"{work} holds a run that was begun by {started} process(es), which take other "
+            f"rows than {processes.count()}. Start as many to resume it, name another "
+            "--output, or start over with --no-resume."
+        )
+    changed = [name for name, found in hashes.items() if known.get(name, found) != found]
+    if changed:
+        raise ConfigError(
+            f"{work} holds a run on data that has changed since: {', '.join(changed)}. Name "
+            "another --output, put it back to resume, or start over with --no-resume."
+        )
+
+
+def _begin(config: TrainConfig, hashes: Mapping[str, str]) -> None:
+    """Write a run's options and data hashes into its work folder."""
+    work = work_folder(config)
     if not config.resume:
         # What says that a run's files are there goes last.
         for path in sorted(work.iterdir(), key=lambda path: path.name == RUN_FILE):
@@ -292,29 +349,8 @@ def _begin(config: TrainConfig, hashes: dict[str, str]) -> None:
                 shutil.rmtree(path)
             elif path.name != LOCK_FILE:
                 path.unlink()
-    elif file.is_file():
-        changed = changed_options(to_dict(load_yaml(TrainConfig, file)), config)
-        if changed:
-            raise ConfigError(
-                f"{work} holds a run with other options ({', '.join(changed)}; see {file}). Name "
-                "another --output, repeat the options to resume it, or start over with --no-resume."
-            )
-        known = json.loads(data_file.read_text(encoding="utf-8")) if data_file.is_file() else {}
-        started = known.get(PROCESSES, processes.count())
-        if started != processes.count():
-            raise ConfigError(
-                f"{work} holds a run that was begun by {started} process(es), which take other "
-                f"rows than {processes.count()}. Start as many to resume it, name another "
-                "--output, or start over with --no-resume."
-            )
-        changed = [name for name, found in hashes.items() if known.get(name, found) != found]
-        if changed:
-            raise ConfigError(
-                f"{work} holds a run on data that has changed since: {', '.join(changed)}. Name "
-                "another --output, put it back to resume, or start over with --no-resume."
-            )
-    write_text(file, to_yaml(config))
-    write_json(data_file, {**hashes, PROCESSES: processes.count()})
+    write_text(work / RUN_FILE, to_yaml(config))
+    write_json(work / START_FILE, {**hashes, PROCESSES: processes.count()})
 
 
 def _finished(config: TrainConfig, hashes: Mapping[str, str]) -> bool:
