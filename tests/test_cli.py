@@ -12,6 +12,7 @@ import pytest
 
 from firstlm import __version__, cli
 from firstlm.errors import DataError
+from firstlm.model import FirstModel
 
 
 def firstlm(*words):
@@ -156,3 +157,23 @@ def test_a_reader_that_has_seen_enough_is_no_error():
         text=True,
     )  # fmt: skip
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["eval", "calibrate", "diagnose", "balance", "generate"])
+def test_data_that_cannot_be_read_is_refused_before_a_model_is_loaded(
+    tmp_path, monkeypatch, capsys, command
+):
+    def load(*_args, **_more):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(FirstModel, "from_pretrained", load)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{\n")
+    for file, problem in ((broken, "broken JSON"), (tmp_path / "none.jsonl", "no such file")):
+        asked = [command, "smollm2-qa", "--file" if command == "generate" else "--data", str(file)]
+        if command == "balance":
+            asked += [str(file)]
+        if command in ("balance", "calibrate"):
+            asked += ["--output", str(tmp_path / "out")]
+        assert cli.main(asked) == 2
+        assert problem in capsys.readouterr().err

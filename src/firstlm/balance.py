@@ -31,6 +31,7 @@ from firstlm.options import to_dict
 from firstlm.policies import RouterPolicy
 from firstlm.probes import decide_all
 from firstlm.results import portable, provenance
+from firstlm.rows import check_sources
 from firstlm.tasks import Task, find_task
 
 T = TypeVar("T")
@@ -229,6 +230,7 @@ def run(options: BalanceConfig) -> int:
     """Balance an artifact over data sets and save it elsewhere (`firstlm balance`)."""
     artifact_files.check_target(options.output)
     source = artifact_files.find(options.artifact)
+    check_sources(*options.data)
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )

@@ -21,6 +21,7 @@ from firstlm.errors import DataError
 from firstlm.examples import load_examples
 from firstlm.model import FirstModel
 from firstlm.policies import RouterPolicy
+from firstlm.rows import check_sources
 from firstlm.thresholds import Threshold
 
 TOLERANCE = 0.004  # of the measured rate, where the search ends early
@@ -179,6 +180,7 @@ def run(options: CalibrateConfig) -> int:
         )
     artifact_files.check_target(target)
     source = artifact_files.find(options.artifact)
+    check_sources(options.data)
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )

@@ -29,6 +29,7 @@ from firstlm.model import FirstModel
 from firstlm.options import to_dict
 from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
 from firstlm.results import check_file, provenance, sha256_of, write_json
+from firstlm.rows import check_sources
 
 BINS = 10
 PROMPTS = (
@@ -220,6 +221,7 @@ def _time(
 def run(options: DiagnoseConfig) -> int:
     """Diagnose an artifact (`firstlm diagnose`); 1 if a check failed."""
     check_file(options.output)
+    check_sources(options.data)
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )

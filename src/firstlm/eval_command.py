@@ -30,6 +30,7 @@ from firstlm.model import FirstModel
 from firstlm.options import to_dict
 from firstlm.pretrained import resolve_encoder
 from firstlm.results import check_file, portable, provenance, sha256_of, to_json, write_json
+from firstlm.rows import check_sources
 from firstlm.scoreboard import summary, table
 from firstlm.tasks import Task, find_task
 
@@ -56,6 +57,7 @@ def run(options: EvalConfig) -> int:
             "scores cannot be written into it",
             "leave --record out, or copy the artifact to a folder of your own",
         )
+    check_sources(options.data)
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )

@@ -18,7 +18,7 @@ from firstlm.data import check_room, encode_prompt
 from firstlm.errors import ConfigError, DataError
 from firstlm.examples import load_examples
 from firstlm.model import FirstModel
-from firstlm.rows import is_text
+from firstlm.rows import check_sources, is_text
 
 TIMED_TOKENS = 32  # per timed run
 KEPT, SKIPPED = ("█", "·"), ("#", ".")  # in a strip of layers, and where these can't be shown
@@ -74,6 +74,8 @@ def run(options: GenerateConfig) -> int:
     if options.compare and options.num_beams > 1:
         raise ConfigError("--compare streams greedy or sampled answers; leave --num-beams out.")
     texts = read_texts(options)
+    if texts is None:
+        check_sources(options.file)
     hush()
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device

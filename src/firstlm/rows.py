@@ -48,6 +48,19 @@ def exists(source: str | Path) -> bool:
     return path.exists() or not LOOKS_LIKE_A_FILE.search(str(source))
 
 
+def check_sources(*sources: str | Path | None) -> None:
+    """Refuse files that are not there or do not begin with a row, before something slow begins.
+
+    Raises:
+        DataError: as `read_rows`; hub datasets are not looked at, and None is no source.
+    """
+    for source in sources:
+        if source is None:
+            continue
+        if Path(source).expanduser().exists() or LOOKS_LIKE_A_FILE.search(str(source)):
+            next(read_rows(source), None)
+
+
 def read_rows(source: str | Path) -> Iterator[Row]:
     """Yield the rows of a .jsonl or .jsonl.gz file, or of a hub dataset.
 
