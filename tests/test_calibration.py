@@ -138,3 +138,24 @@ def test_the_layers_most_prompts_skip_are_kept_in_mind(prefill: str) -> None:
         assert share[order].tolist() == sorted(share.tolist(), reverse=True)
     with pytest.raises(ConfigError, match="firstlm calibrate"):
         make_model().thresholds.majority(0.2, prefill)
+
+
+def test_no_prompt_is_run_twice_with_one_mask(monkeypatch) -> None:
+    model = make_model()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for router in model.routers:
+            router.weight.copy_(20 * torch.randn(router.weight.shape, generator=generator))
+    prompts = [example.prompt_ids for example in make_examples(24, 0)]
+    runs, decide = [], model.decide
+
+    def noted(ids, mask, policy, **more):
+        state = decide(ids, mask, policy, **more)
+        for row, real, keep in zip(ids, mask, state.keep, strict=True):
+            runs.append((tuple(row[real.bool()].tolist()), tuple(keep.tolist())))
+        return state
+
+    monkeypatch.setattr(model, "decide", noted)
+    calibrate(model, prompts, [0.1, 0.2, 0.3, 0.4, 0.5], ["skip"], batch_size=5)
+    assert len(set(runs)) > 2 * len(set(map(tuple, prompts)))  # of several masks each
+    assert len(runs) <= len(set(runs)) + len(prompts) - len(set(map(tuple, prompts)))

@@ -389,6 +389,19 @@ def test_perplexity_is_that_of_the_wanted_answers_under_the_policy(model, exampl
     assert len(set(found)) == len(found)
 
 
+def test_perplexity_can_be_left_out_and_added_to_some(words, capsys, monkeypatch):
+    asked = [*words, "0.25"]
+    with monkeypatch.context() as patch:
+        patch.setattr("firstlm.evaluate.item_losses", None)
+        assert cli.main([*asked, "--no-perplexity", "--policies", "base"]) == 0
+    assert cli.main([*asked, "--policies", "base", "router"]) == 0
+    base, router = result_of(words)["runs"].values()
+    assert "perplexity" not in base
+    assert "perplexity" not in base["items"][0]
+    assert router["perplexity"]["value"] > 1
+    assert "perplexity" not in capsys.readouterr().out.splitlines()[-4]
+
+
 def test_a_file_of_something_else_is_not_written_over(words, tmp_path, capsys):
     file = tmp_path / "out" / "result.json"
     file.parent.mkdir()

@@ -8,6 +8,7 @@ are searched by bisection. With prefill="full" the logits do not depend on the o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +20,7 @@ from firstlm.config import RATES
 from firstlm.data import check_room, draw, encode_prompt, prompt_batches
 from firstlm.errors import DataError
 from firstlm.examples import load_examples
+from firstlm.inputs import pad_left
 from firstlm.model import FirstModel
 from firstlm.policies import RouterPolicy
 from firstlm.rows import check_sources
@@ -65,23 +67,23 @@ def find_offsets(
     progress: bool = True,
 ) -> list[Threshold]:
     """Return what meets each rate, in rising order."""
-    batches = prompt_batches(prompts, batch_size, model.pad_id)
     known: dict[float, float] = {}
     skipped: dict[float, tuple[float, ...]] = {}
     was_training = model.training
     model.eval()
     hidden = not (progress and processes.is_first())
     with tqdm(disable=hidden, desc=f"calibrating {prefill}", unit="pass") as bar:
-        measure = _full_skips(model, batches, bar) if prefill == "full" else None
+        measure = {"full": _full_skips, "skip": _closed_loop_skips}[prefill](
+            model, prompts, batch_size, bar
+        )
 
         def rate_at(offset: float) -> float:
             if offset not in known:
-                skip = measure(offset) if measure else _closed_loop_skips(model, batches, offset)
+                skip = measure(offset)
                 # What comes next depends on it, and processes must take the same passes.
                 shares = processes.same(skip.mean(0).tolist())
                 known[offset] = sum(shares) / len(shares)
                 skipped[offset] = tuple(round(share, 4) for share in shares)
-                bar.update()
             return known[offset]
 
         rows = _table(rate_at, known, sorted(rates))
@@ -137,16 +139,53 @@ def _search(
     return best, known[best]
 
 
-def _closed_loop_skips(model: FirstModel, batches: list, offset: float) -> torch.Tensor:
-    """Return which layers each prompt skips [prompts, layers], as float64."""
-    policy = RouterPolicy(model.routers, offset)
-    return torch.cat([~model.decide(ids, mask, policy).keep for ids, mask in batches]).double()
+def _closed_loop_skips(
+    model: FirstModel, prompts: Sequence[Sequence[int]], batch_size: int, bar: tqdm
+) -> Callable[[float], torch.Tensor]:
+    """Return what each prompt skips [prompts, layers] float64 as a function of the offset.
+
+    Layers read what skipped layers left, so prompts are run at the offset. But what a prompt skips
+    stays as it is between the offsets at which one of its logits changes its sign, and there it is
+    not run again.
+    """
+    rows = sorted(prompts, key=len)
+    spans: list[list[tuple[float, float, torch.Tensor]]] = [[] for _ in rows]
+    free = torch.ones(model.layer_count, dtype=torch.bool)
+    free[sorted(model.routing.stack.locked)] = False
+
+    def known(row: int, offset: float) -> torch.Tensor | None:
+        return next((skip for low, high, skip in spans[row] if low <= offset < high), None)
+
+    def run(picked: Sequence[int], offset: float) -> None:
+        ids, mask = pad_left([rows[row] for row in picked], model.pad_id)
+        state = model.decide(ids, mask, RouterPolicy(model.routers, offset))
+        scores = torch.stack([s.double().cpu() for s in state.scores if s is not None], 1)
+        turns = offset - scores  # at these offsets a layer's logit changes its sign
+        low = turns.masked_fill(~(state.keep & free), -torch.inf).amax(1).clamp(max=offset)
+        high = turns.masked_fill(state.keep, torch.inf).amin(1)
+        high = high.clamp(min=math.nextafter(offset, math.inf))
+        # What runs next depends on it, and processes must run the same.
+        found = processes.same((low.tolist(), high.tolist(), (~state.keep).double()))
+        for row, low, high, skip in zip(picked, *found, strict=True):
+            spans[row].append((low, high, skip))
+
+    def measure(offset: float) -> torch.Tensor:
+        left = [row for row in range(len(rows)) if known(row, offset) is None]
+        for start in range(0, len(left), batch_size):
+            run(left[start : start + batch_size], offset)
+            bar.update()
+        found = (known(row, offset) for row in range(len(rows)))
+        return torch.stack([skip for skip in found if skip is not None])
+
+    return measure
 
 
-def _full_skips(model: FirstModel, batches: list, bar: tqdm) -> Callable[[float], torch.Tensor]:
+def _full_skips(
+    model: FirstModel, prompts: Sequence[Sequence[int]], batch_size: int, bar: tqdm
+) -> Callable[[float], torch.Tensor]:
     """Score every prompt once with all layers running; return the skips as a function of offset."""
     scores = []
-    for ids, mask in batches:
+    for ids, mask in prompt_batches(prompts, batch_size, model.pad_id):
         state = model.decide(ids, mask, RouterPolicy(model.routers), prefill="full")
         scores.append(torch.stack([s.cpu() for s in state.scores if s is not None], 1))
         bar.update()

@@ -294,6 +294,9 @@ class EvalConfig(AnswerOptions):
         at_least=0,
         help="time decoding after N of the prompts, one by one, in turns with all layers",
     )
+    perplexity: bool = option(
+        True, help="score how well wanted answers are expected, too: a second pass over the prompts"
+    )
     bert_model: str | None = option(
         None,
         path=True,

@@ -43,6 +43,7 @@ FREE_OPTIONS = (
     "policies",
     "skip_rates",
     "timed",
+    "perplexity",
     "device",
 )
 
@@ -129,6 +130,7 @@ def _score(
                 max_new_tokens=options.max_new_tokens,
                 timed=options.timed,
                 seed=options.seed,
+                perplexity=options.perplexity,
                 bert_score=bert_score,
                 journal=journal,
             )

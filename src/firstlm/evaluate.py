@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from firstlm import metrics
 from firstlm.bertscore import BertScore
 from firstlm.data import Encoded, check_room, encode, spread_by_length
 from firstlm.errors import DataError
@@ -26,7 +27,7 @@ from firstlm.inputs import pad_left
 from firstlm.journal import Journal
 from firstlm.losses import item_losses
 from firstlm.masks import describe_masks, describe_rates, from_bits, to_bits
-from firstlm.metrics import Scores, grouped, perplexity
+from firstlm.metrics import Scores, grouped
 from firstlm.model import FirstModel
 from firstlm.policies import Policy
 from firstlm.probes import decode_times
@@ -47,6 +48,7 @@ def evaluate(
     max_new_tokens: int = 32,
     timed: int = 0,
     seed: int = 0,
+    perplexity: bool = True,
     bert_score: BertScore | None = None,
     progress: bool = True,
     items: bool = True,
@@ -66,17 +68,19 @@ def evaluate(
         max_new_tokens: longest answer; where the task's answers have one line, they end with it.
         timed: prompts, evenly drawn by length, after which decoding is timed.
         seed: seed of the bootstrap, and of the policies that draw layers.
+        perplexity: scores the wanted answers' perplexity, in a second pass over the prompts.
         bert_score: scores the answers' meaning too; None leaves that out.
         progress: show a progress bar.
         items: put every answer with its scores and mask into the result.
         journal: what an interrupted call has answered; batches in it are not answered again.
 
     Returns:
-        One JSON object: each metric of the task in percent, and perplexity per token of the wanted
-        answers, with 95% intervals; skip rates per prompt and layer, number of distinct masks,
-        layer calls, `tpot_ratio` (time per token over that with all layers) where prompts were
-        timed, `rho_histogram` [layers, bins] where routers decide, `kv_recomputed` where tokens
-        decide by themselves (`token_level.usage`), and the items in the order of `examples`.
+        One JSON object: each metric of the task in percent, and perplexity per token of wanted
+        answers where it is asked for, with 95% intervals; skip rates per prompt and layer,
+        number of distinct masks, layer calls, `tpot_ratio` (time per token over that with all
+        layers) where prompts were timed, `rho_histogram` [layers, bins] where routers decide,
+        `kv_recomputed` where tokens decide by themselves (`token_level.usage`), and the items in
+        the order of `examples`.
     """
     if not examples:
         raise DataError("There are no examples to score.")
@@ -92,7 +96,9 @@ def evaluate(
         answers, keep, rates, totals = _answer_all(
             prompts, answer, batch_size, journal or Journal(None), name, progress
         )
-        scores = {"perplexity": _perplexity(model, rows, chosen, batch_size, prefill)}
+        scores = dict[str, Scores]()
+        if perplexity:
+            scores["perplexity"] = _perplexity(model, rows, chosen, batch_size, prefill)
         ratio = _tpot_ratio(model, chosen, prefill, prompts, timed)
     references = [example.references for example in examples]
     if bert_score is not None:
@@ -147,7 +153,7 @@ def _perplexity(
 ) -> Scores:
     """Return the perplexity of the wanted answers."""
     losses, tokens, _ = item_losses(model, rows, policy, batch_size, prefill)
-    return perplexity(losses.tolist(), tokens.tolist())
+    return metrics.perplexity(losses.tolist(), tokens.tolist())
 
 
 def _tpot_ratio(

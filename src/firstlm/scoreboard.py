@@ -42,7 +42,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     """Return a report of `firstlm eval` as text, one line a run."""
     runs = report["runs"]
-    metrics = _metrics(next(iter(runs.values()))) if runs else {}
+    metrics = _metrics(*runs.values())
     columns = ["run", *(c for label in metrics.values() for c in (label, "95%"))]
     columns += ["of run_all", "skipped", "p5-p95", "masks", "calls"]
     rows = []
@@ -69,9 +69,9 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
-def _metrics(run: dict[str, Any]) -> dict[str, str]:
-    """Return the label of each metric of a run."""
-    return {name: label for name, label in LABELS.items() if name in run}
+def _metrics(*runs: dict[str, Any]) -> dict[str, str]:
+    """Return the label of each metric that all of some runs have."""
+    return {name: label for name, label in LABELS.items() if all(name in run for run in runs)}
 
 
 def _interval(estimate: dict[str, float]) -> str:

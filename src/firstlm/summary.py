@@ -129,7 +129,7 @@ class Arm:
             items = run["items"]
             by_metric = self.task.score([item["prediction"] for item in items], self._references)
             # Results of 2026-11-25 lack answer_tokens; what is no number was written as null.
-            if all("answer_tokens" in x and x["perplexity"] is not None for x in items):
+            if all("answer_tokens" in x and x.get("perplexity") is not None for x in items):
                 tokens = [item["answer_tokens"] for item in items]
                 losses = [np.log(item["perplexity"]) * item["answer_tokens"] for item in items]
                 by_metric |= {"perplexity": perplexity(losses, tokens)}
