@@ -118,14 +118,19 @@ def test_rates_between_two_numbers_of_layers_are_served() -> None:
             assert float((~keep).float().mean()) == pytest.approx(rate, abs=0.125)
 
 
-@pytest.mark.parametrize("prefill", ["skip", "full"])
-def test_the_layers_most_prompts_skip_are_kept_in_mind(prefill: str) -> None:
+def disagreeing() -> tuple[FirstModel, list[list[int]]]:
+    """Return a model whose routers say something else to each of some prompts, and those."""
     model = make_model()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for router in model.routers:
             router.weight.copy_(20 * torch.randn(router.weight.shape, generator=generator))
-    prompts = [example.prompt_ids for example in make_examples(24, 0)]
+    return model, [example.prompt_ids for example in make_examples(24, 0)]
+
+
+@pytest.mark.parametrize("prefill", ["skip", "full"])
+def test_the_layers_most_prompts_skip_are_kept_in_mind(prefill: str) -> None:
+    model, prompts = disagreeing()
     calibrate(model, prompts, [0.2, 0.4])
     ids, mask = pad_left(prompts, model.pad_id)
     for row in model.thresholds.table[prefill]:
@@ -141,12 +146,7 @@ def test_the_layers_most_prompts_skip_are_kept_in_mind(prefill: str) -> None:
 
 
 def test_no_prompt_is_run_twice_with_one_mask(monkeypatch) -> None:
-    model = make_model()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for router in model.routers:
-            router.weight.copy_(20 * torch.randn(router.weight.shape, generator=generator))
-    prompts = [example.prompt_ids for example in make_examples(24, 0)]
+    model, prompts = disagreeing()
     runs, decide = [], model.decide
 
     def noted(ids, mask, policy, **more):

@@ -73,9 +73,8 @@ def find_offsets(
     model.eval()
     hidden = not (progress and processes.is_first())
     with tqdm(disable=hidden, desc=f"calibrating {prefill}", unit="pass") as bar:
-        measure = {"full": _full_skips, "skip": _closed_loop_skips}[prefill](
-            model, prompts, batch_size, bar
-        )
+        skips = _full_skips if prefill == "full" else _closed_loop_skips
+        measure = skips(model, prompts, batch_size, bar)
 
         def rate_at(offset: float) -> float:
             if offset not in known:

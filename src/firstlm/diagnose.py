@@ -221,7 +221,8 @@ def _time(
 def run(options: DiagnoseConfig) -> int:
     """Diagnose an artifact (`firstlm diagnose`); 1 if a check failed."""
     check_file(options.output)
-    check_sources(options.data)
+    if options.data is not None:
+        check_sources(options.data)
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )

@@ -241,10 +241,11 @@ def _quality(
         alone = {}
     lines = {shown: points for shown, points in lines.items() if shown not in alone}
     figure, axes = _figure(11 if alone else 8, 4.5, 2 if alone else 1)
+    metric = metric_name(rows[0]["metric"])
     _curves(axes[0], lines, colors, over)
     _references(axes[0].axhline, whole)
     axes[0].set_xlabel(axis)
-    axes[0].set_ylabel(metric_name(rows[0]["metric"]))
+    axes[0].set_ylabel(metric)
     axes[0].set_ylim(bottom=0)
     axes[0].grid(axis="y", color="#e5e7eb")
     figure.legend(
@@ -257,9 +258,7 @@ def _quality(
     if alone:
         _ranked(axes[1], alone, colors, over)
         _references(axes[1].axvline, whole)
-        axes[1].set_xlabel(
-            f"{metric_name(rows[0]['metric'])} of one rate each (in brackets: {axis})"
-        )
+        axes[1].set_xlabel(f"{metric} of one rate each (in brackets: {axis})")
     return _png(figure)
 
 
@@ -277,9 +276,8 @@ def _curves(
     """Draw score over skip rate or time, with intervals."""
     marks: dict[tuple[str, bool], int] = {}
     for shown, points in lines.items():
-        policy, lora_of, arm = (points[0][key] for key in ("policy", "lora_of", "arm"))
-        borrowed = lora_of not in (None, policy)
-        marks[arm, borrowed] = marks.get((arm, borrowed), -1) + 1
+        kind = points[0]["arm"], _borrowed(points[0])
+        marks[kind] = marks.get(kind, -1) + 1
         points = sorted(points, key=lambda row: row[over])
         places = np.array([row[over] for row in points])
         across = None
@@ -292,13 +290,10 @@ def _curves(
             [row["score"] for row in points],
             yerr=_interval(points),
             xerr=across,
-            color=colors[arm],
-            linestyle="-." if borrowed else "-" if lora_of else ":",
-            marker=MARKS[marks[arm, borrowed] % len(MARKS)],
-            markerfacecolor="white" if borrowed else colors[arm],
-            markersize=5,
-            capsize=3,
+            linestyle="-." if _borrowed(points[0]) else "-" if points[0]["lora_of"] else ":",
+            marker=MARKS[marks[kind] % len(MARKS)],
             label=shown,
+            **_look(points[0], colors),
         )
 
 
@@ -306,21 +301,25 @@ def _ranked(axes: Any, alone: Mapping[str, Row], colors: Mapping[str, str], over
     """Draw the scores of what has but one point, each on a line of its own, best on top."""
     ranked = sorted(alone.items(), key=lambda one: one[1]["score"])
     for place, (_, row) in enumerate(ranked):
-        borrowed = row["lora_of"] not in (None, row["policy"])
         axes.errorbar(
-            row["score"],
-            place,
-            xerr=_interval([row]),
-            color=colors[row["arm"]],
-            marker="o",
-            markerfacecolor="white" if borrowed else colors[row["arm"]],
-            markersize=5,
-            capsize=3,
+            row["score"], place, xerr=_interval([row]), marker=MARKS[0], **_look(row, colors)
         )
     names = [f"{shown} ({100 * row[over]:.0f})" for shown, row in ranked]
     axes.set_yticks(range(len(ranked)), names, fontsize="small")
     axes.set_xlim(left=0)
     axes.grid(axis="x", color="#e5e7eb")
+
+
+def _borrowed(row: Row) -> bool:
+    """Tell whether a policy ran with another one's LoRA."""
+    return row["lora_of"] not in (None, row["policy"])
+
+
+def _look(row: Row, colors: Mapping[str, str]) -> dict[str, Any]:
+    """Return an arm's colour, and what all points share; hollow ones ran with another's LoRA."""
+    color = colors[row["arm"]]
+    filled = "white" if _borrowed(row) else color
+    return {"color": color, "markerfacecolor": filled, "markersize": 5, "capsize": 3}
 
 
 def _interval(points: Sequence[Row]) -> np.ndarray:

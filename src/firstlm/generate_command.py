@@ -74,8 +74,6 @@ def run(options: GenerateConfig) -> int:
     if options.compare and options.num_beams > 1:
         raise ConfigError("--compare streams greedy or sampled answers; leave --num-beams out.")
     texts = read_texts(options)
-    if texts is None:
-        check_sources(options.file)
     hush()
     model = FirstModel.from_pretrained(
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
@@ -123,6 +121,7 @@ def read_texts(options: GenerateConfig) -> list[str] | None:
         what = "this is a folder; name a file." if Path(file).is_dir() else "there is no such file."
         raise DataError(f"{file}: {what}")
     elif rows:
+        check_sources(file)
         return None
     else:
         try:

@@ -192,7 +192,7 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto", **kw: Any) -
     torch_dtype = resolve_dtype(dtype, target)
     where = resolve_model(name)
     shared = {k: kw[k] for k in ("revision", "trust_remote_code", "token", "cache_dir") if k in kw}
-    load_config(name, **shared)
+    load_config(where, **shared)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=torch_dtype, **kw)
     except ValueError as error:

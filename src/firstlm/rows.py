@@ -48,17 +48,16 @@ def exists(source: str | Path) -> bool:
     return path.exists() or not LOOKS_LIKE_A_FILE.search(str(source))
 
 
-def check_sources(*sources: str | Path | None) -> None:
+def check_sources(*sources: str | Path) -> None:
     """Refuse files that are not there or do not begin with a row, before something slow begins.
 
     Raises:
-        DataError: as `read_rows`; hub datasets are not looked at, and None is no source.
+        DataError: as `read_rows`; of a hub dataset nothing is looked at but its name.
     """
     for source in sources:
-        if source is None:
-            continue
-        if Path(source).expanduser().exists() or LOOKS_LIKE_A_FILE.search(str(source)):
-            next(read_rows(source), None)
+        rows = read_rows(source)
+        if Path(source).expanduser().exists():
+            next(rows, None)
 
 
 def read_rows(source: str | Path) -> Iterator[Row]:
