@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_llama
 from training import write_run
 
 from firstlm import FirstModel, cli, evaluate, experiment, summary
@@ -260,6 +261,9 @@ arms:
 def test_an_arm_scores_what_balancing_makes_of_another(words, tmp_path, capsys):
     data, other = tmp_path / "set", tmp_path / "other"
     other.mkdir()
+    base = tiny_llama(layers=6)
+    base.lm_head.weight.data.mul_(20)  # logits that can be sure
+    base.save_pretrained(tmp_path / "base")
     for split in ("train", "validation", "test"):
         rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
         for folder, turned in ((data, 1), (other, -1)):  # a constant answer is soon learnt
@@ -367,8 +371,13 @@ def test_a_file_like_another_differs_where_it_says_so(words):
     assert other.score == replace(
         one.score, limit=2, artifact="runs/more-first-1", output="results/more-first-1.json"
     )
+    own = f"own: {{test: {folder}, eval: {{policies: [base]}}}}"
+    (folder / "more.yaml").write_text(f"like: tiny.yaml\narms: [first, {own}]\n")
+    jobs = jobs_of(folder / "more.yaml", "runs", "results")
+    assert [job.name for job in jobs] == ["more-first-0", "more-first-1", "more-own-0"]
+    assert [Path(job.score.data).parent for job in jobs[1:]] == [folder.parent / "set", folder]
     (folder / "more.yaml").write_text("like: tiny.yaml\narms: [second]\n")
-    with pytest.raises(ConfigError, match=r"takes the arms second, but"):
+    with pytest.raises(ConfigError, match=r"takes the arm second, but"):
         jobs_of(folder / "more.yaml", "runs", "results")
 
 

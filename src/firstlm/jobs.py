@@ -2,10 +2,10 @@
 """Experiment files and the jobs that they name: what is trained, how it is scored, what is done.
 
 A file that is `like` another takes over what that says and it does not, `train` and `eval` option
-by option; its `arms` are its own, or a list of those to take over. An arm may have `data` of its
-own to train on (several sets are mixed) and a `test` set of its own. One whose `train` is
-"arm:NAME" trains nothing: it scores that arm's artifact on other data or under other policies, or,
-with `balance`, what `firstlm balance` makes of it.
+by option; its `arms` are its own, or a list of those to take over, own ones among them. An arm may
+have `data` of its own to train on (several sets are mixed) and a `test` set of its own. One whose
+`train` is "arm:NAME" trains nothing: it scores that arm's artifact on other data or under other
+policies, or, with `balance`, what `firstlm balance` makes of it.
 """
 
 from __future__ import annotations
@@ -260,15 +260,26 @@ def _content(file: Path, above: tuple[Path, ...] = ()) -> Mapping[str, Any]:
     content = dict(_content(other, (*above, file.resolve())))
     for key, value in found.items():
         if key == "arms" and isinstance(value, list):
-            if missing := [str(arm) for arm in value if arm not in content["arms"]]:
-                raise ConfigError(
-                    f"{file} takes the arms {', '.join(missing)}, but {other} has none."
-                )
-            value = {arm: content["arms"][arm] for arm in value}
+            value = _taken(value, content["arms"], file, other)
         elif key in ("train", "eval") and isinstance(value, dict):
             value = {**content.get(key, {}), **value}
         content[key] = value
     return _known(content, KEYS, str(file))
+
+
+def _taken(
+    listed: list[Any], arms: Mapping[str, Any], file: Path, other: Path
+) -> Mapping[str, Any]:
+    """Return the arms that a list takes over from another file or says itself."""
+    found: dict[str, Any] = {}
+    for arm in listed:
+        if isinstance(arm, dict):
+            found.update(arm)
+        elif arm in arms:
+            found[arm] = arms[arm]
+        else:
+            raise ConfigError(f"{file} takes the arm {arm}, but {other} has none.")
+    return found
 
 
 def _arm(said: Any, content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
