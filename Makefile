@@ -10,6 +10,8 @@ VENV ?= .venv
 PINS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two at a time, a thread each: most tests are too small for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-oldest test-vllm check fix
@@ -35,10 +37,10 @@ demo: $(STAMP)  ## answer prompts with fewer layers, then train a short run
 	$(BIN)/firstlm demo
 
 test: $(STAMP)  ## run the tests that take seconds each
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(STAMP)  ## run every test this machine can run
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-oldest:  ## run the tests with the oldest transformers that is supported
 	$(MAKE) test VENV=.venv-oldest PINS=transformers==5.17.0
