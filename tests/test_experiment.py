@@ -377,7 +377,7 @@ def test_a_file_like_another_differs_where_it_says_so(words):
     assert [job.name for job in jobs] == ["more-first-0", "more-first-1", "more-own-0"]
     assert [Path(job.score.data).parent for job in jobs[1:]] == [folder.parent / "set", folder]
     (folder / "more.yaml").write_text("like: tiny.yaml\narms: [second]\n")
-    with pytest.raises(ConfigError, match=r"takes the arm second, but"):
+    with pytest.raises(ConfigError, match=r"takes the arms second, but"):
         jobs_of(folder / "more.yaml", "runs", "results")
 
 

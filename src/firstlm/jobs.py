@@ -271,15 +271,10 @@ def _taken(
     listed: list[Any], arms: Mapping[str, Any], file: Path, other: Path
 ) -> Mapping[str, Any]:
     """Return the arms that a list takes over from another file or says itself."""
-    found: dict[str, Any] = {}
-    for arm in listed:
-        if isinstance(arm, dict):
-            found.update(arm)
-        elif arm in arms:
-            found[arm] = arms[arm]
-        else:
-            raise ConfigError(f"{file} takes the arm {arm}, but {other} has none.")
-    return found
+    said = [arm if isinstance(arm, dict) else {arm: arms.get(arm)} for arm in listed]
+    if missing := [str(arm) for arm in listed if not isinstance(arm, dict) and arm not in arms]:
+        raise ConfigError(f"{file} takes the arms {', '.join(missing)}, but {other} has none.")
+    return {name: value for one in said for name, value in one.items()}
 
 
 def _arm(said: Any, content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
