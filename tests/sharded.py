@@ -19,7 +19,7 @@ from training import make_examples, make_model
 from firstlm import processes
 from firstlm.adapters import add_lora
 from firstlm.config import TrainConfig
-from firstlm.data import IGNORE, Collator
+from firstlm.data import Collator
 from firstlm.losses import answer_cross_entropy, answer_pass, non_skip_penalty
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask, Policy, RouterPolicy
@@ -54,7 +54,7 @@ def step(model: FirstModel, rows: list, policy: Policy, gate: str) -> torch.Tens
     state = model.new_state(inputs["prompt_mask"], policy, gate=gate)
     with model.routing.tracing(state):
         output, labels = answer_pass(model, inputs, state)
-    loss = processes.weight(labels[:, 1:] != IGNORE) * answer_cross_entropy(output.logits, labels)
+    loss = processes.weight(torch.ones_like(labels)) * answer_cross_entropy(output.logits, labels)
     return loss if state.rho is None else loss + 0.1 * non_skip_penalty(state.rho)
 
 

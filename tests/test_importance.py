@@ -29,9 +29,9 @@ def one_by_one(model: FirstModel, batches: Batches, removed, candidates, prefill
         distances[layer] = 0.0
         for batch in batches:
             state = model.new_state(batch["prompt_mask"], FixedMask(keep), prefill=prefill)
-            output, labels = answer_pass(model, batch, state, output_hidden_states=True)
+            output, _ = answer_pass(model, batch, state, output_hidden_states=True)
             distance = FullDepth.of(model, batch).distance(
-                output.hidden_states[-1], output.logits, labels, batch["attention_mask"]
+                output.hidden_states[-1], output.logits, batch["attention_mask"]
             )
             distances[layer] += float(distance) * len(batch["input_ids"]) / rows
     return distances

@@ -24,10 +24,10 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm.auto import tqdm
 
-from firstlm.data import IGNORE, Collator, Encoded, encode_prompt
+from firstlm.data import Collator, Encoded, encode_prompt
 from firstlm.errors import ConfigError
 from firstlm.inputs import pad_left
-from firstlm.losses import answer_logits, row_losses
+from firstlm.losses import answer_logits, answer_rows, row_losses
 from firstlm.model import FirstModel
 from firstlm.policies import Policy
 
@@ -146,9 +146,9 @@ class FirstHarness(TemplateLM):
             inputs["prompt_mask"], self.policy, prefill=self.prefill, input_ids=inputs["input_ids"]
         )
         logits, labels = answer_logits(self.model, inputs, state)
-        losses, _ = row_losses(logits, labels)
-        wanted = labels[:, 1:]
-        greedy = ((logits[:, :-1].argmax(-1) == wanted) | (wanted == IGNORE)).all(1)
+        losses, _ = row_losses(logits, labels, inputs)
+        others = answer_rows(inputs)[logits.argmax(-1) != labels]
+        greedy = torch.ones(len(rows), dtype=torch.bool).index_fill(0, others.cpu(), False)
         self._count(state.keep, state.layer_calls)
         return list(zip((-losses).tolist(), greedy.tolist(), strict=True))
 

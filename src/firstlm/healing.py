@@ -23,7 +23,7 @@ from firstlm import processes
 from firstlm.data import Collator, Encoded
 from firstlm.errors import ConfigError
 from firstlm.importance import Inputs, hooked, layer_states
-from firstlm.losses import answer_logits
+from firstlm.losses import layers_pass
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask, RunAll
 
@@ -115,7 +115,7 @@ def heal(model: FirstModel, examples: Sequence[Encoded], keep: torch.Tensor) -> 
             module = model.routing.stack.modules[layer]
             stack.callback(found.part.register_forward_hook(partial(note, layer)).remove)
             stack.callback(module.register_forward_hook(partial(leave, layer)).remove)
-        answer_logits(model, inputs, model.new_state(inputs["prompt_mask"], FixedMask(masks)))
+        layers_pass(model, inputs, model.new_state(inputs["prompt_mask"], FixedMask(masks)))
     return left
 
 
@@ -259,7 +259,7 @@ def _adding_maps(model: FirstModel, inputs: Inputs) -> dict[int, _Map]:
             stack.callback(ends[layer].register_forward_hook(partial(add, layer)).remove)
             stack.callback(layers[layer].register_forward_hook(partial(compare, layer)).remove)
         stack.enter_context(hooked(model, {layer: lambda _, i=layer: states[i] for layer in added}))
-        answer_logits(model, inputs, model.new_state(inputs["prompt_mask"], RunAll()))
+        layers_pass(model, inputs, model.new_state(inputs["prompt_mask"], RunAll()))
     return maps
 
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from firstlm import processes
 from firstlm.data import Collator, Encoded
-from firstlm.losses import FullDepth, answer_logits, answer_pass
+from firstlm.losses import FullDepth, answer_pass, layers_pass
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask
 
@@ -107,7 +107,7 @@ def _entering_states(
     hooks = {layer: partial(found.__setitem__, layer) for layer in layers}
     state = model.new_state(inputs["prompt_mask"], FixedMask(mask), prefill=prefill)
     with hooked(model, hooks):
-        answer_logits(model, inputs, state)
+        layers_pass(model, inputs, state)
     return found
 
 
@@ -142,11 +142,10 @@ def _pass_without(
     policy = FixedMask(masks.repeat_interleave(size, dim=0))
     state = model.new_state(repeated["prompt_mask"], policy, prefill=prefill)
     with hooked(model, {layer: partial(take_up, layer) for layer in resumed}):
-        output, labels = answer_pass(model, repeated, state, output_hidden_states=True)
+        output, _ = answer_pass(model, repeated, state, output_hidden_states=True)
     parts = zip(
         output.hidden_states[-1].split(size),
-        output.logits.split(size),
-        labels.split(size),
+        output.logits.chunk(copies),
         repeated["attention_mask"].split(size),
         strict=True,
     )

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ DIVERGENCE = 0.5  # weight of the answers' divergence beside the distance of sta
 def answer_logits(
     first: FirstModel, inputs: dict[str, torch.Tensor], state: RoutingState
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a batch and return its logits [batch, tokens, vocab] and labels, answers only."""
+    """Run a batch and return its answer tokens' logits [answers, vocab] and labels [answers]."""
     output, labels = answer_pass(first, inputs, state)
     return output.logits, labels
 
@@ -35,9 +34,11 @@ def answer_pass(
     call: nn.Module | None = None,
     **more: Any,
 ) -> tuple[Any, torch.Tensor]:
-    """Run a left-padded batch; return the model's output, with logits for answers only, and labels.
+    """Run a batch; return the model's output, with logits of answer tokens alone, and those tokens.
 
-    Left padding puts answers last, and only they need the vocabulary-sized matmul.
+    The vocabulary is most of a small model's work, and only answers need it: logits are [answers,
+    vocab], row after row, each of the position before its token, and labels are [answers]. Whose
+    they are, `answer_rows` says.
 
     Args:
         first: the model.
@@ -46,19 +47,52 @@ def answer_pass(
         call: what to call in the model's place, where something wraps it (DDP).
         more: passed on to the model, such as `output_hidden_states`.
     """
-    labels, kwargs = inputs["labels"], dict[str, Any](more)
-    if "logits_to_keep" in inspect.signature(first.plain_base.forward).parameters:
-        start = max(int((labels != IGNORE).any(0).nonzero()[0]) - 1, 0)
-        # As indices: a slice would be a strided view, which is many times slower on the CPU.
-        kwargs["logits_to_keep"] = torch.arange(start, labels.shape[1], device=labels.device)
-        labels = labels[:, start:]
-    output, _ = (call or first)(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        state=state,
-        **kwargs,
-    )
-    return output, labels
+    labels = inputs["labels"].roll(-1, dims=1)
+    asked = labels != IGNORE
+    asked[:, -1] = False
+    output = _headed_pass(first, inputs, state, asked, call, **more)
+    return output, labels[asked]
+
+
+def answer_rows(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the row [answers] that each of a batch's answer tokens is of."""
+    return (inputs["labels"][:, 1:] != IGNORE).nonzero()[:, 0]
+
+
+def layers_pass(first: FirstModel, inputs: dict[str, torch.Tensor], state: RoutingState) -> None:
+    """Run a batch for what hooks see of its layers; no logits are computed."""
+    nothing = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
+    _headed_pass(first, inputs, state, nothing)
+
+
+def _headed_pass(
+    first: FirstModel,
+    inputs: dict[str, torch.Tensor],
+    state: RoutingState,
+    asked: torch.Tensor,
+    call: nn.Module | None = None,
+    **more: Any,
+) -> Any:
+    """Run a batch; the head sees but the positions asked for [batch, tokens], row after row."""
+
+    def pick(_head: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+        return args[0][asked] if args and args[0].shape[:2] == asked.shape else None
+
+    head = first.plain_base.get_output_embeddings()
+    hook = head.register_forward_pre_hook(pick) if head is not None else None
+    try:
+        output, _ = (call or first)(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            state=state,
+            **more,
+        )
+    finally:
+        if hook is not None:
+            hook.remove()
+    if output.logits.ndim == 3:  # a head that cannot be found computes them all
+        output.logits = output.logits[asked]
+    return output
 
 
 @dataclass(frozen=True)
@@ -67,7 +101,7 @@ class FullDepth:
 
     Attributes:
         states: the last hidden states [batch, tokens, hidden].
-        logits: those of the answers [batch, tokens, vocab].
+        logits: those of the answers' tokens [answers, vocab].
     """
 
     states: torch.Tensor
@@ -90,7 +124,6 @@ class FullDepth:
         self,
         states: torch.Tensor,
         logits: torch.Tensor,
-        labels: torch.Tensor,
         mask: torch.Tensor,
         weights: tuple[torch.Tensor | float, torch.Tensor | float] = (1.0, 1.0),
     ) -> torch.Tensor:
@@ -98,13 +131,12 @@ class FullDepth:
 
         Args:
             states: its last hidden states [batch, tokens, hidden].
-            logits: those of its answers [batch, tokens, vocab].
-            labels: of the answers [batch, tokens], -100 where there is no loss.
+            logits: those of its answers' tokens [answers, vocab].
             mask: [batch, tokens] of `states`; padding is left out.
             weights: of the part that states have, and of the part that answers have.
         """
         distance = weights[0] * state_distance(states, self.states, mask)
-        divergence = answer_divergence(logits, self.logits, labels)
+        divergence = answer_divergence(logits, self.logits)
         return distance + DIVERGENCE * weights[1] * divergence
 
 
@@ -121,42 +153,40 @@ def state_distance(states: torch.Tensor, wanted: torch.Tensor, mask: torch.Tenso
     return ((states - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-6)).mean()
 
 
-def answer_divergence(
-    logits: torch.Tensor, wanted: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
+def answer_divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Return the mean Kullback-Leibler divergence KL(wanted || logits) over answer tokens, in nats.
 
     Args:
-        logits: [batch, tokens, vocab]; position t predicts token t + 1.
-        wanted: [batch, tokens, vocab], of the full depth.
-        labels: [batch, tokens], -100 where there is no loss.
+        logits: [answers, vocab].
+        wanted: [answers, vocab], of the full depth.
     """
-    asked = labels[:, 1:].flatten() != IGNORE
-    found, teacher = (
-        part[:, :-1].flatten(0, 1)[asked].float().log_softmax(-1) for part in (logits, wanted)
-    )
+    found, teacher = (part.float().log_softmax(-1) for part in (logits, wanted))
     return F.kl_div(found, teacher, log_target=True, reduction="batchmean")
 
 
-def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return summed next-token cross-entropy and number of answer tokens, both [batch]."""
-    logits, labels = logits[:, :-1], labels[:, 1:]
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
-    )
-    return losses.view(labels.shape).sum(1), (labels != IGNORE).sum(1)
+def row_losses(
+    logits: torch.Tensor, labels: torch.Tensor, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return summed cross-entropy and number of answer tokens, both [batch].
+
+    Args:
+        logits: [answers, vocab], of `answer_pass`.
+        labels: [answers].
+        inputs: the batch that they are of.
+    """
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    tokens = (inputs["labels"][:, 1:] != IGNORE).sum(1)
+    return losses.new_zeros(len(tokens)).index_add(0, answer_rows(inputs), losses), tokens
 
 
 def answer_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the mean next-token cross-entropy over answer tokens.
+    """Return the mean cross-entropy of answer tokens.
 
     Args:
-        logits: [batch, tokens, vocab]; position t predicts token t + 1.
-        labels: [batch, tokens], -100 where there is no loss.
+        logits: [answers, vocab].
+        labels: [answers].
     """
-    logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    wanted = labels != IGNORE
-    return F.cross_entropy(logits[wanted].float(), labels[wanted])
+    return F.cross_entropy(logits.float(), labels)
 
 
 def non_skip_penalty(rho: torch.Tensor) -> torch.Tensor:
@@ -198,7 +228,7 @@ def item_losses(
         state = first.new_state(
             inputs["prompt_mask"], policy, prefill=prefill, input_ids=inputs["input_ids"]
         )
-        sums, tokens = row_losses(*answer_logits(first, inputs, state))
+        sums, tokens = row_losses(*answer_logits(first, inputs, state), inputs)
         losses.append(sums.double().cpu())
         counts.append(tokens.cpu())
         keep.append(state.keep)

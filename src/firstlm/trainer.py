@@ -24,7 +24,6 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from firstlm import processes
-from firstlm.data import IGNORE
 from firstlm.decisions import RoutingState
 from firstlm.errors import DataError, FirstError
 from firstlm.lora import swapped
@@ -139,8 +138,8 @@ class FirstTrainer(Trainer):
         logits, distance = output.logits, None
         if full is not None:
             states, mask = output.hidden_states[-1], inputs["attention_mask"]
-            weights = processes.weight(mask), processes.weight(labels[:, 1:] != IGNORE)
-            distance = full.distance(states, logits, labels, mask, weights)
+            weights = processes.weight(mask), processes.weight(torch.ones_like(labels))
+            distance = full.distance(states, logits, mask, weights)
         return logits, labels, distance, state
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -161,7 +160,7 @@ class FirstTrainer(Trainer):
         logits, labels, distance, state = self._run(
             inputs, rate, self.gate, self._scope, train=True
         )
-        ce = processes.weight(labels[:, 1:] != IGNORE) * answer_cross_entropy(logits, labels)
+        ce = processes.weight(torch.ones_like(labels)) * answer_cross_entropy(logits, labels)
         loss = ce if distance is None else ce + self.distill * distance
         terms = {"ce": ce} if distance is None else {"ce": ce, "distance": distance}
         rho = state.rho
@@ -250,7 +249,7 @@ class FirstTrainer(Trainer):
                 with ExitStack() as scope:
                     logits, labels, _, state = self._run(inputs, rate, "hard", scope)
                 skipped = 1 - state.keep.float().mean(1)
-                row = (*row_losses(logits, labels), skipped.to(logits.device))
+                row = (*row_losses(logits, labels, inputs), skipped.to(logits.device))
                 # Of all processes, without rows that fill up the last batch.
                 found.append([part.cpu() for part in self.accelerator.gather_for_metrics(row)])
         sums, tokens, skips = (torch.cat(parts).double() for parts in zip(*found, strict=True))
