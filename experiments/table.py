@@ -166,6 +166,33 @@ def headroom_table() -> list[str]:
     return lines
 
 
+def domains_table() -> list[str]:
+    """Return a table of routers that were trained on another set than the one they serve."""
+    lines = [
+        "| test set | routers of | asked | kept of base + LoRA | with routers of its own "
+        "| those above these |",
+        "|---|---|---|---|---|---|",
+    ]
+    for section, rows in sections().items():
+        routed = [row for row in rows if row["primary"] and row["policy"] == "first"]
+        others = [row["trained_on"] for row in routed if row["trained_on"] != section.dataset]
+        own = {row["skip_rate_asked"]: row for row in routed if row["arm"].endswith("-first")}
+        for row in routed:
+            here = own.get(row["skip_rate_asked"])
+            if row["arm"].endswith("-reused") and here is not None:
+                gain = next(gain for gain in here["gains"] if gain["arm"] == row["arm"])
+                lines.append(
+                    f"| {section.dataset} | {others[0]} | {row['skip_rate_asked']:.0%} "
+                    f"| {_kept(row)} | {_kept(here)} | {gain_text(gain)} |"
+                )
+    return [*lines, "", "The last column is in points of the primary metric, paired."]
+
+
+def _kept(row: Row) -> str:
+    low, high = row["retention_ci95"]
+    return f"{row['retention']:.0%} ({low:.0%} to {high:.0%})"
+
+
 def together_table() -> list[str]:
     """Return a table of what one artifact keeps over two tasks at once."""
     lines = [
@@ -228,6 +255,7 @@ def pages() -> dict[Path, str]:
         adaptivity: _filled(
             adaptivity,
             ["\n".join(adaptivity_table())],
+            ["\n".join(domains_table())],
             ["\n".join(together_table())],
             ["\n".join(headroom_table())],
         ),
