@@ -175,37 +175,41 @@ def over_seeds(
         raise DataError(f"{len(ours)} seeds cannot be paired with {len(sides[1])} of the base.")
     share = base is not None and not difference
 
-    def value(by_side: Sequence[np.ndarray]) -> float:
-        """Return the result from the scores of some seeds, side by side."""
-        first, *others = (float(scores.mean()) for scores in by_side)
+    def value(by_side: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the result from the scores [..., seeds] of each side."""
+        first, *others = (scores.mean(-1) for scores in by_side)
         if not others:
             return first
         if difference:
             return first - others[0]
-        return first / others[0] if others[0] else float("nan")
+        nothing = np.full(np.broadcast_shapes(first.shape, others[0].shape), np.nan)
+        return np.divide(first, others[0], out=nothing, where=others[0] != 0)
 
     def scored(times: np.ndarray) -> list[np.ndarray]:
-        return [np.array([one.combine(times @ one.statistics) for one in side]) for side in sides]
+        """Return each side's scores [draws, seeds] where items count so often [draws, items]."""
+        return [
+            np.stack([[one.combine(t) for t in times @ one.statistics] for one in side], axis=1)
+            for side in sides
+        ]
 
-    whole = scored(np.ones(count))
-    everything = value(whole)
-    stretches = [math.sqrt(len(side) / (len(side) - 1)) if len(side) > 1 else 0.0 for side in sides]
+    whole = [scores[0] for scores in scored(np.ones((1, count)))]
+    everything = float(value(whole))
     items, seeds = (np.random.default_rng([seed, i]) for i in range(2))
-    drawn = []
-    for _ in range(samples):
-        found = value(scored(drawn_items(items, count, groups)))
-        picks = [seeds.integers(0, len(side), len(side)) for side in sides[: 1 if paired else 2]]
-        for turn, stretch in enumerate(stretches[: len(picks)]):
-            # Paired, both sides take one draw; otherwise each in turn, the other side whole.
-            part = [
-                scores[picks[turn]] if paired or side == turn else scores
-                for side, scores in enumerate(whole)
-            ]
-            if share:
-                found *= (value(part) / everything) ** stretch if everything else 1.0
-            else:
-                found += stretch * (value(part) - everything)
-        drawn.append(found)
+    drawn = value(scored(np.stack([drawn_items(items, count, groups) for _ in range(samples)])))
+    drawing = sides[: 1 if paired else 2]
+    picks = [[seeds.integers(0, len(side), len(side)) for side in drawing] for _ in range(samples)]
+    for turn, picked in enumerate(zip(*picks, strict=True)):
+        # Paired, both sides take one draw; otherwise each in turn, the other side whole.
+        part = [
+            scores[np.stack(picked)] if paired or side == turn else scores
+            for side, scores in enumerate(whole)
+        ]
+        many = len(drawing[turn])
+        stretch = math.sqrt(many / (many - 1)) if many > 1 else 0.0
+        if not share:
+            drawn = drawn + stretch * (value(part) - everything)
+        elif everything:
+            drawn = drawn * (value(part) / everything) ** stretch
     low, high = np.nanpercentile(drawn, [2.5, 97.5]) if not np.isnan(drawn).all() else (np.nan,) * 2
     if not difference:
         low = max(low, 0.0)

@@ -17,6 +17,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -346,6 +347,7 @@ def _fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
     return {field.name: field for field in dataclasses.fields(cls)}
 
 
+@cache
 def _hints(cls: type) -> dict[str, Any]:
     """Return the types of the fields; annotations are text under `from __future__`."""
     return typing.get_type_hints(cls)
