@@ -30,9 +30,10 @@ from speed_tables import (
     vllm_table,
 )
 
-from firstlm.figures import Section, draw, groups, labelled, title
+from firstlm.figures import draw
 from firstlm.report import gain_text, recomputed
 from firstlm.scoreboard import LABELS
+from firstlm.sections import Section, groups, labelled, title
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"

@@ -101,6 +101,7 @@ FLOORS = {
     "serve": "edges",
     "export": "edges",
     "summary": "edges",
+    "sections": "edges",
     "figures": "edges",
     "report": "edges",
     "harness": "edges",

@@ -13,9 +13,9 @@ from firstlm.command_config import EvalConfig
 from firstlm.config import TrainConfig
 from firstlm.data import items_hash, scored_examples
 from firstlm.errors import DataError
-from firstlm.figures import labelled
 from firstlm.masks import length_correlation
 from firstlm.report import recomputed
+from firstlm.sections import labelled
 from firstlm.summary import Arm, adaptivity, base_of, rows
 
 

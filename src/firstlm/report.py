@@ -15,8 +15,9 @@ from typing import Any
 
 from firstlm.command_config import ReportConfig
 from firstlm.errors import ConfigError, DataError
-from firstlm.figures import Picture, Row, Section, draw, groups, labelled, metric_name, title
+from firstlm.figures import Picture, draw
 from firstlm.results import write_text
+from firstlm.sections import Row, Section, groups, labelled, metric_name, title
 from firstlm.summary import checked
 
 # arXiv 2410.12513, Llama-3-8B, about 15% of 32 layers skipped: score over that of base + LoRA.
