@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 START, END = "<!-- results -->", "<!-- /results -->"
 PICTURES = ("quality-qamr",)  # of a report, that stand in docs
-SHOWN = ("qamr", "debian", "multi30k_taught", "qwen")  # experiment files whose policies README compares
+SHOWN = ("qamr", "debian", "multi30k_taught", "qwen")  # files whose policies README compares
 RATES = (0.15, 0.25, 0.40)
 Row = Mapping[str, Any]
 
