@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from speed_tables import (
 from firstlm.figures import draw
 from firstlm.report import gain_text, recomputed
 from firstlm.scoreboard import LABELS
-from firstlm.sections import Section, groups, labelled, title
+from firstlm.sections import Row, Section, groups, labelled, title
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -41,7 +41,6 @@ START, END = "<!-- results -->", "<!-- /results -->"
 PICTURES = ("quality-qamr",)  # of a report, that stand in docs
 SHOWN = ("qamr", "debian", "multi30k_taught", "qwen")  # files whose policies README compares
 RATES = (0.15, 0.25, 0.40)
-Row = Mapping[str, Any]
 
 
 def compact_table(section: Section, rows: Sequence[Row]) -> list[str]:

@@ -47,16 +47,21 @@ def answer_pass(
         call: what to call in the model's place, where something wraps it (DDP).
         more: passed on to the model, such as `output_hidden_states`.
     """
-    labels = inputs["labels"].roll(-1, dims=1)
-    asked = labels != IGNORE
-    asked[:, -1] = False
+    asked = _asked(inputs)
     output = _headed_pass(first, inputs, state, asked, call, **more)
-    return output, labels[asked]
+    return output, inputs["labels"].roll(-1, dims=1)[asked]
 
 
 def answer_rows(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the row [answers] that each of a batch's answer tokens is of."""
-    return (inputs["labels"][:, 1:] != IGNORE).nonzero()[:, 0]
+    return _asked(inputs).nonzero()[:, 0]
+
+
+def _asked(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the positions [batch, tokens] that are followed by a token of an answer."""
+    asked = inputs["labels"].roll(-1, dims=1) != IGNORE
+    asked[:, -1] = False
+    return asked
 
 
 def layers_pass(first: FirstModel, inputs: dict[str, torch.Tensor], state: RoutingState) -> None:
@@ -175,7 +180,7 @@ def row_losses(
         inputs: the batch that they are of.
     """
     losses = F.cross_entropy(logits.float(), labels, reduction="none")
-    tokens = (inputs["labels"][:, 1:] != IGNORE).sum(1)
+    tokens = _asked(inputs).sum(1)
     return losses.new_zeros(len(tokens)).index_add(0, answer_rows(inputs), losses), tokens
 
 
