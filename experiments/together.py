@@ -19,12 +19,11 @@ import numpy as np
 
 from firstlm.experiment import arms_of
 from firstlm.jobs import jobs_of
-from firstlm.metrics import Estimate, Groups, Scores, drawn_items
+from firstlm.metrics import Estimate, Groups, Scores, hierarchical, shares
 from firstlm.results import provenance, write_json
 from firstlm.summary import Arm, base_seeds
 
 Seeds = Sequence[Scores]
-DRAWS = 1000
 
 
 def share(
@@ -32,50 +31,39 @@ def share(
     references: Sequence[Seeds],
     groups: Sequence[Groups],
     minus: Sequence[Seeds] | None = None,
-    over: Callable[[Sequence[float]], Any] = np.mean,
+    over: Callable[..., Any] = np.mean,
+    paired: bool = True,
 ) -> Estimate:
     """Return the mean over tasks of a score's share of the reference's, in percent.
 
-    Every draw takes seeds with replacement, the same for all, then groups of each task's items.
-
     Args:
         ours: of each task, scores of each seed.
-        references: of each task, scores that count as 100, of each seed. Of the same seeds as ours
-            where there are as many, drawn for themselves otherwise.
+        references: of each task, scores that count as 100, of each seed.
         groups: of each task, what its items share.
         minus: of each task, others' scores of each seed, whose share is subtracted from ours.
-        over: what is taken over tasks, the mean or the least.
+        over: what is taken over tasks, the mean or the least, as numpy has it.
+        paired: references are of the same seeds as ours; False draws them for themselves.
     """
-    counts = len(ours[0]), len(references[0])
-    if {len(part) for part in [*ours, *(minus or [])]} != {counts[0]}:
-        raise ValueError("tasks have different numbers of seeds")
-    if {len(part) for part in references} != {counts[1]}:
-        raise ValueError("references have different numbers of seeds")
+    tasks = range(len(groups))
 
-    def value(times: Sequence[np.ndarray], rows: np.ndarray, plain: np.ndarray) -> float:
-        def mean(scores: Seeds, weights: np.ndarray, picked: np.ndarray) -> float:
-            return float(
-                np.mean([scores[i].combine(weights @ scores[i].statistics) for i in picked])
-            )
+    def value(scores: Sequence[np.ndarray]) -> np.ndarray:
+        of_tasks = [scores[i : i + len(groups)] for i in range(0, len(scores), len(groups))]
+        base, *compared = of_tasks
+        kept = [
+            100 * over([shares(*both) for both in zip(one, base, strict=True)], axis=0)
+            for one in compared
+        ]
+        return kept[0] - kept[1] if minus else kept[0]
 
-        base = [mean(references[task], weights, plain) for task, weights in enumerate(times)]
-
-        def shares(scores: Sequence[Seeds]) -> float:
-            found = [mean(scores[task], weights, rows) for task, weights in enumerate(times)]
-            return 100 * float(over([one / whole for one, whole in zip(found, base, strict=True)]))
-
-        return shares(ours) - (shares(minus) if minus is not None else 0.0)
-
-    generator = np.random.default_rng(0)
-    drawn = []
-    for _ in range(DRAWS):
-        times = [drawn_items(generator, len(part), part) for part in groups]
-        rows, plain = (generator.integers(0, count, count) for count in counts)
-        drawn.append(value(times, rows, rows if counts[0] == counts[1] else plain))
-    low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
-    everything = [np.ones(len(part)) for part in groups]
-    found = value(everything, *(np.arange(count) for count in counts))
-    return Estimate(found, low, high, sum(map(len, groups)))
+    drawn = [0 if paired else 1] * len(groups)
+    parts = [ours, minus] if minus else [ours]
+    return hierarchical(
+        [*references, *(scores for part in parts for scores in part)],
+        value,
+        groups=groups,
+        sets=[*tasks] * (1 + len(parts)),
+        draws=[*drawn, *([0] * len(groups) * len(parts))],
+    )
 
 
 def common(arms: Sequence[Arm], name: str) -> list[int]:
@@ -98,6 +86,7 @@ def table(arms: Sequence[Arm], references: Sequence[Arm]) -> list[dict[str, Any]
             groups,
             [arm.primary(minus, seeds) for arm in arms] if minus else None,
             over,
+            paired=same == seeds,
         )
 
     found = []
@@ -106,7 +95,7 @@ def table(arms: Sequence[Arm], references: Sequence[Arm]) -> list[dict[str, Any]
         if not seeds:
             continue
         rates = [arm.skip_rate(name, seeds) for arm in arms]
-        kept, worst = compared(name, seeds), compared(name, seeds, over=min)
+        kept, worst = compared(name, seeds), compared(name, seeds, over=np.min)
         row: dict[str, Any] = {
             "run": name,
             "seeds": len(seeds),
@@ -123,7 +112,7 @@ def table(arms: Sequence[Arm], references: Sequence[Arm]) -> list[dict[str, Any]
             both = [seed for seed in common(arms, other) if seed in seeds]
             if other != name and other.partition("@")[2] == rate and both:
                 gain = compared(name, both, minus=other)
-                least = compared(name, both, minus=other, over=min)
+                least = compared(name, both, minus=other, over=np.min)
                 theirs = float(np.mean([arm.skip_rate(other, both) for arm in arms]))
                 ours = float(np.mean([arm.skip_rate(name, both) for arm in arms]))
                 row["gains"].append(

@@ -19,7 +19,6 @@ from firstlm.metrics import (
     normalize,
     over_seeds,
     perplexity,
-    retention,
     score_qa,
     score_summaries,
     score_translation,
@@ -94,13 +93,11 @@ def test_mean_interval_is_that_of_the_binomial() -> None:
 
 def test_retention_is_paired() -> None:
     base = [0.0, 1.0, 0.5, 0.8] * 25
-    kept = retention(means([0.9 * v for v in base]), means(base))
+    kept = over_seeds([means([0.9 * v for v in base])], [means(base)])
     assert kept.value == pytest.approx(0.9)
     assert kept.low == pytest.approx(0.9)  # item by item 90%: no draw can differ
     assert kept.high == pytest.approx(0.9)
-    assert math.isnan(retention(means([1.0]), means([0.0])).value)
-    with pytest.raises(DataError, match="other items"):
-        retention(means([1.0]), means([1.0, 1.0]))
+    assert math.isnan(over_seeds([means([1.0])], [means([0.0])]).value)
 
 
 TEXTS = ["The cat sat on the mat.", "A dog runs", "Nothing alike here", "Yes, it is."]
@@ -122,7 +119,7 @@ def test_translation_scores_are_sacrebleus_own() -> None:
         assert estimate.value == pytest.approx(score.score)
         assert estimate.low < estimate.value < estimate.high
     assert scores["bleu1"].items[2] == 0
-    assert retention(scores["bleu"], scores["bleu"]).low == pytest.approx(1)
+    assert over_seeds([scores["bleu"]], [scores["bleu"]]).low == pytest.approx(1)
 
 
 def test_chinese_is_scored_by_characters() -> None:
@@ -270,7 +267,6 @@ def test_items_of_a_group_are_drawn_together() -> None:
     assert together.value == alone.value
     assert together.high - together.low > 2 * (alone.high - alone.low)
     for found in (
-        retention(scores, base, groups=groups),
         over_seeds([scores], [base], groups=groups),
         over_seeds([scores] * 2, [base] * 2, groups=groups),
     ):

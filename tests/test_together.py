@@ -35,7 +35,7 @@ def test_each_task_counts_by_its_own_reference():
     theirs = [[scores(0.64, 200, 2)], [scores(0.34, 40, 3)]]
     gain = share(ours, base, groups, minus=theirs)
     assert gain.value == pytest.approx(100 * (-0.05 + 0.1) / 2)
-    worst = share(ours, base, groups, minus=theirs, over=min)
+    worst = share(ours, base, groups, minus=theirs, over=np.min)
     assert worst.value == pytest.approx(75 - 80)
     # Paired: what items have in common is in neither, so the interval is narrow.
     assert gain.high - gain.low < (found.high - found.low) / 4
@@ -46,10 +46,10 @@ def test_seeds_are_paired_and_count_alike():
     base = [[scores(0.8, 100, 0)]]
     ours = [[scores(0.6, 100, 1), scores(0.4, 100, 2)]]
     theirs = [[scores(0.5, 100, 1), scores(0.3, 100, 2)]]
-    gain = share(ours, base, groups, minus=theirs)
+    gain = share(ours, base, groups, minus=theirs, paired=False)
     assert gain.value == pytest.approx(12.5)
     assert gain.high - gain.low < 2
-    assert share(ours, base, groups).value == pytest.approx(62.5)
+    assert share(ours, base, groups, paired=False).value == pytest.approx(62.5)
 
 
 class Scored(Arm):
@@ -98,5 +98,20 @@ def test_references_of_the_same_seeds_are_paired():
     ours = [[scores(0.6, 100, 1), scores(0.3, 100, 2)]]
     found = share(ours, base, groups)
     assert found.value == pytest.approx(75)
-    alone = share(ours, [[*base[0], scores(0.6, 100, 3)]], groups)
+    alone = share(ours, base, groups, paired=False)
     assert found.high - found.low < (alone.high - alone.low) / 2
+
+
+def test_references_that_lack_a_seed_are_drawn_for_themselves(monkeypatch):
+    asked = []
+
+    def noted(*args, **options):
+        asked.append(options["paired"])
+        return share(*args, **options)
+
+    monkeypatch.setattr(sys.modules[table.__module__], "share", noted)
+    arms = [Scored({"router@0.3": {0: 0.6, 1: 0.2}}, 0.2)]
+    for seeds, paired in (([0, 1, 2], True), ([1, 2], False)):
+        table(arms, [Scored({"run_all": dict.fromkeys(seeds, 0.8)}, 0.0)])
+        assert set(asked) == {paired}
+        asked.clear()

@@ -25,7 +25,7 @@ from firstlm.evaluate import encode_rows, evaluate
 from firstlm.examples import Example
 from firstlm.journal import Journal
 from firstlm.lora import is_lora
-from firstlm.metrics import Scores, grouped, retention
+from firstlm.metrics import Scores, grouped, over_seeds
 from firstlm.model import FirstModel
 from firstlm.options import to_dict
 from firstlm.pretrained import resolve_encoder
@@ -232,7 +232,7 @@ def _retention(
         scored[name] = task.score(predictions, references)[task.primary]
     groups = grouped([example.group for example in examples])
     found = {
-        name: retention(scored[name], scored["run_all"], groups=groups, seed=seed)
+        name: over_seeds([scored[name]], [scored["run_all"]], groups=groups, seed=seed)
         for name in runs
         if name != "run_all"
     }

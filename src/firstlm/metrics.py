@@ -12,8 +12,8 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,11 @@ class Scores:
     combine: Callable[[np.ndarray], float]
     items: tuple[float, ...]
 
+    @property
+    def value(self) -> float:
+        """The corpus score."""
+        return self.combine(self.statistics.sum(0))
+
     def estimate(
         self, *, groups: Groups | None = None, samples: int = 1000, seed: int = 0
     ) -> Estimate:
@@ -101,40 +106,7 @@ class Scores:
 
         `groups` [items] names what items share; those of a group are drawn together.
         """
-        count = len(self.items)
-        drawn = [self.combine(total) for (total,) in _resampled([self], groups, samples, seed)]
-        low, high = np.percentile(drawn, [2.5, 97.5])
-        return Estimate(self.combine(self.statistics.sum(0)), float(low), float(high), count)
-
-
-def retention(
-    ours: Scores,
-    base: Scores,
-    *,
-    groups: Groups | None = None,
-    samples: int = 1000,
-    seed: int = 0,
-) -> Estimate:
-    """Return our corpus score over the base's, both over the same items, resampled together.
-
-    `groups` as for `Scores.estimate`.
-    A base that scores 0 leaves nothing to retain: the value is nan.
-    """
-    if len(ours.items) != len(base.items):
-        raise DataError(
-            f"{len(ours.items)} scores against {len(base.items)} of the base: other items."
-        )
-    below = base.combine(base.statistics.sum(0))
-    if not below:
-        return Estimate(float("nan"), float("nan"), float("nan"), len(ours.items))
-    drawn = []
-    for mine, theirs in _resampled([ours, base], groups, samples, seed):
-        whole = base.combine(theirs)
-        if whole:  # a draw of items that the base all fails says nothing
-            drawn.append(ours.combine(mine) / whole)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    value = ours.combine(ours.statistics.sum(0)) / below
-    return Estimate(value, float(low), float(high), len(ours.items))
+        return over_seeds([self], groups=groups, samples=samples, seed=seed)
 
 
 def over_seeds(
@@ -147,19 +119,12 @@ def over_seeds(
     samples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """Return the mean score over seeds, or its share of the base's, with a hierarchical interval.
-
-    Every draw takes groups of items with replacement, the same for all seeds, and adds by how much
-    some draw of the seeds differs from all of them on the whole corpus: what training and what the
-    test set leaves to chance are both in the interval. Draws of n seeds vary by (n - 1) / n of what
-    seeds do, so their difference is stretched by the root of its inverse (Rao and Wu, 1988).
-    Differences are factors for shares of the base's, which stay above 0. A single seed leaves this
-    part out; where seeds differ by far more than items leave to chance, the interval over three
-    holds the mean of all seeds in four of five cases only, over two in three of five.
+    """Return the mean score over seeds, or its share of the base's, with a `hierarchical` interval.
 
     Args:
         ours: one a seed, all over the same items.
-        base: the base's, one a seed; None for the score itself.
+        base: the base's, one a seed; None for the score itself. Of one that scores 0 the share is
+            nan.
         groups: what items share [items], as for `Scores.estimate`.
         paired: the base's seeds are ours, in the same order, and are drawn together; False draws
             them for themselves.
@@ -168,52 +133,100 @@ def over_seeds(
         seed: of the draws.
     """
     sides = [ours] if base is None else [ours, base]
-    count = len(ours[0].items)
-    if any(len(scores.items) != count for side in sides for scores in side):
-        raise DataError("These scores are over different numbers of items.")
-    if paired and len({len(side) for side in sides}) > 1:
-        raise DataError(f"{len(ours)} seeds cannot be paired with {len(sides[1])} of the base.")
     share = base is not None and not difference
 
-    def value(by_side: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the result from the scores [..., seeds] of each side."""
-        first, *others = (scores.mean(-1) for scores in by_side)
+    def value(scores: Sequence[np.ndarray]) -> np.ndarray:
+        first, *others = scores
         if not others:
             return first
-        if difference:
-            return first - others[0]
-        nothing = np.full(np.broadcast_shapes(first.shape, others[0].shape), np.nan)
-        return np.divide(first, others[0], out=nothing, where=others[0] != 0)
+        return shares(first, others[0]) if share else first - others[0]
 
-    def scored(times: np.ndarray) -> list[np.ndarray]:
-        """Return each side's scores [draws, seeds] where items count so often [draws, items]."""
+    found = hierarchical(
+        sides,
+        value,
+        groups=[groups],
+        sets=[0] * len(sides),
+        draws=[0, 0 if paired else 1][: len(sides)],
+        factors=share,
+        samples=samples,
+        seed=seed,
+    )
+    return found if difference else replace(found, low=max(found.low, 0.0))
+
+
+def hierarchical(
+    sides: Sequence[Sequence[Scores]],
+    value: Callable[[Sequence[np.ndarray]], np.ndarray],
+    *,
+    groups: Sequence[Groups | None],
+    sets: Sequence[int],
+    draws: Sequence[int],
+    factors: bool = False,
+    samples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Return a value of several mean scores over seeds, with its 95% interval over items and seeds.
+
+    Every draw takes groups of items with replacement, the same for all seeds, and adds by how much
+    some draw of the seeds differs from all of them on the whole corpus: what training and what the
+    test set leaves to chance are both in the interval. Draws of n seeds vary by (n - 1) / n of what
+    seeds do, so their difference is stretched by the root of its inverse (Rao and Wu, 1988). A
+    single seed leaves this part out; where seeds differ by far more than items leave to chance, the
+    interval over three holds the mean of all seeds in four of five cases only, over two in three of
+    five.
+
+    Args:
+        sides: of one policy on one test set each, one a seed.
+        value: of the sides' mean scores, arrays [draws] or single numbers.
+        groups: of each test set, what its items share; None where each is by itself.
+        sets: of each side, which test set it is of.
+        draws: of each side, which draw of seeds it takes part in. Those of one draw have the same
+            seeds in the same order.
+        factors: differences of seeds are factors, as for shares, which stay above 0.
+        samples: number of draws.
+        seed: of the draws.
+    """
+    counts, numbers = dict[int, int](), dict[int, int]()  # items of a set, seeds of a draw
+    for side, which, draw in zip(sides, sets, draws, strict=True):
+        if {len(one.items) for one in side} != {counts.setdefault(which, len(side[0].items))}:
+            raise DataError("These scores are over different numbers of items.")
+        if len(side) != numbers.setdefault(draw, len(side)):
+            raise DataError(f"{numbers[draw]} seeds cannot be paired with {len(side)}.")
+
+    def scored(times: Mapping[int, np.ndarray]) -> list[np.ndarray]:
+        """Return scores [draws, seeds] of each side, from how often items count [draws, items]."""
         return [
-            np.stack([[one.combine(t) for t in times @ one.statistics] for one in side], axis=1)
-            for side in sides
+            np.stack([[one.combine(t) for t in times[which] @ one.statistics] for one in side], 1)
+            for side, which in zip(sides, sets, strict=True)
         ]
 
-    whole = [scores[0] for scores in scored(np.ones((1, count)))]
-    everything = float(value(whole))
+    def valued(scores: Sequence[np.ndarray]) -> np.ndarray:
+        return value([one.mean(-1) for one in scores])
+
+    whole = [one[0] for one in scored({s: np.ones((1, count)) for s, count in counts.items()})]
+    everything = float(valued(whole))
     items, seeds = (np.random.default_rng([seed, i]) for i in range(2))
-    drawn = value(scored(np.stack([drawn_items(items, count, groups) for _ in range(samples)])))
-    drawing = sides[: 1 if paired else 2]
-    picks = [[seeds.integers(0, len(side), len(side)) for side in drawing] for _ in range(samples)]
-    for turn, picked in enumerate(zip(*picks, strict=True)):
-        # Paired, both sides take one draw; otherwise each in turn, the other side whole.
+    times = [[drawn_items(items, counts[s], groups[s]) for s in counts] for _ in range(samples)]
+    found = valued(scored(dict(zip(counts, map(np.stack, zip(*times, strict=True)), strict=True))))
+    picks = [[seeds.integers(0, n, n) for n in numbers.values()] for _ in range(samples)]
+    for (turn, n), picked in zip(numbers.items(), zip(*picks, strict=True), strict=True):
         part = [
-            scores[np.stack(picked)] if paired or side == turn else scores
-            for side, scores in enumerate(whole)
+            scores[np.stack(picked)] if draw == turn else scores
+            for draw, scores in zip(draws, whole, strict=True)
         ]
-        many = len(drawing[turn])
-        stretch = math.sqrt(many / (many - 1)) if many > 1 else 0.0
-        if not share:
-            drawn = drawn + stretch * (value(part) - everything)
+        stretch = math.sqrt(n / (n - 1)) if n > 1 else 0.0
+        if not factors:
+            found = found + stretch * (valued(part) - everything)
         elif everything:
-            drawn = drawn * (value(part) / everything) ** stretch
-    low, high = np.nanpercentile(drawn, [2.5, 97.5]) if not np.isnan(drawn).all() else (np.nan,) * 2
-    if not difference:
-        low = max(low, 0.0)
-    return Estimate(everything, float(low), float(high), count)
+            found = found * (valued(part) / everything) ** stretch
+    low, high = np.nanpercentile(found, [2.5, 97.5]) if not np.isnan(found).all() else (np.nan,) * 2
+    return Estimate(everything, float(low), float(high), sum(counts.values()))
+
+
+def shares(scores: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Return scores over the base's; nan where the base scores 0, which leaves nothing to share."""
+    nothing = np.full(np.broadcast_shapes(scores.shape, base.shape), np.nan)
+    return np.divide(scores, base, out=nothing, where=base != 0)
 
 
 def means(values: Sequence[float], scale: float = 100.0) -> Scores:
@@ -338,16 +351,6 @@ def _ratio(total: np.ndarray) -> float:
 
 def _exp_ratio(total: np.ndarray) -> float:
     return float(np.exp(total[0] / total[1]))
-
-
-def _resampled(
-    scores: Sequence[Scores], groups: Groups | None, samples: int, seed: int
-) -> Iterator[list[np.ndarray]]:
-    """Yield each metric's summed statistics over the same items, drawn with replacement."""
-    generator = np.random.default_rng(seed)
-    for _ in range(samples):
-        times = drawn_items(generator, len(scores[0].items), groups)
-        yield [times @ one.statistics for one in scores]
 
 
 def drawn_items(generator: np.random.Generator, count: int, groups: Groups | None) -> np.ndarray:

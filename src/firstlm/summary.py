@@ -194,7 +194,7 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "primary": metric == arm.task.primary,
                         "score": score.value,
                         "ci95": [score.low, score.high],
-                        "by_seed": [over_seeds([one], samples=1).value for one in scores],
+                        "by_seed": [one.value for one in scores],
                         "retention": kept.value if kept else None,
                         "retention_ci95": [kept.low, kept.high] if kept else None,
                         "seeds": len(scores),
