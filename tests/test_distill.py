@@ -16,7 +16,7 @@ from firstlm.config import TrainConfig
 from firstlm.data import Collator
 from firstlm.losses import FullDepth, answer_divergence, answer_pass, state_distance
 from firstlm.model import FirstModel
-from firstlm.phases import train_adapt, train_lora, train_routers, work_folder
+from firstlm.phases import train_lora, train_routers, work_folder
 from firstlm.policies import FixedMask, RunAll
 
 
@@ -91,8 +91,9 @@ def test_lora_is_taught_by_the_model_as_it_was_with_all_layers(tmp_path: Path) -
     held = Collator(0)(make_examples(16, seed=2))
     for weight in (0.0, 20.0):
         model = skipping(1)
-        settings = config(tmp_path / str(weight), adapt_steps=20, lora_steps=30, teach=weight)
-        train_adapt(model, examples, examples[:16], settings)
+        plain = config(tmp_path / "plain", stage="lora", skip_rate=0.0, lora_steps=20)
+        train_lora(model, examples, examples[:16], plain)
+        settings = config(tmp_path / str(weight), lora_steps=30, teach=weight)
         before = FullDepth.of(model, held)
         record = train_lora(model, examples, examples[:16], settings)
         state = model.new_state(held["prompt_mask"])
@@ -109,8 +110,9 @@ def test_lora_is_taught_by_the_model_as_it_was_with_all_layers(tmp_path: Path) -
 
 def test_the_teacher_stands_still(tmp_path: Path, monkeypatch) -> None:
     model, examples, seen = skipping(1), make_examples(32, seed=1), []
-    settings = config(tmp_path, adapt_steps=2, lora_steps=4, teach=1.0)
-    train_adapt(model, examples, examples[:16], settings)
+    plain = config(tmp_path / "plain", stage="lora", skip_rate=0.0, lora_steps=2)
+    train_lora(model, examples, examples[:16], plain)
+    settings = config(tmp_path / "taught", lora_steps=4, teach=1.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
 
     def noted(cls, first, inputs):

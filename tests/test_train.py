@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_llama
-from safetensors.torch import load_file
 from training import adaptive_model, config, make_examples, make_model, write_run
 
 from firstlm.adapters import add_lora, raise_rank
@@ -27,7 +26,7 @@ from firstlm.phases import train_joint, train_lora, train_routers, work_folder
 from firstlm.policies import RouterPolicy, RunAll
 from firstlm.starts import first_offsets
 from firstlm.train import run
-from firstlm.trainer import WEIGHTS_FILE, FirstTrainer
+from firstlm.trainer import FirstTrainer
 
 
 @pytest.mark.parametrize("prefill", ["skip", "full"])
@@ -376,7 +375,6 @@ def test_rows_longer_than_the_context_are_refused(tmp_path: Path, byte_tokenizer
         ({"distill": 1.0, "policy": "unified"}, "distill=1"),
         ({"teach": 1.0, "stage": "joint"}, "teach=1"),
         ({"teach": 1.0, "stage": "lora", "skip_rate": 0.0}, "teach=1.*a skip_rate above 0"),
-        ({"adapt_steps": 5, "stage": "routers"}, "adapt_steps=5"),
         ({"heal": 16, "stage": "routers"}, "heal=16 is for LoRA that learns to do without layers"),
         ({"heal": 16, "skip_rate": 0.0, "stage": "lora"}, "heal=16.*a skip_rate above 0"),
         ({"heal": 15}, "heal=15 holds out too few"),
@@ -536,24 +534,6 @@ def test_no_phase_begins_with_the_rows_that_another_has_just_learnt(tmp_path: Pa
         name: {tuple(row) for batch in batches for row in batch} for name, batches in seen.items()
     }
     assert len(rows["routers"] & rows["lora"]) < 16  # of 32, of 256 drawn at random
-
-
-def test_adapting_runs_all_layers_and_leaves_routers_alone(tmp_path: Path, byte_tokenizer) -> None:
-    folder, data = write_run(tmp_path, byte_tokenizer)
-    words = {"model": str(folder), "data": [str(data)], "skip_rate": 0.34, "warm_start": 4}
-    settings = config(tmp_path, adapt_steps=6, router_steps=2, lora_steps=3, teach=1.0, **words)
-    assert run(settings) == 0
-    made = read_config(Path(settings.output))["training"]
-    assert [made[phase]["steps"] for phase in ("adapt", "routers", "lora")] == [6, 2, 3]
-    assert made["adapt"]["skip_rate"] == 0
-    assert made["adapt"]["ce_after"] < made["adapt"]["ce_before"]
-    # Routers train, and layers are ranked, in the model that has adapted.
-    assert made["lora"]["ce_before"] < made["adapt"]["ce_before"]
-    saved = load_file(work_folder(settings) / "checkpoints" / "adapt" / "done" / WEIGHTS_FILE)
-    assert all(
-        not t.any() for name, t in saved.items() if name.endswith("weight") and "rout" in name
-    )
-    assert any(t.any() for name, t in saved.items() if "lora_B" in name)
 
 
 def test_what_goes_on_from_an_artifact_learns_from_other_rows(tmp_path: Path, monkeypatch) -> None:

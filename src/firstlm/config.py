@@ -202,17 +202,11 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         help="weight, in phase 1, of staying close to what all layers compute: every token of a "
         "row says what a layer is worth, not only the answer's",
     )
-    adapt_steps: int = option(
-        0,
-        at_least=0,
-        help="optimizer steps of LoRA with all layers before the routers train, so that layers are "
-        "ranked, and skipped, in a model that knows the task",
-    )
     teach: float = option(
         0.0,
         at_least=0,
         help="weight, in phase 2, of staying close to what all layers computed when it began: pays "
-        "where LoRA knew the task by then (--adapt-steps, or --artifact of a run without skips)",
+        "where LoRA knew the task by then (--artifact of a run without skips)",
     )
     heal: int = option(
         0,
@@ -320,11 +314,6 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
             raise ConfigError(
                 f"heal={self.heal} is for whole blocks that prompts skip as answers do; expected "
                 "unit block, prefill skip and a policy other than skip_decode."
-            )
-        if self.adapt_steps and not (skips and self.stage != "routers"):
-            raise ConfigError(
-                f"adapt_steps={self.adapt_steps} come before LoRA learns to do without layers; "
-                "expected a stage that trains LoRA, and a skip_rate above 0."
             )
         if self.distill and not (self.policy == "router" and self.stage in ("routers", "both")):
             raise ConfigError(

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,34 +36,56 @@ from firstlm.trainer import FirstTrainer, last_checkpoint, mixed_precision
 RUN_FILE = "run.yaml"  # in a work folder that `firstlm train` has claimed
 DECISION_PROMPTS = 64  # on which it is counted how many decisions LoRA flips
 CURVES = {"ce", "skip_rate", "eval_loss", "eval_skip_rate"}  # that a run's record keeps
-STEPS = {
-    "adapt": "adapt_steps",
-    "routers": "router_steps",
-    "lora": "lora_steps",
-    "joint": "lora_steps",
-}
-BESIDE_ROUTERS = ("adapt", "lora")  # phases of which the best checkpoint is kept
 AFTER = 1 << 20  # added to the seed of rows for each training that a model has behind it
-# Whose rows come in an order of their own: no phase shall begin with what was learnt just before.
-ORDERS = {"routers": 0, "lora": 1, "joint": 1, "adapt": 2}
 
 
-def train_adapt(
-    model: FirstModel,
-    train: Sequence[Any],
-    validation: Sequence[Any],
-    config: TrainConfig | None = None,
-    resume: bool = False,
-) -> dict[str, Any]:
-    """Train LoRA with all layers for `adapt_steps`, before any is skipped.
+@dataclass(frozen=True)
+class Phase:
+    """How one phase is fitted.
 
-    The checkpoint with the lowest validation cross-entropy is kept. Arguments and return as for
-    `train_routers`.
+    Attributes:
+        name: routers, lora or joint.
+        steps: optimizer steps.
+        lr: learning rate of all but routers, which have their own.
+        schedule: of the learning rate, as transformers names it.
+        save_steps: between checkpoints.
+        gate: how decisions act on states in training; see `losses`.
+        l2: weight of the L2 penalty on router weights.
+        distance: weight of the distance to the full depth.
+        keeps_best: whether the best checkpoint is kept; where routers move, few skips would win.
+        order: of its rows. No phase shall begin with what was learnt just before.
     """
-    config = config or TrainConfig()
-    train, validation = _begin(model, train, validation, config, resume)
-    _train_only(model, lora_to_train(model, config))
-    return _fit(model, train, validation, config, "adapt", None, _all_layers, resume)
+
+    name: str
+    steps: int
+    lr: float
+    schedule: str
+    save_steps: int
+    gate: str
+    l2: float = 0.0
+    distance: float = 0.0
+    keeps_best: bool = False
+    order: int = 1
+
+    @classmethod
+    def named(cls, name: str, config: TrainConfig) -> Phase:
+        """Return a phase as options have it."""
+        if name == "routers":
+            return cls(
+                name,
+                config.router_steps,
+                config.router_lr,
+                "constant_with_warmup",
+                config.save_steps,
+                config.gate,
+                l2=config.l2,
+                distance=config.distill,
+                order=0,
+            )
+        lora = cls(name, config.lora_steps, config.lora_lr, "cosine", config.eval_steps, "hard")
+        if name == "joint":
+            return replace(lora, gate=config.gate, l2=config.l2)
+        return replace(lora, distance=config.teach, keeps_best=True)
 
 
 def train_routers(
@@ -238,35 +261,35 @@ def _fit(
     train: list[Encoded],
     validation: list[Encoded],
     config: TrainConfig,
-    phase: str,
+    name: str,
     driver: RateDriver | None,
     policy_at: Callable[[float | None], Policy],
     resume: bool,
     teacher: Sequence[tuple[torch.nn.Parameter, torch.Tensor]] = (),
 ) -> dict[str, Any]:
     """Run Trainer over what requires gradients; an interrupted run is resumed."""
-    steps = getattr(config, STEPS[phase])
+    phase = Phase.named(name, config)
     work = work_folder(config)
-    folder, log = work / "checkpoints" / phase, work / f"log_{phase}.jsonl"
+    folder, log = work / "checkpoints" / name, work / f"log_{name}.jsonl"
     with processes.first_alone() as first:
         if first and not resume:
             shutil.rmtree(folder, ignore_errors=True)
             log.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
     interrupts = Interrupts()
-    with _checkpointed(model, config), _logs_in(work / "logs" / phase):
+    with _checkpointed(model, config), _logs_in(work / "logs" / name):
         trainer = FirstTrainer(
             model,
             driver,
             policy_at,
-            gate="hard" if phase in BESIDE_ROUTERS else config.gate,
+            gate=phase.gate,
             prefill=config.prefill,
             router_lr=config.router_lr,
-            l2=0.0 if phase in BESIDE_ROUTERS else config.l2,
-            distill={"routers": config.distill, "lora": config.teach}.get(phase, 0.0),
+            l2=phase.l2,
+            distill=phase.distance,
             teacher=teacher,
             log_path=log,
-            args=_arguments(model, config, phase, steps, folder),
+            args=_arguments(model, config, phase, folder),
             train_dataset=train,
             eval_dataset=validation,
             data_collator=Collator(model.pad_id),
@@ -274,10 +297,10 @@ def _fit(
         )
         before = trainer.evaluate()
         with interrupts.caught():
-            _train(trainer, steps, last_checkpoint(folder) if resume else None)
+            _train(trainer, phase.steps, last_checkpoint(folder) if resume else None)
         if interrupts.agreed(trainer.args.device):
             processes.say(
-                f"\nInterrupted at step {trainer.state.global_step} of {steps} ({phase})."
+                f"\nInterrupted at step {trainer.state.global_step} of {phase.steps} ({name})."
             )
             raise KeyboardInterrupt
         curve = _curve([{"step": 0, **before}, *trainer.state.log_history])
@@ -335,30 +358,29 @@ def _checkpointed(model: FirstModel, config: TrainConfig):
 
 
 def _arguments(
-    model: FirstModel, config: TrainConfig, phase: str, steps: int, folder: Path
+    model: FirstModel, config: TrainConfig, phase: Phase, folder: Path
 ) -> TrainingArguments:
-    lora = phase != "routers"
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=steps,
+        max_steps=phase.steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum,
-        learning_rate=config.lora_lr if lora else config.router_lr,
-        lr_scheduler_type="cosine" if lora else "constant_with_warmup",
+        learning_rate=phase.lr,
+        lr_scheduler_type=phase.schedule,
         warmup_steps=config.warmup,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
-        data_seed=2 * config.seed + ORDERS[phase] + AFTER * trainings(model),
+        data_seed=2 * config.seed + phase.order + AFTER * trainings(model),
         eval_strategy="steps",
         eval_steps=config.eval_steps,
         save_strategy="steps",
-        save_steps=config.eval_steps if lora else config.save_steps,
+        save_steps=phase.save_steps,
         save_total_limit=2,
-        load_best_model_at_end=phase in BESIDE_ROUTERS,  # where routers move, few skips would win
+        load_best_model_at_end=phase.keeps_best,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        logging_steps=min(config.logging_steps, max(steps, 1)),
+        logging_steps=min(config.logging_steps, max(phase.steps, 1)),
         logging_nan_inf_filter=False,
         report_to=["tensorboard"] if config.tensorboard else [],
         remove_unused_columns=False,

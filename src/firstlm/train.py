@@ -34,7 +34,6 @@ from firstlm.model import FirstModel
 from firstlm.options import load_yaml, to_dict, to_yaml
 from firstlm.phases import (
     RUN_FILE,
-    train_adapt,
     train_joint,
     train_lora,
     train_routers,
@@ -88,10 +87,10 @@ def run(config: TrainConfig) -> int:
     model = load_model(config, name)
     model.baseline = _baseline(model, train, config)
     if processes.shards() and config.stage != "routers":
-        if config.teach or config.heal or config.adapt_steps:
+        if config.teach or config.heal:
             raise ConfigError(
-                "teach, heal and adapt_steps need parameters that are whole, and FSDP splits them "
-                "among processes; leave them out, or train with DDP."
+                "teach and heal need parameters that are whole, and FSDP splits them among "
+                "processes; leave them out, or train with DDP."
             )
         set_seed(config.seed)
         lora_to_train(model, config)  # what comes after layers are split would be left out
@@ -123,10 +122,6 @@ def _phases(
     }
     arguments = (model, train, validation, config)
     try:
-        if config.adapt_steps:
-            record["adapt"] = _once(
-                model, config, "adapt", lambda: train_adapt(*arguments, resume=True)
-            )
         if config.stage in ("both", "routers") and model.baseline is None:
             record["routers"] = _once(
                 model, config, "routers", lambda: train_routers(*arguments, resume=True)
