@@ -32,8 +32,9 @@ from speed_tables import (
 
 from firstlm.figures import draw
 from firstlm.report import gain_text, recomputed
+from firstlm.results import write_bytes, write_text
 from firstlm.scoreboard import LABELS
-from firstlm.sections import Row, Section, groups, labelled, title
+from firstlm.sections import Row, Section, from_elsewhere, groups, labelled, read_rows, title
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -41,13 +42,14 @@ START, END = "<!-- results -->", "<!-- /results -->"
 PICTURES = ("quality-qamr",)  # of a report, that stand in docs
 SHOWN = ("qamr", "debian", "multi30k_taught", "qwen")  # files whose policies README compares
 RATES = (0.15, 0.25, 0.40)
+NEAR = 0.01  # between the skip rate that is asked for and the one that is measured
 
 
 def compact_table(section: Section, rows: Sequence[Row]) -> list[str]:
     """Return a table with a line a policy and a column a skip rate, primary metric alone."""
     primary = [row for row in rows if row["primary"] and row["skip_rate_asked"] is not None]
     metric, count = LABELS[primary[0]["metric"]], primary[0]["n_test"]
-    rates = " | ".join(f"{rate:.0%} skipped" for rate in RATES)
+    rates = " | ".join(f"{rate:.0%} asked" for rate in RATES)
     lines = [
         f"{title(section, rows)}: {metric} on {count} unseen items, and its share of base + LoRA",
         "",
@@ -67,8 +69,10 @@ def compact_table(section: Section, rows: Sequence[Row]) -> list[str]:
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
-    kept = "" if row["retention"] is None else f" ({row['retention']:.0%})"
-    return f"{row['score']:.1f}{kept}"
+    notes = [] if row["retention"] is None else [f"{row['retention']:.0%}"]
+    if abs(row["skip_rate"] - row["skip_rate_asked"]) > NEAR:
+        notes.append(f"{row['skip_rate']:.1%} skipped")
+    return f"{row['score']:.1f}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def full_table(section: Section, rows: Sequence[Row]) -> list[str]:
@@ -126,7 +130,7 @@ def adaptivity_table() -> list[str]:
             found = [gains.get(key) for key in MAJORITIES.values()]
             cells = ["" if gain is None else gain_text(gain) for gain in found]
             lines.append(
-                f"| {row['arm']}, {section.dataset} | {row['skip_rate_asked']:.0%} "
+                f"| {row['file']}-{row['arm']}, {section.dataset} | {row['skip_rate_asked']:.0%} "
                 f"| {row['distinct_masks']:.1f} | {row['mask_entropy']:.2f} | {' | '.join(cells)} |"
             )
     return [*lines, "", "Above, in points of the primary metric, paired, with 95% intervals."]
@@ -175,16 +179,19 @@ def domains_table() -> list[str]:
     ]
     for section, rows in sections().items():
         routed = [row for row in rows if row["primary"] and row["policy"] == "first"]
-        others = [row["trained_on"] for row in routed if row["trained_on"] != section.dataset]
-        own = {row["skip_rate_asked"]: row for row in routed if row["arm"].endswith("-first")}
+        own = [row for row in routed if row["lora"] and not from_elsewhere(row)]
         for row in routed:
-            here = own.get(row["skip_rate_asked"])
-            if row["arm"].endswith("-reused") and here is not None:
-                gain = next(gain for gain in here["gains"] if gain["arm"] == row["arm"])
-                lines.append(
-                    f"| {section.dataset} | {others[0]} | {row['skip_rate_asked']:.0%} "
-                    f"| {_kept(row)} | {_kept(here)} | {gain_text(gain)} |"
-                )
+            if not (row["lora"] and from_elsewhere(row)):
+                continue
+            at = row["skip_rate_asked"]
+            same = [here for here in own if here["skip_rate_asked"] == at]
+            lines += [
+                f"| {section.dataset} | {row['routers_of']} | {at:.0%} | {_kept(row)} "
+                f"| {_kept(here)} | {gain_text(gain)} |"
+                for here in same
+                for gain in here["gains"]
+                if gain["arm"] == row["arm"]
+            ]
     return [*lines, "", "The last column is in points of the primary metric, paired."]
 
 
@@ -219,7 +226,7 @@ def together_table() -> list[str]:
 
 def sections() -> dict[Section, list[Row]]:
     """Return the summary's rows by section."""
-    return groups(json.loads((RESULTS / "summary.json").read_text()))
+    return groups(read_rows(RESULTS / "summary.json"))
 
 
 def text() -> str:
@@ -286,7 +293,9 @@ def write_picture(file: Path, source: str) -> None:
     found = next(one for one in draw(_rows(file.stem), {}) if one.name == file.stem)
     about = PngInfo()
     about.add_text("Source", source)
-    Image.open(io.BytesIO(found.png)).save(file, pnginfo=about, optimize=True)
+    image = io.BytesIO()
+    Image.open(io.BytesIO(found.png)).save(image, format="png", pnginfo=about, optimize=True)
+    write_bytes(file, image.getvalue())
 
 
 def speed_page(file: Path) -> str:
@@ -364,7 +373,7 @@ def main() -> None:
         print(text())
         return
     for file, content in pages().items():
-        file.write_text(content)
+        write_text(file, content)
     for file, source in pictures().items():
         if not file.exists() or drawn_from(file) != source:
             write_picture(file, source)

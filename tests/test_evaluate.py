@@ -206,7 +206,7 @@ def test_runs_are_written_and_not_repeated(words, monkeypatch, capsys):
     assert list(first["runs"]) == ["base", "run_all", "router@0.25"]
     assert first["inputs"]["data_sha256"] == first["provenance"]["data_sha256"]
     assert len(first["runs"]["router@0.25"]["items"]) == 4
-    assert set(first["retention"]) == {"base", "router@0.25"}
+    assert set(first["of_run_all"]) == {"base", "router@0.25"}
 
     done = []
     real = evaluate.evaluate
@@ -219,6 +219,25 @@ def test_runs_are_written_and_not_repeated(words, monkeypatch, capsys):
     assert list(second["runs"]) == ["base", "run_all", "router@0.25", "router@0.5"]
     assert second["runs"]["base"] == first["runs"]["base"]
     assert "router@0.5" in capsys.readouterr().out
+
+
+def test_what_was_not_asked_for_at_first_is_scored_later(words, capsys):
+    words = [*words, "0.25", "--policies", "run_all", "router"]
+    assert cli.main([*words, "--no-perplexity", "--timed", "0"]) == 0
+    first = result_of(words)["runs"]
+    assert not any("perplexity" in run for run in first.values())
+    capsys.readouterr()
+    assert cli.main([*words, "--timed", "0"]) == 0
+    assert "router@0.25: done before with less than is asked for now" in capsys.readouterr().out
+    second = result_of(words)["runs"]
+    assert all(run["perplexity"]["value"] > 1 for run in second.values())
+    assert [run["f1"] for run in second.values()] == [run["f1"] for run in first.values()]
+    assert cli.main([*words, "--timed", "1"]) == 0
+    third = result_of(words)["runs"]
+    assert third["router@0.25"]["tpot_ratio"]["prompts"] == 1
+    for fewer in (["--timed", "0"], ["--no-perplexity"]):
+        assert cli.main([*words, *fewer]) == 0
+        assert result_of(words)["runs"] == third
 
 
 def test_an_interrupted_run_keeps_what_was_finished(words, monkeypatch):

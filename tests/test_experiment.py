@@ -189,9 +189,11 @@ def test_a_file_that_holds_no_results_is_named(words, capsys, text):
     folder = Path(words[words.index("--results") + 1])
     folder.mkdir()
     (folder / "tiny-first-0.json").write_text(text)
-    for action in ("list", "run", "summary"):
-        assert cli.main(["experiment", action, *words[2:]]) == 2
-        assert "tiny-first-0.json holds no results of `firstlm eval`" in capsys.readouterr().err
+    for action, code in (("list", 0), ("run", 1), ("summary", 2)):
+        only = [] if action == "summary" else ["--only", "tiny-first-0"]
+        assert cli.main(["experiment", action, *words[2:], *only]) == code
+        said = capsys.readouterr()
+        assert "tiny-first-0.json holds no results of `firstlm eval`" in (said.out or said.err)
 
 
 def test_jobs_can_be_picked(words):
@@ -338,7 +340,7 @@ def test_an_arm_trains_on_several_sets_and_is_scored_on_each(words, tmp_path):
     assert [r["retention"] is None for r in rows] == [True, False, False]  # no plain LoRA on "set"
     drawn = curves({f.stem: read(f) for f in folder.glob("tiny-*.json")})
     arms = {str(section): list(found) for section, found in drawn.items()}
-    assert arms == {"tiny-set": ["tiny-mix"], "tiny-other": ["tiny-lora_other"]}
+    assert arms == {"tiny-set": ["mix"], "tiny-other": ["lora_other"]}
 
 
 def test_shares_are_of_the_same_items_only(words):
@@ -351,7 +353,7 @@ def test_shares_are_of_the_same_items_only(words):
     folder = Path(words[words.index("--results") + 1])
     rows = json.loads((folder / "summary.json").read_text())
     kept = {(r["arm"], r["n_test"]): r["retention"] for r in rows if r["metric"] == "perplexity"}
-    assert kept == {("tiny-first", 4): None, ("tiny-lora", 3): pytest.approx(1)}
+    assert kept == {("first", 4): None, ("lora", 3): pytest.approx(1)}
 
 
 def test_a_file_like_another_differs_where_it_says_so(words):
@@ -443,10 +445,16 @@ def test_what_was_made_with_other_options_is_not_taken_for_done(words, capsys):
     ):
         file.write_text(before.replace(old, new))
         capsys.readouterr()
-        assert cli.main(words) == 2
-        said = capsys.readouterr().err
-        assert f"tiny-first-0 was made with other options than its file has now ({named})" in said
+        assert cli.main([*words, "--only", "tiny-first-0", "tiny-majority"]) == 1
+        said = capsys.readouterr()
+        wrong = (
+            rf"was made with other options .*\({named}\)\. Remove it \(rm -rf .*tiny-first-0.json"
+        )
+        assert re.search(rf"^tiny-first-0 failed: what is there {wrong}", said.err, re.M)
+        assert "  tiny-majority-0: needs tiny-first-0" in said.out
         assert list(results(words)) == ["tiny-first-0"]
+        assert cli.main([words[0], "summary", *words[2:]]) == 2
+        assert "These cannot be summed up:\n  tiny-first-0: what" in capsys.readouterr().err
         assert cli.main([words[0], "list", *words[2:]]) == 0
         assert f"made with other options: {named}" in capsys.readouterr().out
     file.write_text(before.replace("tensorboard: false", "tensorboard: false, logging_steps: 7"))
@@ -466,12 +474,12 @@ def test_a_matrix_whose_number_format_is_up_to_the_machine_goes_on_elsewhere(wor
     in_format("auto")
     assert cli.main([*words, "--only", "tiny-first-0"]) == 0
     in_format("float32")
-    assert cli.main([*words, "--only", "tiny-first-0"]) == 2
+    assert cli.main([*words, "--only", "tiny-first-0"]) == 1
     assert "(dtype)" in capsys.readouterr().err
     both = before.replace("run_all, router", "run_all, random, router")
     before = both  # more is asked of a file than it has, which is not added in another format
     in_format("auto")
-    assert cli.main([*words, "--only", "tiny-first-0"]) == 2
+    assert cli.main([*words, "--only", "tiny-first-0"]) == 1
     assert "(dtype)" in capsys.readouterr().err
     assert cli.main([words[0], "summary", *words[2:]]) == 0
 
@@ -490,6 +498,25 @@ def test_an_artifact_made_anew_is_noticed_by_what_took_it(words, capsys, tmp_pat
         said = capsys.readouterr().out
         assert last in said
         assert ("another" in said) == ("another" in last)
+
+
+def test_a_damaged_artifact_or_place_for_results_is_said_before_anything_is_trained(words, capsys):
+    folder = Path(words[4], "tiny-first-0")
+    folder.mkdir(parents=True)
+    (folder / "first_config.json").write_text("{")
+    assert cli.main([words[0], "list", *words[2:]]) == 0
+    said = capsys.readouterr().out
+    assert "cannot be read: " in said
+    assert "tiny-first-1 " in said
+    assert cli.main([*words, "--only", "tiny-first"]) == 1
+    assert list(results(words)) == ["tiny-first-1"]
+    assert "tiny-first-0: " in capsys.readouterr().out
+    file = Path(words[4], "file")
+    file.write_text("")
+    assert cli.main([*words[:-1], str(file)]) == 2
+    said = capsys.readouterr()
+    assert "training" not in said.out
+    assert "Not a directory" in said.err
 
 
 def test_gradients_are_on_again_after_an_interrupt(words, monkeypatch):
@@ -512,7 +539,11 @@ def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
     ("old", "new", "says"),
     [
         ("lora_steps", "lora_stpes", "unknown option 'lora_stpes' in .*tiny.yaml: arm first"),
-        ("eval: {max", "evals: {max", "'eval', 'evals' missing or too much"),
+        (
+            "eval: {max",
+            "evals: {max",
+            "tiny.yaml has 'evals', which means nothing there; did you mean eval",
+        ),
         ("arm:first", "arm:frist", "names the arm 'frist'"),
         ("{policies: [majority]}", "{}", "arm majority does not say which policies"),
         ("policies: [majority]", "policies: [best]", "expected one of base, run_all"),
@@ -520,9 +551,29 @@ def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
         ("[0, 1]", "3", r"arm first: seeds is 3; expected a list"),
         ("first:\n", "first: text\n  other:\n", "arm first is 'text'; expected names with values"),
         ("[0, 1]", "null", r"arm first: seeds is None; expected a list"),
-        ("seeds", "seed", "arm first has 'seed', 'seeds' missing or too much|'seed'"),
+        ("seeds: [0, 1]", "seeds: []", r"seeds is \[\]; expected a list"),
+        ("seeds", "seed", "arm first has 'seed', which means nothing there; did you mean seeds"),
+        ("eval: {max", "# eval: {max", "tiny.yaml lacks 'eval'"),
+        ("  majority:\n", "  first:\n", "'first' stands twice"),
+        ("  majority:\n", "  1:\n", "1 is no name for a file or an arm"),
+        ("  majority:\n", "  ../up:\n", "'../up' is no name for a file or an arm"),
+        ("{router_steps: 2", "{seed: 4, router_steps: 2", "sets seed, which follows from"),
+        ("{policies: [majority]}", "{policies: [majority], output: a}", "sets output, which"),
+        ("skip_rate: 0.34", "skip_rate: 1.5", "tiny.yaml: arm first.*skip_rate is 1.5"),
+        ("policies: [majority]", "policies: [router]", "is trained for 'majority', so that it has"),
+        (
+            "{router_steps: 2, warm_start: 4}",
+            "{stage: lora, skip_rate: 0.0}",
+            "trains LoRA with all layers alone, so that it has no 'router'",
+        ),
+        (
+            'majority_of: "arm:first"}\n    eval: {policies: [majority]}',
+            'majority_of: "arm:other"}\n    eval: {policies: [majority]}\n'
+            "  other: {train: {policy: unified}, eval: {policies: [unified]}}",
+            "arm majority takes the majority mask of other, which has no routers",
+        ),
         ("arms:", "arms: [", "is not YAML"),
-        ("  first:", "  my-first:", "'my-first' has a '-'"),
+        ("  first:", "  my-first:", "'my-first' is no name .* '-' parts file, arm"),
         ("{router_steps: 2, warm_start: 4}", '{artifact: "arm:first"}', "first-0 needs itself"),
         ("train: {", "like: tiny.yaml\ntrain: {", "is like itself"),
         ("data: ", "data: [a, b] #", r"names the data \['a', 'b'\]; expected one data set"),
@@ -545,6 +596,13 @@ def test_wrong_files_say_what_is_wrong(words, old, new, says, monkeypatch):
     file = Path(words[2]) / "tiny.yaml"
     file.write_text(file.read_text().replace(old, new, 1))
     with pytest.raises(ConfigError, match=says):
+        jobs_of(file, "runs", "results")
+
+
+def test_a_file_without_arms_is_refused(words):
+    file = Path(words[2]) / "tiny.yaml"
+    file.write_text(file.read_text().partition("arms:")[0] + "arms: {}\n")
+    with pytest.raises(ConfigError, match=r"tiny.yaml has no arms; expected one or more"):
         jobs_of(file, "runs", "results")
 
 
@@ -635,13 +693,24 @@ def test_a_summary_of_one_file_keeps_the_rows_of_others(words, capsys):
     def summed(*files):
         assert cli.main(["experiment", "summary", *map(str, files), *words[3:]]) == 0
         file = Path(words[words.index("--results") + 1]) / "summary.json"
-        return [row["arm"] for row in json.loads(file.read_text())]
+        return [f"{row['file']}-{row['arm']}" for row in json.loads(file.read_text())]
 
     both = summed(folder)
     assert sorted(set(both)) == ["small-majority", "tiny-majority"]
     assert summed(folder / "small.yaml") == summed(folder / "tiny.yaml") == both
     (folder / "small.yaml").unlink()
     assert set(summed(folder)) == {"tiny-majority"}  # a folder is all there is
+    (folder / "small.yaml").write_text(
+        text.replace("  first:", "  second:")
+        .replace("arm:first", "arm:second")
+        .replace("  majority:", "  other:")
+    )
+    words_of = ["experiment", "summary", str(folder / "small.yaml"), *words[3:]]
+    before = Path(words[-1], "summary.json").read_text()
+    assert cli.main(words_of) == 2  # nothing of it is scored, and what there was stays
+    assert "no rows to sum up" in capsys.readouterr().err
+    assert Path(words[-1], "summary.json").read_text() == before
+    (folder / "small.yaml").unlink()
     capsys.readouterr()
     assert cli.main(["experiment", "summary", *words[2:], *only]) == 2
     assert "Leave --only out" in capsys.readouterr().err

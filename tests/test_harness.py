@@ -13,6 +13,7 @@ import torch
 from conftest import tiny_llama
 
 from firstlm import FirstModel, FixedMask, RouterConfig
+from firstlm.baselines import SkipDecode
 from firstlm.errors import ConfigError
 
 pytest.importorskip("lm_eval", reason="the extra firstlm[harness] is not installed")
@@ -143,3 +144,15 @@ def test_a_suite_runs_on_a_routed_model(model, tmp_path, monkeypatch):
         exact = wanted(model, lm.tok_encode(first["question"]), ids)
         assert float(value) == pytest.approx(exact, abs=1e-3)
     assert scores[2] != scores[4]
+
+
+def test_layers_that_go_as_an_answer_grows_count_by_its_steps(model):
+    policy = SkipDecode(4, 0.25, [0] * 5 + [1])  # answers of five decode steps
+    lives = [policy.lifetime(layer) for layer in range(4)]
+    lm = FirstHarness(model, policy=policy, batch_size=1, max_new_tokens=6)
+    context, answer = lm.tok_encode(TEXTS[0]), lm.tok_encode("sixth", False)
+    lm._loglikelihood_tokens([(None, context, answer)], True)
+    lm.generate_until([ask(TEXTS[0], {"until": []})], disable_tqdm=True)
+    # The first token comes from the prompt, and none of the six that are made ends an answer.
+    for rate, n in zip(lm.skip_rates, [len(answer) - 1, 5], strict=True):
+        assert rate == sum(max(n - life, 0) for life in lives) / (n * 4) > 0

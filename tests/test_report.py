@@ -45,8 +45,16 @@ def test_the_report_shows_its_pictures_in_a_browser(tmp_path):
 
 def row(arm: str, asked: float, **more) -> dict:
     """One row of a summary of questions."""
-    found = {"arm": f"qa-{arm}", "policy": arm, "lora_of": arm, "skip_rate_asked": asked}
+    found = {"file": "qa", "arm": arm, "policy": arm, "lora_of": arm, "skip_rate_asked": asked}
     found |= {"dataset": "set", "task": "qa", "model": "m", "metric": "f1", "primary": True}
+    found |= {"trained_on": "set", "routers_of": more.get("dataset", "set"), "alpha": None}
+    found |= {
+        "l2": 0.0,
+        "retention_ci95": [0.8, 1.0],
+        "retention_of": "lora",
+        "kv_recomputed": None,
+    }
+    found |= {"tpot_ratio_spread": None}
     found |= {"skip_rate": asked, "score": 50.0, "ci95": [40.0, 60.0], "retention": 0.9}
     found |= {"seeds": 2, "n_test": 5, "gains": [], "tpot_ratio": None, "lora": True}
     found |= {"skip_rate_p5": asked, "skip_rate_p95": asked, "distinct_masks": 1.0}
@@ -83,7 +91,7 @@ def test_an_arm_has_one_colour_in_all_pictures(monkeypatch):
     quality, times = used
     assert quality == times
     assert len(set(quality.values())) == len(figures.COLORS) + 1
-    assert quality["qa-unified"] == figures.COLORS["unified"]
+    assert quality["unified"] == figures.COLORS["unified"]
 
 
 def test_pictures_of_results_that_are_gone_go(tmp_path):

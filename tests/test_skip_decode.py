@@ -16,7 +16,7 @@ from firstlm import FirstModel, RouterConfig, cli
 from firstlm.baselines import Baseline, SkipDecode
 from firstlm.data import Collator, Encoded
 from firstlm.errors import ConfigError
-from firstlm.evaluate import _decode_steps
+from firstlm.evaluate import decode_steps
 from firstlm.losses import answer_logits
 from firstlm.masks import describe_rates
 from firstlm.train import run
@@ -108,12 +108,12 @@ def test_losses_see_the_steps_of_each_row() -> None:
         torch.testing.assert_close(part, logits([row]))
 
 
-def test_answers_are_counted_in_decode_steps() -> None:
+def test_answers_are_counted_indecode_steps() -> None:
     first = FirstModel.from_base(make_model("llama"), RouterConfig())
     first.base.generation_config.eos_token_id = [2, 3]
     new = torch.tensor([[9, 9, 9, 9], [9, 9, 3, 0], [9, 9, 0, 0], [2, 0, 0, 0], [9, 2, 0, 0]])
     # The first never ended, the third ended by its text; the others by an end token.
-    steps = _decode_steps(new, [False, False, True, False, False], first)
+    steps = decode_steps(new, [False, False, True, False, False], first)
     assert steps == [3, 2, 1, 0, 1]
     rates = np.array([[0.5, 3], [0.2, 1], [0.0, 0]])
     assert describe_rates(*rates.T)["mean"] == 1.7 / 4

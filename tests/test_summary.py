@@ -8,7 +8,6 @@ import json
 import pytest
 
 from firstlm import cli
-from firstlm.artifact_files import base_id
 from firstlm.command_config import EvalConfig
 from firstlm.config import TrainConfig
 from firstlm.data import items_hash, scored_examples
@@ -16,23 +15,32 @@ from firstlm.errors import DataError
 from firstlm.masks import length_correlation
 from firstlm.report import recomputed
 from firstlm.sections import labelled
-from firstlm.summary import Arm, adaptivity, base_of, rows
+from firstlm.summary import Arm, adaptivity, rows
 
 
 def test_arms_with_one_policy_are_told_apart():
-    def row(arm, policy="first"):
-        return {"arm": arm, "policy": policy, "lora_of": policy}
+    def row(arm, policy="first", file="qamr", **more):
+        found = {"file": file, "arm": arm, "policy": policy, "lora_of": policy}
+        return {**found, "model": "m", "dataset": "qamr", "routers_of": "qamr", **more}
 
-    rows = [row("qamr-first"), row("qamr-full"), row("qamr-unified", "unified")]
+    rows = [row("first"), row("full"), row("unified", "unified")]
     names = [name for name, _ in labelled(rows)]
     assert names == ["FiRST (first)", "FiRST (full)", "unified"]
-    rows.append(row("debian-first"))
+    rows.append(row("first", file="debian"))
     names = [name for name, _ in labelled(rows)]
     assert names == [
         "FiRST (qamr-first)",
         "FiRST (qamr-full)",
         "unified",
         "FiRST (debian-first)",
+    ]
+    both = row("mixed", routers_of="qamr+news")
+    other = row("news", routers_of="news", lora_of=None)
+    reused = row("reused", routers_of="news")
+    assert [name for name, _ in labelled([both, other, reused])] == [
+        "FiRST",
+        "FiRST, routers of news, no LoRA",
+        "FiRST, routers of news",
     ]
 
 
@@ -76,7 +84,9 @@ def test_a_report_needs_a_summary(tmp_path, capsys):
     assert "firstlm experiment summary" in capsys.readouterr().err
     (tmp_path / "summary.json").write_text('[{"score": 1}]')
     assert cli.main(["report", str(tmp_path)]) == 2
-    assert "no summary of experiments" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no summary of experiments" in said
+    assert "retention_of" in said
     assert not (tmp_path / "report").exists()
 
 
@@ -102,7 +112,7 @@ def arm(folder, name, right, template=None, tokenizer=None, **train):
         inputs = {"data": str(file), "items_sha256": items_hash(known)}
         reports[seed] = {"inputs": inputs, "runs": {"run_all": run}}
     config = TrainConfig(data=[str(folder / "qa" / "train.jsonl")], output=name, **train)
-    return lambda: Arm(name, config, score, reports)
+    return lambda: Arm("file", name, config, score, reports)
 
 
 def test_what_is_kept_is_against_the_base_of_the_same_seeds(tmp_path):
@@ -197,11 +207,35 @@ def test_a_base_that_is_not_scored_yet_is_no_measure(tmp_path):
     assert [row["retention"] for row in rows([plain])] == [None, None]
 
 
-def test_a_model_is_named_as_in_training():
-    def train(**options):
-        return TrainConfig(data=["a.jsonl"], output="out", **options)
+def test_a_model_is_named_as_its_artifact_has_it(tmp_path):
+    told, older = arm(tmp_path, "a", {0: 4})(), arm(tmp_path, "b", {0: 4}, model="other")()
+    (report,) = told.reports.values()
+    report |= {"base_model": "mine", "lora": False}
+    assert [row["model"] for row in rows([told, older]) if row["primary"]] == ["mine", "other"]
+    assert arm(tmp_path, "c", {0: 4})().model == "smollm2"
+    assert [one.lora for one in (told, older)] == [False, True]
 
-    assert base_of(train()) == "smollm2"
-    assert base_of(train(model="other")) == "other"
-    assert base_of(train(model="other"), "asked") == "asked"
-    assert base_of(train(artifact="smollm2-qa")) == base_id("smollm2-qa")
+
+def test_the_best_plain_lora_is_what_others_are_held_against(tmp_path):
+    """In whatever order arms stand; it is named with what was kept."""
+    plain = {"stage": "lora", "skip_rate": 0.0}
+    arms = [
+        arm(tmp_path, "short", {0: 2}, **plain)(),
+        arm(tmp_path, "long", {0: 4}, **plain)(),
+        arm(tmp_path, "first", {0: 2}, skip_rate=0.25)(),
+    ]
+    for order in (arms, arms[::-1]):
+        found = {r["arm"]: r for r in rows(order) if r["primary"]}
+        assert {r["retention_of"] for r in found.values()} == {"long"}
+        assert found["first"]["retention"] == found["short"]["retention"] == 0.5
+
+
+def test_routers_are_of_the_arm_that_trained_them(tmp_path):
+    arms = [
+        arm(tmp_path, "runs/file-other-0", {0: 4}, stage="routers", skip_rate=0.25)(),
+        arm(tmp_path, "runs/file-reused-0", {0: 4}, artifact="runs/file-other-0", stage="lora")(),
+    ]
+    for one, name in zip(arms, ("other", "reused"), strict=True):
+        one.name = name
+    arms[0].trained_on = ["news"]
+    assert [row["routers_of"] for row in rows(arms) if row["primary"]] == ["news"] * 2

@@ -322,7 +322,10 @@ class ExperimentConfig(Options):
         REQUIRED, positional=True, help="experiment files (.yaml), or folders that hold some"
     )
     minutes: float | None = option(
-        None, above=0, help="stop after so many minutes, such that the same command goes on"
+        None,
+        above=0,
+        at_most=525_600,
+        help="stop after so many minutes, such that the same command goes on",
     )
     only: list[str] | None = option(
         None, help="jobs to run: FILE, FILE-ARM or FILE-ARM-SEED, without .yaml"

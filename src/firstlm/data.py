@@ -75,8 +75,8 @@ def encode(example: Example, tokenizer: Any, max_length: int | None = None) -> E
     if max_length is not None and total > max_length:
         raise DataError(
             f"{label}: prompt of {len(prompt_ids)} + answer of {len(answer_ids)} tokens make "
-            f"{total}, more than max_length {max_length}; shorten the row, or raise --max-length "
-            "as far as the model's context goes."
+            f"{total}, more than max_length {max_length}; shorten the row, or, in training, raise "
+            "--max-length as far as the model's context goes."
         )
     return Encoded(prompt_ids, answer_ids)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -116,8 +116,11 @@ def _score(
     for policy, rate in asked:
         name = run_name(policy, rate)
         if name in report["runs"]:
-            print(f"{name}: done before, taken from {options.output}")
-            continue
+            if holds(report["runs"][name], options):
+                print(f"{name}: done before, taken from {options.output}")
+                continue
+            print(f"{name}: done before with less than is asked for now; scored anew")
+            scored.pop(name, None)
         try:
             result = evaluate(
                 model,
@@ -143,7 +146,7 @@ def _score(
             raise
         result["provenance"] = provenance(seed=options.seed)
         report["runs"][name] = result
-        report["retention"] = _retention(report["runs"], examples, task, scored, options.seed)
+        report["of_run_all"] = _of_run_all(report["runs"], examples, task, scored, options.seed)
         if options.output is not None:
             report["provenance"] = provenance(seed=options.seed, **report["inputs"])
             write_json(options.output, report)
@@ -170,15 +173,17 @@ def _start(
         "options": compared,
         "inputs": inputs,
         "training": model.training_record,
+        "base_model": model.base_id,
+        "lora": model.has_adapter,
         "runs": {},
-        "retention": {},
+        "of_run_all": {},
     }
     if options.output is None or not Path(options.output).exists():
         return report
     try:
         old = json.loads(Path(options.output).read_text(encoding="utf-8"))
         before = {**old["options"], **old["inputs"]}
-        report["runs"], report["retention"] = old["runs"], old["retention"]
+        report["runs"], report["of_run_all"] = old["runs"], old["of_run_all"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{options.output} holds no results of `firstlm eval`; name another --output."
@@ -188,8 +193,8 @@ def _start(
     other = [k for k in now if k not in paths and now[k] != before.get(k)]
     if other:
         raise ConfigError(
-            f"{options.output} holds results for other inputs ({', '.join(other)}). Name another "
-            "--output, or repeat the options to add runs to it."
+            f"{options.output} holds results for other inputs ({', '.join(other)}). Remove it, "
+            "name another --output, or repeat the options to add runs to it."
         )
     return report
 
@@ -208,12 +213,18 @@ def run_names(options: EvalConfig) -> list[str]:
     return [run_name(policy, rate) for policy, rate in _asked(options, "router")]
 
 
+def holds(run: Mapping[str, Any], options: EvalConfig) -> bool:
+    """Return whether a run was scored in all that these options ask for."""
+    told = options.perplexity <= ("perplexity" in run)
+    return told and options.timed <= run.get("timed", options.timed)  # not told before 2026-11-28
+
+
 def compared_options(options: EvalConfig) -> dict[str, Any]:
     """Return the options that results hold, and that must be the same to add to them."""
     return {k: v for k, v in to_dict(options).items() if k not in FREE_OPTIONS}
 
 
-def _retention(
+def _of_run_all(
     runs: dict[str, Any],
     examples: Sequence[Example],
     task: Task,

@@ -77,10 +77,11 @@ def evaluate(
     Returns:
         One JSON object: each metric of the task in percent, and perplexity per token of wanted
         answers where it is asked for, with 95% intervals; skip rates per prompt and layer,
-        number of distinct masks, layer calls, `tpot_ratio` (time per token over that with all
-        layers) where prompts were timed, `rho_histogram` [layers, bins] where routers decide,
-        `kv_recomputed` where tokens decide by themselves (`token_level.usage`), and the items in
-        the order of `examples`.
+        number of distinct masks, layer calls, how many prompts were to be timed (`timed`) and
+        `tpot_ratio` (time per token over that with all layers) where they were, `rho_histogram`
+        [layers, bins] where routers decide, `kv_recomputed` where tokens decide by themselves
+        (`token_level.usage`), and the items in the order of `examples`, whose scores are shares
+        where a metric is a mean over items, and percent for BLEU and chrF.
     """
     if not examples:
         raise DataError("There are no examples to score.")
@@ -119,6 +120,7 @@ def evaluate(
         **describe_masks(from_bits(keep)),
         **totals,
         "tpot_ratio": ratio,
+        "timed": timed,
         "batch_size": batch_size,
     }
     if items:
@@ -256,7 +258,7 @@ def _answer(
     )
     new, state = output.sequences[:, ids.shape[1] :], output.cache.state
     texts, rho = tokenizer.batch_decode(new.tolist(), skip_special_tokens=True), state.rho
-    steps = _decode_steps(new, [task.ended(text) for text in texts], model)
+    steps = decode_steps(new, [task.ended(text) for text in texts], model)
     used = usage(policy, state, mask, steps)
     return {
         "answers": [task.clean(text) for text in texts],
@@ -270,7 +272,7 @@ def _answer(
     }
 
 
-def _decode_steps(new: torch.Tensor, ended: Sequence[bool], model: FirstModel) -> list[int]:
+def decode_steps(new: torch.Tensor, ended: Sequence[bool], model: FirstModel) -> list[int]:
     """Return how many decode steps each row's answer took; the first token comes from the prompt.
 
     Args:

@@ -10,7 +10,6 @@ What files say is read by `jobs.py`.
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import traceback
@@ -18,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -26,7 +24,8 @@ from filelock import FileLock, Timeout
 from firstlm.command_config import ExperimentConfig
 from firstlm.errors import ConfigError, DataError, FirstError, kind_and_line
 from firstlm.jobs import Job, files_of, jobs_of
-from firstlm.results import write_json
+from firstlm.results import check_file, write_json
+from firstlm.sections import read_rows
 from firstlm.summary import Arm, rows
 
 SUMMARY = "summary.json"
@@ -55,43 +54,68 @@ def run(options: ExperimentConfig) -> int:
         raise ConfigError(f"No arm of these files is named {' or '.join(options.only or ())}.")
     if options.action == "list":
         for job in jobs:
-            if changed := job.changed():
-                done = f"made with other options: {', '.join(changed)}"
-            else:
-                done = "scored" if job.scored else "to do"
-            if stale := job.stale:
-                done += f"; with another {', '.join(stale)} than is there now"
-            print(f"{job.name:40} {done}")
+            print(f"{job.name:40} {_state(job)}")
         return 0
-    for job in jobs:
-        if changed := job.changed(goes_on=options.action == "run"):
-            folders = dict.fromkeys([str(job.artifact), job.train.output])
-            raise ConfigError(
-                f"What is there of {job.name} was made with other options than its file has now "
-                f"({', '.join(changed)}). Remove {job.score.output}, and the artifact with its "
-                f"-run folder ({' or '.join(folders)}), or name other folders with --runs and "
-                "--results."
-            )
     if options.action == "summary":
+        if changed := {job.name: why for job in jobs if (why := _obstacle(job, goes_on=False))}:
+            raise ConfigError("These cannot be summed up:\n" + _listed(changed))
         everything = all(Path(path).is_dir() for path in options.files)
         return _summary(jobs, Path(options.results) / SUMMARY, everything)
     end = None if options.minutes is None else monotonic() + 60 * options.minutes
     failed: dict[str, str] = {}
     try:
         with _interrupted_after(options.minutes):
+            for job in jobs:
+                check_file(job.score.output)
             _work_through(jobs, known, Path(options.runs), failed)
         if not failed:
             print(f"All {len(jobs)} are in {options.results}.")
     except KeyboardInterrupt:
-        left = sum(not job.scored for job in jobs)
+        left = sum(job.name in failed or not job.scored for job in jobs)
         if end is None or monotonic() < end:
             raise
         print(f"The time is up; {left} of {len(jobs)} are left. The same command goes on.")
     finally:
         if failed:
-            lines = [f"  {name}: {why}" for name, why in failed.items()]
-            print("\n".join(["These failed, and the same command tries them again:", *lines]))
+            print(
+                "These failed, and the same command tries them again, from their last checkpoints "
+                f"unless you remove {options.runs}/NAME-run:\n{_listed(failed)}"
+            )
     return FAILED if failed else OK
+
+
+def _state(job: Job) -> str:
+    """Say in a few words how far a job is."""
+    try:
+        changed, stale = job.changed(), job.stale
+    except FirstError as error:
+        return f"cannot be read: {error}"
+    state = "scored" if job.scored else "to do"
+    if changed:
+        state = f"made with other options: {', '.join(changed)}"
+    return state + (f"; with another {', '.join(stale)} than is there now" if stale else "")
+
+
+def _obstacle(job: Job, goes_on: bool) -> str | None:
+    """Say why what is there of a job cannot be gone on with (`Job.changed`); None where it can."""
+    try:
+        changed = job.changed(goes_on)
+    except FirstError as error:
+        return str(error)
+    if not changed:
+        return None
+    folders = dict.fromkeys([str(job.artifact), job.train.output])
+    there = " ".join([str(job.score.output), *(f"{one} {one}-run" for one in folders)])
+    return (
+        "what is there was made with other options than its file has now "
+        f"({', '.join(changed)}). Remove it (rm -rf {there}), or name other folders with --runs "
+        "and --results."
+    )
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    """Return one line for each job, with what is to be said of it."""
+    return "\n".join(f"  {name}: {why}" for name, why in reasons.items())
 
 
 def _work_through(
@@ -102,7 +126,11 @@ def _work_through(
     Every arm's first seed comes before second ones, so that there is something to compare early.
     What fails, and why, goes into `failed`; the others go on.
     """
-    left, waits = sorted((job for job in jobs if not job.scored), key=lambda job: job.seed), False
+    for job in jobs:
+        if why := _obstacle(job, goes_on=True):
+            _fail(job, why, failed)
+    open_ = [job for job in jobs if job.name not in failed and not job.scored]
+    left, waits = sorted(open_, key=lambda job: job.seed), False
     while left:
         busy = []
         for job in left:
@@ -122,9 +150,14 @@ def _work_through(
 def _attempt(job: Job, known: Mapping[str, Job], failed: dict[str, str]) -> None:
     """Train a job, after what it needs, and score it; what fails goes into `failed`."""
     if missing := job.missing(known):  # not found out after an hour of training
-        failed[job.name] = f"there is no {' and no '.join(missing)}"
-        print(f"{job.name} failed: {failed[job.name]}", file=sys.stderr)
+        _fail(job, f"there is no {' and no '.join(missing)}", failed)
         return
+    for needed in job.all_needed(known):
+        if needed.name not in failed and (why := _obstacle(needed, goes_on=True)):
+            _fail(needed, why, failed)
+        if needed.name in failed:
+            _fail(job, f"needs {needed.name}", failed)
+            return
     for needed in job.chain(known):
         if needed.name not in failed:
             try:
@@ -139,6 +172,12 @@ def _attempt(job: Job, known: Mapping[str, Job], failed: dict[str, str]) -> None
         if needed.name in failed:
             failed.setdefault(job.name, f"needs {needed.name}")
             return
+
+
+def _fail(job: Job, why: str, failed: dict[str, str]) -> None:
+    """Note and say why a job failed."""
+    failed[job.name] = why
+    print(f"{job.name} failed: {why}", file=sys.stderr)
 
 
 @contextmanager
@@ -163,13 +202,15 @@ def _claimed(job: Job, known: Mapping[str, Job], runs: Path) -> Iterator[bool]:
 
 def arms_of(jobs: Sequence[Job]) -> dict[str, dict[str, Arm]]:
     """Return the results of all jobs that are scored, by file and arm."""
-    arms: dict[str, dict[str, Arm]] = {}
+    seeds: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
-        same = [other for other in jobs if (other.file, other.arm) == (job.file, job.arm)]
-        found = {other.seed: other.report for other in same}
+        seeds.setdefault((job.file, job.arm), []).append(job)
+    arms: dict[str, dict[str, Arm]] = {}
+    for (file, arm), same in seeds.items():
+        found = {job.seed: job.report for job in same}
         reports = {seed: report for seed, report in found.items() if report is not None}
-        if reports and job.arm not in arms.setdefault(job.file, {}):
-            arms[job.file][job.arm] = Arm(f"{job.file}-{job.arm}", job.train, job.score, reports)
+        if reports:
+            arms.setdefault(file, {})[arm] = Arm(file, arm, same[0].train, same[0].score, reports)
     return arms
 
 
@@ -182,39 +223,23 @@ def _summary(jobs: list[Job], file: Path, everything: bool) -> int:
         everything: they are all there is; else rows of other experiment files stay in it.
     """
     groups = [list(group.values()) for group in arms_of(jobs).values()]
+    if not groups:
+        raise DataError(f"Nothing of these files is scored in {file.parent}: no rows to sum up.")
     for arm in (arm for group in groups for arm in group):
         if len(arm.commits) > 1:
-            print(f"Note: {arm.name} was scored at several commits: {', '.join(arm.commits)}.")
+            commits = ", ".join(arm.commits)
+            print(f"Note: {arm.file}-{arm.name} was scored at several commits: {commits}.")
     found = [row for group in groups for row in rows(group)]
     ours = {job.file for job in jobs}
-    others = [] if everything else [row for row in _rows_of(file) if _file_of(row) not in ours]
-    write_json(file, sorted([*others, *found], key=_file_of))
+    there = [] if everything or not file.is_file() else read_rows(file)
+    others = [row for row in there if row["file"] not in ours]
+    write_json(file, sorted([*others, *found], key=lambda row: row["file"]))
     if missing := [job.name for job in jobs if not job.scored]:
         shown = ", ".join(missing[:SHOWN]) + (" ..." if len(missing) > SHOWN else "")
         print(f"Note: {len(missing)} of {len(jobs)} are not (all) scored yet: {shown}.")
     more = f", and {len(others)} of other files" if others else ""
     print(f"{len(found)} rows are in {file}{more}.")
     return 0
-
-
-def _rows_of(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a summary; none where there is no file yet."""
-    if not file.is_file():
-        return []
-    try:
-        found = json.loads(file.read_bytes())
-        if not all("arm" in row for row in found):
-            raise ValueError("rows without an arm")
-    except (ValueError, TypeError) as error:
-        raise DataError(
-            f"{file} is no summary of experiments ({error}); remove it, and sum up all files anew."
-        ) from error
-    return found
-
-
-def _file_of(row: Mapping[str, Any]) -> str:
-    """Return the experiment file that a row of a summary is of."""
-    return str(row["arm"]).partition("-")[0]
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from firstlm.masks import from_bits
-from firstlm.sections import Row, Section, groups, labelled, metric_name
+from firstlm.sections import Row, Section, arm_of, groups, labelled, metric_name
 
 COLORS = {
     "first": "#0b6e99",
@@ -53,27 +54,31 @@ def draw(rows: Sequence[Row], reports: Mapping[str, Any]) -> list[Picture]:
         rows: of a summary.
         reports: what `firstlm eval` wrote, by FILE-ARM-SEED.
     """
-    sections = groups(rows)
+    sections, arms = groups(rows), {(row["file"], row["arm"]) for row in rows}
     pictures = [one for section, found in sections.items() for one in _of_rows(section, found)]
     reports = {
         name: report
         for name, report in reports.items()
         if Section.of(name, report["inputs"]["data"]) in sections
+        and (name.partition("-")[0], arm_of(name)) in arms
     }
-    masks: dict[Section, dict[str, np.ndarray]] = {}
-    shown: set[tuple[str, str]] = set()
+    masks: dict[tuple[Section, int], dict[str, np.ndarray]] = {}
+    shown: set[tuple[Section, str, str]] = set()
     for name, report in reports.items():
-        section, arm = Section.of(name, report["inputs"]["data"]), name.rpartition("-")[0]
+        section, arm = Section.of(name, report["inputs"]["data"]), arm_of(name)
         for run, result in report["runs"].items():
             if run.startswith("router"):
                 keep = from_bits([item["keep"] for item in result["items"]])
-                masks.setdefault(section, {})[f"{name}, {run}"] = keep.mean(0)
-                if (arm, run) not in shown:  # one seed of each is enough to look at
-                    shown.add((arm, run))
+                depth = section, keep.shape[1]  # a file may compare models
+                masks.setdefault(depth, {})[f"{name}, {run}"] = keep.mean(0)
+                if (section, arm, run) not in shown:  # one seed of each is enough to look at
+                    shown.add((section, arm, run))
                     pictures += _of_run(section, name, run, result)
-    for section, found in masks.items():
+    depths = Counter(section for section, _ in masks)
+    for (section, depth), found in masks.items():
         caption = "Share of prompts that run each layer: every artifact and rate."
-        pictures.append(Picture(f"masks-{section}", section, _masks(found), caption))
+        name = f"masks-{section}" + (f"-{depth}-layers" if depths[section] > 1 else "")
+        pictures.append(Picture(name, section, _masks(found), caption))
     for section, found in curves(reports).items():
         caption = (
             "Cross-entropy while LoRA trains, of batches (faint) and validation rows, at the skip "
@@ -155,8 +160,8 @@ def curves(reports: Mapping[str, Any]) -> dict[Section, dict[str, list[Row]]]:
             continue
         curve = training.get("joint", training.get("lora", {})).get("curve")
         if curve:
-            section, arm = Section.of(name, report["inputs"]["data"]), name.rpartition("-")[0]
-            found.setdefault(section, {}).setdefault(arm, []).append(curve)
+            section = Section.of(name, report["inputs"]["data"])
+            found.setdefault(section, {}).setdefault(arm_of(name), []).append(curve)
     return found
 
 

@@ -25,7 +25,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm.auto import tqdm
 
 from firstlm.data import Collator, Encoded, encode_prompt
+from firstlm.decisions import RoutingState
 from firstlm.errors import ConfigError
+from firstlm.evaluate import decode_steps
 from firstlm.inputs import pad_left
 from firstlm.losses import answer_logits, answer_rows, row_losses
 from firstlm.model import FirstModel
@@ -149,7 +151,8 @@ class FirstHarness(TemplateLM):
         losses, _ = row_losses(logits, labels, inputs)
         others = answer_rows(inputs)[logits.argmax(-1) != labels]
         greedy = torch.ones(len(rows), dtype=torch.bool).index_fill(0, others.cpu(), False)
-        self._count(state.keep, state.layer_calls)
+        # The first token of a continuation comes from the prompt.
+        self._count(state, [len(row.answer_ids) - 1 for row in rows], state.layer_calls)
         return list(zip((-losses).tolist(), greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(
@@ -210,13 +213,17 @@ class FirstHarness(TemplateLM):
             pad_token_id=self.model.pad_id,
             **wanted,
         )
-        self._count(output.keep, output.layer_calls)
-        new = output.sequences[:, ids.shape[1] :].tolist()
-        texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
+        new = output.sequences[:, ids.shape[1] :]
+        texts = self._tokenizer.batch_decode(new.tolist(), skip_special_tokens=True)
+        ended = [any(stop in text for stop in stops) for text in texts]
+        steps = decode_steps(new, ended, self.model)
+        self._count(output.cache.state, steps, output.layer_calls)
         return [postprocess_generated_text(text, stops, None) for text in texts]
 
-    def _count(self, keep: torch.Tensor, layer_calls: dict[str, int]) -> None:
-        """Add a batch to what was skipped so far."""
-        self.skip_rates += (1 - keep.double().mean(1)).tolist()
+    def _count(
+        self, state: RoutingState, steps: Sequence[int], layer_calls: dict[str, int]
+    ) -> None:
+        """Add a batch, of so many decode steps of each row, to what was skipped so far."""
+        self.skip_rates += state.skip_rates(steps)
         for phase, calls in layer_calls.items():
             self.layer_calls[phase] += calls

@@ -11,6 +11,7 @@ policies, or, with `balance`, what `firstlm balance` makes of it.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,15 @@ from typing import Any
 
 from firstlm import artifact_files, balance, eval_command, train
 from firstlm.command_config import BalanceConfig, EvalConfig
-from firstlm.config import TrainConfig
+from firstlm.config import DIAGNOSTICS, TrainConfig
 from firstlm.errors import ConfigError
-from firstlm.options import from_dict, read_yaml
+from firstlm.options import closest, from_dict, read_yaml
 from firstlm.pretrained import ARTIFACT_FILE
 from firstlm.results import DATA_VARIABLE
 from firstlm.rows import exists
 from firstlm.summary import read
 
+NAME = re.compile(r"\w[\w.]*")  # of files and arms
 KEYS = {"data", "train", "eval", "arms"}
 ARM_KEYS = {"seeds", "data", "test", "train", "balance", "eval"}
 ARM_PATHS = ("artifact", "majority_of")  # options of training that may name an arm as "arm:NAME"
@@ -76,8 +78,9 @@ class Job:
     @property
     def scored(self) -> bool:
         """Whether its results hold all that was asked for."""
-        report = self.report
-        return report is not None and set(eval_command.run_names(self.score)) <= set(report["runs"])
+        runs = (self.report or {}).get("runs", {})
+        names = eval_command.run_names(self.score)
+        return all(n in runs and eval_command.holds(runs[n], self.score) for n in names)
 
     @property
     def _training(self) -> dict[str, Any]:
@@ -151,6 +154,14 @@ class Job:
             found |= {job.name: job for job in others[name].chain(others) if not job.trained}
         return [*found.values(), self]
 
+    def all_needed(self, others: Mapping[str, Job]) -> list[Job]:
+        """Return the jobs whose artifacts it takes, and those that they take, trained or not."""
+        found: dict[str, Job] = {}
+        for name in self.needs:
+            found |= {job.name: job for job in others[name].all_needed(others)}
+            found[name] = others[name]
+        return list(found.values())
+
     def make(self) -> None:
         """Train, if that is not done; what it needs must be there."""
         if self.trained:
@@ -211,10 +222,13 @@ def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
     """
     content = _content(file)
     listed = _known(content["arms"], None, f"{file}: arms")
-    if wrong := [name for name in (file.stem, *map(str, listed)) if "-" in name]:
+    if not listed:
+        raise ConfigError(f"{file} has no arms; expected one or more, each by name.")
+    if wrong := [n for n in (file.stem, *listed) if not (isinstance(n, str) and NAME.fullmatch(n))]:
         raise ConfigError(
-            f"{file}: {', '.join(map(repr, wrong))} has a '-', which parts file, arm and seed in "
-            "the names of results; use '_' in names of files and arms."
+            f"{file}: {', '.join(map(repr, wrong))} is no name for a file or an arm; expected "
+            "text of letters, digits, '_' and '.', with quotes around what YAML takes for a number "
+            "or the like (a '-' parts file, arm and seed in the names of results)."
         )
     arms = {arm: _arm(said, content, f"{file}: arm {arm}") for arm, said in listed.items()}
     jobs = []
@@ -222,21 +236,32 @@ def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
         where = f"{file}: arm {arm}"
         for seed in said["seeds"]:
             training, balancing, needs = _making(file, content, arms, arm, seed, runs)
+            asked = {
+                **_known(content["eval"], None, f"{file}: eval"),
+                **_known(said["eval"], None, f"{where}: eval"),
+            }
+            _refuse(asked, ("artifact", "output"), where)
             scoring = {
                 "data": _data(said["test"], where)["test"],
-                **_known(content["eval"], None, f"{file}: eval"),
-                **_known(said["eval"], None, where),
+                **asked,
                 "artifact": (balancing or training).output,
                 "output": f"{results}/{file.stem}-{arm}-{seed}.json",
             }
             if not scoring.get("policies"):
                 raise ConfigError(f"{where} does not say which policies to score.")
             score = from_dict(EvalConfig, scoring, where=f" in {where}")
+            _check_policies(training, score, where)
             jobs.append(Job(file.stem, arm, seed, training, balancing, score, needs))
     known = {job.name: job for job in jobs}
     for job in jobs:
         for name in set(job.needs) - known.keys():
             raise ConfigError(f"{file}: {job.name} needs {name}, but that arm has no such seed.")
+        routed = known.get(Path(job.train.majority_of or "").name)
+        if routed is not None and _without_routers(routed.train):
+            raise ConfigError(
+                f"{file}: arm {job.arm} takes the majority mask of {routed.arm}, which has no "
+                "routers of its own."
+            )
     for job in jobs:
         needed, seen = list(job.needs), set[str]()
         while needed:
@@ -247,6 +272,21 @@ def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
                 seen.add(name)
                 needed += known[name].needs
     return jobs
+
+
+def _without_routers(training: TrainConfig) -> bool:
+    """Tell whether what is trained has no routers that decide."""
+    return training.policy != "router" or (training.skip_rate == 0 and training.artifact is None)
+
+
+def _check_policies(training: TrainConfig, score: EvalConfig, where: str) -> None:
+    """Refuse policies that an artifact cannot be scored under, before it is trained."""
+    own = training.policy
+    for policy in score.policies or ():
+        if policy not in ("router", *DIAGNOSTICS) or not _without_routers(training):
+            continue
+        has = f"is trained for {own!r}" if own != "router" else "trains LoRA with all layers alone"
+        raise ConfigError(f"{where} {has}, so that it has no {policy!r} to score.")
 
 
 def _content(file: Path, above: tuple[Path, ...] = ()) -> Mapping[str, Any]:
@@ -284,8 +324,9 @@ def _arm(said: Any, content: Mapping[str, Any], where: str) -> Mapping[str, Any]
     sets: Any = (said or {}).get("data", content["data"])
     usual = {"seeds": [0], "data": sets, "test": sets, "train": {}, "balance": None, "eval": {}}
     found = _known(usual | (said or {}), ARM_KEYS, where)
-    if not (isinstance(found["seeds"], list) and all(type(s) is int for s in found["seeds"])):
-        raise ConfigError(f"{where}: seeds is {found['seeds']!r}; expected a list: [0, 1, 2].")
+    seeds = found["seeds"]
+    if not (seeds and isinstance(seeds, list) and all(type(s) is int for s in seeds)):
+        raise ConfigError(f"{where}: seeds is {seeds!r}; expected a list such as [0, 1, 2].")
     return found
 
 
@@ -331,11 +372,15 @@ def _making(
         raise ConfigError(f'{where} balances, but has no train: "arm:NAME" to balance.')
     sets = said["data"] if isinstance(said["data"], list) else [said["data"]]
     data = [_data(name, where) for name in sets]
+    asked = {
+        **_known(content["train"], None, f"{file}: train"),
+        **_known(said["train"], None, f"{where}: train"),
+    }
+    _refuse(asked, ("seed", "output"), where)
     options = {
         "data": [one["train"] for one in data],
         "validation": [one["validation"] for one in data],
-        **_known(content["train"], None, f"{file}: train"),
-        **_known(said["train"], None, where),
+        **asked,
         "seed": seed,
         "output": own,
     }
@@ -368,14 +413,25 @@ def _data(name: Any, where: str) -> dict[str, str]:
     return found
 
 
+def _refuse(asked: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
+    """Refuse options that an experiment sets by itself."""
+    for name in names:
+        if name in asked:
+            raise ConfigError(
+                f"{where} sets {name}, which follows from the names of file and arm and from "
+                "`seeds`; leave it out."
+            )
+
+
 def _known(found: Any, keys: set[str] | None, where: str) -> Mapping[str, Any]:
     """Return a mapping from an experiment file; other things and other keys are refused."""
     if not isinstance(found, dict) or (not found and keys):
         raise ConfigError(f"{where} is {found!r}; expected names with values.")
-    wrong = sorted(set(found) ^ keys) if keys is not None else []
-    if wrong:
-        raise ConfigError(
-            f"{where} has {', '.join(map(repr, wrong))} missing or too much; expected "
-            f"{', '.join(sorted(keys or ()))}."
-        )
+    if keys is None:
+        return found
+    if extra := [name for name in found if name not in keys]:
+        hint = closest(str(extra[0]), sorted(keys)) or f"; expected {', '.join(sorted(keys))}"
+        raise ConfigError(f"{where} has {extra[0]!r}, which means nothing there{hint}.")
+    if lacking := sorted(keys - set(found)):
+        raise ConfigError(f"{where} lacks {', '.join(map(repr, lacking))}.")
     return found

@@ -126,8 +126,15 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
-    """Build `cls` from plain values; unknown names, wrong types and choices are `ConfigError`s."""
-    return cls(**_check(cls, values, where))
+    """Build `cls` from plain values; unknown names, wrong types and choices are `ConfigError`s.
+
+    `where`, such as " in FILE", says in messages where the values stand.
+    """
+    checked = _check(cls, values, where)
+    try:
+        return cls(**checked)
+    except ConfigError as error:
+        raise ConfigError(f"{where.removeprefix(' in ')}: {error}" if where else error) from error
 
 
 def check(cfg: Any) -> dict[str, Any]:
@@ -262,10 +269,26 @@ def _read_yaml(cls: type, path: str | Path) -> dict[str, Any]:
     return _check(cls, content, f" in {path}")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that stands twice, of which YAML would take the last without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set[tuple[str, Any]]()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"{key.value!r} stands twice", problem_mark=key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return node
+
+
 def read_yaml(path: str | Path) -> Any:
     """Return what a YAML file holds; one that cannot be read is a `ConfigError`."""
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"can't read the options file {path}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -319,6 +342,9 @@ def _refuse_flag(cls: type, word: str, prog: str) -> NoReturn:
     if not word.startswith("-"):
         raise ConfigError(f"unexpected argument {word!r}. See '{prog} --help'.")
     flag = word.partition("=")[0]
+    name = flag.removeprefix("--").replace("-", "_")
+    if name in _fields(cls):  # a positional one, then
+        raise ConfigError(f"{flag} is given without a flag: {prog} {name.upper()} [options].")
     hint = closest(flag, [_flag(name) for name in (*_fields(cls), "config")])
     raise ConfigError(f"unknown option {flag}{hint}. See '{prog} --help'.")
 

@@ -42,13 +42,18 @@ def check_file(path: str | Path | None) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8 so that `path` holds the old content or the new, never a part."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write bytes so that `path` holds the old content or the new, never a part."""
     path = Path(path).expanduser().resolve()  # a link stays a link
     check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         Path(temporary).chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())

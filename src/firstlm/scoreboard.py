@@ -47,7 +47,7 @@ def table(report: dict[str, Any]) -> str:
     columns += ["of run_all", "skipped", "p5-p95", "masks", "calls"]
     rows = []
     for name, result in runs.items():
-        rate, kept = result["skip_rate"], report["retention"].get(name, {}).get("value")
+        rate, kept = result["skip_rate"], report["of_run_all"].get(name, {}).get("value")
         row = [name]
         for metric in metrics:
             row += [f"{result[metric]['value']:.1f}", _interval(result[metric])]

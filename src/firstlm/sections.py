@@ -3,13 +3,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from firstlm.errors import DataError
 from firstlm.scoreboard import LABELS
 
 Row = Mapping[str, Any]
+
+KEYS = {  # of a row
+    *("file", "arm", "task", "dataset", "model", "trained_on", "routers_of", "policy", "lora"),
+    *("lora_of", "skip_rate", "skip_rate_p5", "skip_rate_p95", "skip_rate_asked", "alpha", "l2"),
+    *("distinct_masks", "mask_entropy", "length_correlation", "layer_length_correlation", "gains"),
+    *("metric", "primary", "score", "ci95", "retention", "retention_ci95", "retention_of"),
+    *("seeds", "n_test", "tpot_ratio", "tpot_ratio_spread", "kv_recomputed"),
+}
+GAIN_KEYS = {  # of one of its gains
+    *("file", "arm", "dataset", "model", "routers_of", "policy", "lora_of"),
+    *("value", "low", "high", "seeds", "skip_rate_above"),
+}
 
 
 class Section(NamedTuple):
@@ -28,18 +42,51 @@ class Section(NamedTuple):
         return self.file if self.file == self.dataset else f"{self.file}-{self.dataset}"
 
 
+def arm_of(name: str) -> str:
+    """Return the arm of results named FILE-ARM-SEED."""
+    return name.partition("-")[2].rpartition("-")[0]
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Return the rows of a summary.
+
+    Raises:
+        DataError: it holds something else, or what an older version wrote.
+    """
+    try:
+        rows = json.loads(file.read_bytes())
+        if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+            raise ValueError("no list of rows")
+        lacking = {key for row in rows for key in KEYS - row.keys()}
+        gains = [gain for row in rows for gain in row.get("gains", ())]
+        lacking |= {key for gain in gains for key in GAIN_KEYS - gain.keys()}
+        if lacking:
+            raise ValueError(f"rows without {', '.join(sorted(lacking))}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file} is no summary of experiments, or one of another version ({error}). Remove it, "
+            "and sum up all files anew: firstlm experiment summary FILES."
+        ) from error
+    return rows
+
+
 def groups(rows: Sequence[Row]) -> dict[Section, list[Row]]:
     """Return rows by section."""
     found: dict[Section, list[Row]] = {}
     for row in rows:
-        found.setdefault(Section(row["arm"].partition("-")[0], row["dataset"]), []).append(row)
+        found.setdefault(Section(row["file"], row["dataset"]), []).append(row)
     return found
 
 
 def title(section: Section, rows: Sequence[Row]) -> str:
     """Name a section: its file, test set, task and model."""
-    model = Path(str(rows[0]["model"])).stem
-    return f"{section.file}: {rows[0]['task']} on {section.dataset}, {model}"
+    models = dict.fromkeys(model_name(row) for row in rows)
+    return f"{section.file}: {rows[0]['task']} on {section.dataset}, {' and '.join(models)}"
+
+
+def model_name(row: Row) -> str:
+    """Return the name of the model that a row is of, without its folder."""
+    return Path(row["model"]).name.removesuffix(".gguf")
 
 
 def metric_name(name: str) -> str:
@@ -47,26 +94,39 @@ def metric_name(name: str) -> str:
     return LABELS.get(name, name)
 
 
-def label(policy: str, lora_of: str | None) -> str:
-    """Name a policy and the LoRA it ran with."""
+def named(policy: str) -> str:
+    """Return how a policy is written."""
+    return "FiRST" if policy == "first" else policy.replace("_", " ")
+
+
+def from_elsewhere(row: Row) -> bool:
+    """Tell whether routers decided that never saw the task of the test set in training."""
+    return row["policy"] == "first" and row["dataset"] not in row["routers_of"].split("+")
+
+
+def label(row: Row) -> str:
+    """Name a policy, the LoRA it ran with, and what routers learnt from where that is not usual."""
+    policy, lora_of = row["policy"], row["lora_of"]
     if policy == "base":
         return "base + LoRA, all layers" if lora_of else "base model"
-    shown = "FiRST" if policy == "first" else policy.replace("_", " ")
+    shown = named(policy)
+    if from_elsewhere(row):
+        shown += f", routers of {row['routers_of']}"
     if lora_of is None:
         return f"{shown}, no LoRA"
-    return shown if lora_of == policy else f"{shown}, LoRA of {label(lora_of, lora_of)}"
+    return shown if lora_of == policy else f"{shown}, LoRA of {named(lora_of)}"
 
 
 def labelled(rows: Sequence[Row]) -> list[tuple[str, Row]]:
     """Return rows with their labels; where arms share one, it says which arm is meant."""
-    one_file = len({row["arm"].partition("-")[0] for row in rows}) == 1
+    one_file = len({row["file"] for row in rows}) == 1
+    one_model = len({model_name(row) for row in rows}) == 1
     arms: dict[str, set[str]] = {}
-    names = [label(row["policy"], row["lora_of"]) for row in rows]
-    for name, row in zip(names, rows, strict=True):
-        arms.setdefault(name, set()).add(row["arm"])
+    names = [label(row) + ("" if one_model else f" of {model_name(row)}") for row in rows]
+    ids = [row["arm"] if one_file else f"{row['file']}-{row['arm']}" for row in rows]
+    for name, arm in zip(names, ids, strict=True):
+        arms.setdefault(name, set()).add(arm)
     return [
-        (f"{name} ({row['arm'].partition('-')[2] if one_file else row['arm']})", row)
-        if len(arms[name]) > 1
-        else (name, row)
-        for name, row in zip(names, rows, strict=True)
+        (f"{name} ({arm})" if len(arms[name]) > 1 else name, row)
+        for name, arm, row in zip(names, ids, rows, strict=True)
     ]

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from firstlm import artifact_files
 from firstlm.command_config import EvalConfig
 from firstlm.config import BASELINES, DIAGNOSTICS, RATED, TrainConfig
 from firstlm.data import items_hash, scored_examples
@@ -38,7 +37,8 @@ class Arm:
     """The results of one arm, seed by seed.
 
     Args:
-        name: FILE-ARM.
+        file: name of its experiment file.
+        name: its own.
         train: options of its training (of any seed).
         score: options of its evaluation.
         reports: what `firstlm eval` wrote, by seed.
@@ -46,12 +46,13 @@ class Arm:
 
     def __init__(
         self,
+        file: str,
         name: str,
         train: TrainConfig,
         score: EvalConfig,
         reports: Mapping[int, dict[str, Any]],
     ) -> None:
-        self.name, self.train, self.score = name, train, score
+        self.file, self.name, self.train, self.score = file, name, train, score
         self.reports = dict(sorted(reports.items()))
         counts = {run["count"] for report in reports.values() for run in report["runs"].values()}
         if len(counts) != 1:
@@ -59,7 +60,7 @@ class Arm:
         (self.count,) = counts
         tokenizer = None
         if needs_tokenizer(score.data, score.template):
-            tokenizer = load_tokenizer(base_of(train, score.model))
+            tokenizer = load_tokenizer(score.model or self.model)
         examples = scored_examples(score.data, score.template, tokenizer, score.limit)
         if len(examples) != self.count:
             raise DataError(
@@ -91,14 +92,23 @@ class Arm:
     def comparable(self, other: Arm) -> bool:
         """Whether another arm is of the same model, and was scored on the same items."""
         ours, theirs = (
-            (arm.train.model, arm.dataset, arm.score.template, arm.ids) for arm in (self, other)
+            (arm.model, arm.dataset, arm.score.template, arm.ids) for arm in (self, other)
         )
         return ours == theirs
 
     @property
     def lora(self) -> bool:
-        """Whether LoRA was trained."""
-        return self.train.stage != "routers" and self.train.lora_steps > 0
+        """Whether its artifact has LoRA."""
+        trained = self.train.stage != "routers" and self.train.lora_steps > 0
+        # Results of before 2026-11-28 do not say so.
+        return any(report.get("lora", trained) for report in self.reports.values())
+
+    @property
+    def model(self) -> str:
+        """Name of the base model that its artifact was made for."""
+        # Results of before 2026-11-28 do not say so.
+        told = [report.get("base_model") for report in self.reports.values()]
+        return next(filter(None, told), self.score.model or self.train.model or SMOLLM2)
 
     @property
     def commits(self) -> list[str]:
@@ -158,13 +168,14 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     found = []
     for arm in arms:
         reference = _reference(arm, arms)
+        bases = reference.scores("run_all") if reference else {}
         for name in arm.names:
             runs = list(arm.runs(name).values())
             gains = _gains(arm, name, arms)
             for metric, by_seed in arm.scores(name).items():
                 scores = list(by_seed.values())
                 score = over_seeds(scores, groups=arm.groups)
-                known = reference.get(metric, {})
+                known = bases.get(metric, {})
                 base = [known[seed] for seed in base_seeds(list(by_seed), list(known))]
                 kept = None
                 if base:  # a perplexity is the better the lower it is
@@ -176,7 +187,9 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "task": arm.task.name,
                         "dataset": arm.dataset,
                         "trained_on": "+".join(arm.trained_on),
-                        "model": arm.train.model,
+                        "routers_of": "+".join(_routers_of(arm, arms)),
+                        "model": arm.model,
+                        "file": arm.file,
                         "arm": arm.name,
                         **_policy(arm, name, runs[0]["policy"]),
                         "unit": arm.train.unit,
@@ -197,6 +210,7 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "by_seed": [one.value for one in scores],
                         "retention": kept.value if kept else None,
                         "retention_ci95": [kept.low, kept.high] if kept else None,
+                        "retention_of": reference.name if kept and reference else None,
                         "seeds": len(scores),
                         "n_test": score.count,
                         "n_groups": int(arm.groups.max()) + 1,
@@ -207,47 +221,55 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     return found
 
 
-def base_of(train: TrainConfig, asked: str | None = None) -> str:
-    """Return the name of the model that an arm is of: the one asked for, else as in training."""
-    if asked or train.model or train.artifact is None:
-        return asked or train.model or SMOLLM2
-    return artifact_files.base_id(train.artifact) or SMOLLM2
-
-
 def base_seeds(seeds: Sequence[int], known: Sequence[int]) -> Sequence[int]:
     """Return with which seeds of a base to compare: the same; where it lacks one of them, all."""
     return seeds if set(seeds) <= set(known) else known
 
 
-def _reference(arm: Arm, arms: Sequence[Arm]) -> dict[str, dict[int, Scores]]:
-    """Return what plain LoRA scores on an arm's test set, by seed, where it has learnt the task.
+def _reference(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    """Return the plain LoRA whose scores an arm's are held against, where it has learnt the task.
 
-    Best is the one that was trained on the same task alone, then one trained on what the arm was.
+    It has all layers, and was trained on the same task alone, or else on what the arm was. Of
+    several the best counts, which may have had more steps.
     """
     plain = [
         other
         for other in arms
-        if other.lora and other.train.skip_rate == 0 and other.comparable(arm)
+        if other.lora
+        and other.train.skip_rate == 0
+        and other.comparable(arm)
+        and other.task.primary in other.scores("run_all")
     ]
-    picked = [other for other in plain if other.trained_on == [arm.dataset]]
-    picked += [other for other in plain if other.trained_on == arm.trained_on]
-    if not picked:
-        return {}
-    found, primary = picked[0].scores("run_all"), picked[0].task.primary
-    if primary not in found:  # not scored yet
-        return {}
-    learnt = over_seeds(list(found[primary].values()), samples=1).value
-    return found if learnt >= LOWEST.get(primary, 0.0) else {}
+    alone = [other for other in plain if other.trained_on == [arm.dataset]]
+    picked = alone or [other for other in plain if other.trained_on == arm.trained_on]
+    best = max(picked, key=_plain_score, default=None)
+    learnt = best is not None and _plain_score(best) >= LOWEST.get(best.task.primary, 0.0)
+    return best if learnt else None
+
+
+def _routers_of(arm: Arm, arms: Sequence[Arm]) -> list[str]:
+    """Return the data sets that an arm's routers were trained on, maybe in another arm."""
+    if arm.train.stage == "lora" and arm.train.artifact and arm.train.policy == "router":
+        begun_with = Path(arm.train.artifact).name.rpartition("-")[0]
+        for other in arms:
+            if begun_with == f"{other.file}-{other.name}":
+                return _routers_of(other, arms)
+    return arm.trained_on
+
+
+def _plain_score(arm: Arm) -> float:
+    """Return the primary score of an arm with all layers, the mean over seeds."""
+    return _mean([one.value for one in arm.scores("run_all")[arm.task.primary].values()])
 
 
 def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
     """Return by how much FiRST's primary score is above that of other policies at the same rate.
 
     Returns:
-        For each: arm, policy, lora_of, the difference (value) and its 95% interval (low, high),
-        paired over items and seeds, of which there are `seeds` that both have, and by how much more
-        of the layers FiRST skipped (skip_rate_above): thresholds that were measured on other
-        prompts than these may miss the rate.
+        For each: file, arm, dataset, model, routers_of, policy, lora_of, the difference (value) and
+        its 95% interval (low, high), paired over items and seeds, of which there are `seeds` that
+        both have, and by how much more of the layers FiRST skipped (skip_rate_above): thresholds
+        that were measured on other prompts than these may miss the rate.
     """
     routed, _, rate = name.partition("@")
     if routed != "router" or not rate or arm.train.reads != "states":
@@ -266,7 +288,18 @@ def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
                 difference = {"value": gain.value, "low": gain.low, "high": gain.high}
                 above = arm.skip_rate(name, seeds) - other.skip_rate(run, seeds)
                 more = {"skip_rate_above": above, "seeds": len(seeds)}
-                found.append({"arm": other.name, **shown, **difference, **more})
+                found.append(
+                    {
+                        "file": other.file,
+                        "arm": other.name,
+                        "dataset": other.dataset,
+                        "model": other.model,
+                        "routers_of": "+".join(_routers_of(other, arms)),
+                        **shown,
+                        **difference,
+                        **more,
+                    }
+                )
     return found
 
 
