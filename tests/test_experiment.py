@@ -599,6 +599,18 @@ def test_wrong_files_say_what_is_wrong(words, old, new, says, monkeypatch):
         jobs_of(file, "runs", "results")
 
 
+def test_the_file_in_the_docs_is_one(tmp_path, monkeypatch):
+    page = Path(__file__).parent.parent / "docs" / "experiments.md"
+    text = page.read_text().partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "mine.yaml").write_text(text)
+    monkeypatch.setenv("FIRSTLM_DATA", str(tmp_path))
+    jobs = jobs_of(tmp_path / "mine.yaml", "runs", "results")
+    arms = dict.fromkeys(job.arm for job in jobs)
+    assert list(arms) == ["lora", "first", "unified", "majority", "elsewhere"]
+    assert len(jobs) == 3 + 3 + 3
+    assert jobs[-1].score.data == f"{tmp_path}/data/other/test.jsonl.gz"
+
+
 def test_a_file_without_arms_is_refused(words):
     file = Path(words[2]) / "tiny.yaml"
     file.write_text(file.read_text().partition("arms:")[0] + "arms: {}\n")
