@@ -238,6 +238,14 @@ def test_what_was_not_asked_for_at_first_is_scored_later(words, capsys):
     for fewer in (["--timed", "0"], ["--no-perplexity"]):
         assert cli.main([*words, *fewer]) == 0
         assert result_of(words)["runs"] == third
+    capsys.readouterr()
+    assert cli.main([*words, "--skip-rates", "0.5", "--no-perplexity", "--timed", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head, last = (line.split() for line in lines if line.startswith(("run ", "router@0.5 ")))
+    assert "perplexity" in head
+    assert (
+        len(last) == len(head) - 1 - 2 - 2
+    )  # "of run_all" is one cell; neither number nor interval
 
 
 def test_an_interrupted_run_keeps_what_was_finished(words, monkeypatch):

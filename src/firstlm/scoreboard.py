@@ -32,7 +32,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         "runs": {
             name: {
                 "skip_rate": run["skip_rate"]["mean"],
-                **{label: run[name]["value"] for name, label in _metrics(run).items()},
+                **{label: run[name]["value"] for name, label in LABELS.items() if name in run},
             }
             for name, run in report["runs"].items()
         },
@@ -42,7 +42,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     """Return a report of `firstlm eval` as text, one line a run."""
     runs = report["runs"]
-    metrics = _metrics(*runs.values())
+    metrics = {m: label for m, label in LABELS.items() if any(m in run for run in runs.values())}
     columns = ["run", *(c for label in metrics.values() for c in (label, "95%"))]
     columns += ["of run_all", "skipped", "p5-p95", "masks", "calls"]
     rows = []
@@ -50,7 +50,7 @@ def table(report: dict[str, Any]) -> str:
         rate, kept = result["skip_rate"], report["of_run_all"].get(name, {}).get("value")
         row = [name]
         for metric in metrics:
-            row += [f"{result[metric]['value']:.1f}", _interval(result[metric])]
+            row += _estimate(result.get(metric))
         row += ["" if kept is None or kept != kept else f"{kept:.1%}", f"{rate['mean']:.1%}"]
         row += [f"{100 * rate['p5']:.0f}-{100 * rate['p95']:.0f}%", f"{result['distinct_masks']}"]
         rows.append([*row, f"{sum(result['layer_calls'].values())}"])
@@ -69,10 +69,8 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
-def _metrics(*runs: dict[str, Any]) -> dict[str, str]:
-    """Return the label of each metric that all of some runs have."""
-    return {name: label for name, label in LABELS.items() if all(name in run for run in runs)}
-
-
-def _interval(estimate: dict[str, float]) -> str:
-    return f"{estimate['low']:.1f}-{estimate['high']:.1f}"
+def _estimate(found: dict[str, float] | None) -> list[str]:
+    """Return a score and its interval as cells; empty ones where a run lacks the metric."""
+    if found is None:
+        return ["", ""]
+    return [f"{found['value']:.1f}", f"{found['low']:.1f}-{found['high']:.1f}"]
