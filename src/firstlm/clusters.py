@@ -128,7 +128,7 @@ def start_from_orders(
     """
     wanted = torch.stack([order_logits(o, model.layer_count, skip_rate) for o in orders])[labels]
     for layer, states in enumerate(router_inputs(model, prompts, wanted >= 0, prefill)):
-        router, (weight, bias) = model.routers[layer], _linear_fit(states, wanted[:, layer])
+        router, (weight, bias) = model.routers[layer], _ridge(states, wanted[:, layer])
         router.fold()
         router.weight.copy_(weight)
         router.bias.fill_(bias)
@@ -160,13 +160,13 @@ def shift_groups(
     wanted = torch.tensor(shifts)[labels]
     seen = router_inputs(model, prompts, keep, prefill)
     for router, states in zip(model.routers, seen, strict=True):
-        weight, bias = _linear_fit(states, wanted)
+        weight, bias = _ridge(states, wanted)
         router.fold()
         router.weight.add_(weight.to(router.weight.device))
         router.bias.add_(bias)
 
 
-def _linear_fit(states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, float]:
+def _ridge(states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Return weight [width] and bias of the ridge regression of `wanted` [rows] on states.
 
     Args:
