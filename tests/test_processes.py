@@ -203,7 +203,7 @@ def test_deepspeed_that_would_hang_is_refused(monkeypatch, tmp_path, in_a_file):
     ("version", "more", "match"),
     [
         ("1", "", "fsdp_version: 2"),
-        ("2", "--teach 1", "FSDP splits"),
+        ("2", "--heal 16", "FSDP splits"),
         ("2", "--teach 1", "FSDP"),
     ],
 )
