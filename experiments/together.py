@@ -19,7 +19,7 @@ import numpy as np
 
 from firstlm.experiment import arms_of
 from firstlm.jobs import jobs_of
-from firstlm.metrics import Estimate, Groups, Scores, hierarchical, shares
+from firstlm.metrics import Estimate, Groups, Scores, Side, hierarchical, shares
 from firstlm.results import provenance, write_json
 from firstlm.summary import Arm, base_seeds
 
@@ -44,7 +44,6 @@ def share(
         over: what is taken over tasks, the mean or the least, as numpy has it.
         paired: references are of the same seeds as ours; False draws them for themselves.
     """
-    tasks = range(len(groups))
 
     def value(scores: Sequence[np.ndarray]) -> np.ndarray:
         of_tasks = [scores[i : i + len(groups)] for i in range(0, len(scores), len(groups))]
@@ -55,15 +54,10 @@ def share(
         ]
         return kept[0] - kept[1] if minus else kept[0]
 
-    drawn = [0 if paired else 1] * len(groups)
-    parts = [ours, minus] if minus else [ours]
-    return hierarchical(
-        [*references, *(scores for part in parts for scores in part)],
-        value,
-        groups=groups,
-        sets=[*tasks] * (1 + len(parts)),
-        draws=[*drawn, *([0] * len(groups) * len(parts))],
-    )
+    sides = [Side(seeds, task, 0 if paired else 1) for task, seeds in enumerate(references)]
+    for part in (ours, minus or ()):
+        sides += [Side(seeds, task) for task, seeds in enumerate(part)]
+    return hierarchical(sides, value, groups=groups)
 
 
 def common(arms: Sequence[Arm], name: str) -> list[int]:

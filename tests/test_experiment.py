@@ -425,6 +425,40 @@ def test_processes_share_a_matrix(words, monkeypatch, capsys):
     assert list(results(words)) == JOBS
 
 
+def test_results_alone_do_not_stand_in_the_way_of_what_takes_an_artifact(words, capsys):
+    """Other options of scoring leave the artifact as good as it was."""
+    assert cli.main([*words, "--only", "tiny-first-0"]) == 0
+    file = Path(words[2]) / "tiny.yaml"
+    again = '  again: {train: "arm:first", eval: {policies: [run_all]}}\n'
+    file.write_text(file.read_text().replace("router, majority]}", "router], limit: 3}") + again)
+    capsys.readouterr()
+    assert cli.main([*words, "--only", "tiny-first-0", "tiny-majority", "tiny-again"]) == 1
+    said = capsys.readouterr().out
+    assert "tiny-first-0: its results were made with other options" in said
+    (removed,) = re.findall(r"rm -rf (.*?)\)", said)
+    assert [Path(path).name for path in removed.split()] == ["tiny-first-0.json"]
+    assert list(results(words)) == ["tiny-again-0", "tiny-first-0", "tiny-majority-0"]
+    file.write_text(file.read_text().replace("router_steps: 2", "router_steps: 3"))
+    assert cli.main([*words, "--only", "tiny-again"]) == 1
+    said = capsys.readouterr().out
+    assert re.search("tiny-again-0: .*/tiny-first-0, which it scores, was made with other", said)
+    assert "rm -rf" not in said
+
+
+def test_what_fails_in_scoring_is_there_for_others(words, monkeypatch, capsys):
+    real = experiment.Job.evaluate
+
+    def fails(self):
+        if self.arm == "first":
+            raise ConfigError("no")
+        real(self)
+
+    monkeypatch.setattr(experiment.Job, "evaluate", fails)
+    assert cli.main([*words, "--only", "tiny-first-0", "tiny-majority"]) == 1
+    assert list(results(words)) == ["tiny-majority-0"]
+    assert "tiny-first-0: ConfigError: no" in capsys.readouterr().out
+
+
 def test_what_a_job_needs_is_trained_for_it(words):
     assert cli.main([*words, "--only", "tiny-majority"]) == 0
     assert list(results(words)) == ["tiny-majority-0"]
@@ -447,14 +481,15 @@ def test_what_was_made_with_other_options_is_not_taken_for_done(words, capsys):
         capsys.readouterr()
         assert cli.main([*words, "--only", "tiny-first-0", "tiny-majority"]) == 1
         said = capsys.readouterr()
-        wrong = (
-            rf"was made with other options .*\({named}\)\. Remove it \(rm -rf .*tiny-first-0.json"
-        )
-        assert re.search(rf"^tiny-first-0 failed: what is there {wrong}", said.err, re.M)
-        assert "  tiny-majority-0: needs tiny-first-0" in said.out
-        assert list(results(words)) == ["tiny-first-0"]
+        made = named == "router_steps"
+        what = "its artifact was" if made else "its results were"
+        wrong = rf"made with other options .*\({named}\)\. Remove .*\(rm -rf .*tiny-first-0.json"
+        assert re.search(rf"^tiny-first-0 failed: {what} {wrong}", said.err, re.M)
+        needs = "  tiny-majority-0: needs tiny-first-0, but that was made with other options"
+        assert (needs in said.out) == made
+        assert list(results(words)) == ["tiny-first-0", "tiny-majority-0"][: 1 + (not made)]
         assert cli.main([words[0], "summary", *words[2:]]) == 2
-        assert "These cannot be summed up:\n  tiny-first-0: what" in capsys.readouterr().err
+        assert "These cannot be summed up:\n  tiny-first-0: its " in capsys.readouterr().err
         assert cli.main([words[0], "list", *words[2:]]) == 0
         assert f"made with other options: {named}" in capsys.readouterr().out
     file.write_text(before.replace("tensorboard: false", "tensorboard: false, logging_steps: 7"))
@@ -513,7 +548,7 @@ def test_a_damaged_artifact_or_place_for_results_is_said_before_anything_is_trai
     assert "tiny-first-0: " in capsys.readouterr().out
     file = Path(words[4], "file")
     file.write_text("")
-    assert cli.main([*words[:-1], str(file)]) == 2
+    assert cli.main([*words[:4], str(file.parent / "empty"), "--results", str(file)]) == 2
     said = capsys.readouterr()
     assert "training" not in said.out
     assert "Not a directory" in said.err
@@ -597,6 +632,27 @@ def test_wrong_files_say_what_is_wrong(words, old, new, says, monkeypatch):
     file.write_text(file.read_text().replace(old, new, 1))
     with pytest.raises(ConfigError, match=says):
         jobs_of(file, "runs", "results")
+
+
+def test_routers_are_of_the_arm_that_trained_them(words):
+    """Maybe one that is not scored."""
+    file = Path(words[2]) / "tiny.yaml"
+    other = Path(words[2]).parent / "other"
+    other.mkdir()
+    file.write_text(
+        file.read_text()
+        + f"  news: {{data: {other}, train: {{stage: routers}}, eval: {{policies: [router]}}}}\n"
+        '  reused: {train: {stage: lora, artifact: "arm:news"}, eval: {policies: [router]}}\n'
+        '  more: {train: {stage: lora, artifact: "arm:reused"}, eval: {policies: [router]}}\n'
+        '  anew: {train: {artifact: "arm:news"}, eval: {policies: [router]}}\n'
+    )
+    jobs = {job.name: job for job in jobs_of(file, "runs", "results")}
+    sets = {name: Path(job.routers_of(jobs)[0]).parent.name for name, job in jobs.items()}
+    assert {name for name, data in sets.items() if data == "other"} == {
+        "tiny-news-0",
+        "tiny-reused-0",
+        "tiny-more-0",
+    }
 
 
 def test_the_file_in_the_docs_is_one(tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def test_losses_see_the_steps_of_each_row() -> None:
         torch.testing.assert_close(part, logits([row]))
 
 
-def test_answers_are_counted_indecode_steps() -> None:
+def test_answers_are_counted_in_decode_steps() -> None:
     first = FirstModel.from_base(make_model("llama"), RouterConfig())
     first.base.generation_config.eos_token_id = [2, 3]
     new = torch.tensor([[9, 9, 9, 9], [9, 9, 3, 0], [9, 9, 0, 0], [2, 0, 0, 0], [9, 2, 0, 0]])

@@ -228,14 +228,3 @@ def test_the_best_plain_lora_is_what_others_are_held_against(tmp_path):
         found = {r["arm"]: r for r in rows(order) if r["primary"]}
         assert {r["retention_of"] for r in found.values()} == {"long"}
         assert found["first"]["retention"] == found["short"]["retention"] == 0.5
-
-
-def test_routers_are_of_the_arm_that_trained_them(tmp_path):
-    arms = [
-        arm(tmp_path, "runs/file-other-0", {0: 4}, stage="routers", skip_rate=0.25)(),
-        arm(tmp_path, "runs/file-reused-0", {0: 4}, artifact="runs/file-other-0", stage="lora")(),
-    ]
-    for one, name in zip(arms, ("other", "reused"), strict=True):
-        one.name = name
-    arms[0].trained_on = ["news"]
-    assert [row["routers_of"] for row in rows(arms) if row["primary"]] == ["news"] * 2

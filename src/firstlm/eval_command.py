@@ -115,8 +115,9 @@ def _score(
         print(f"{journal.path} holds answers under other options or of other weights; not used.")
     for policy, rate in asked:
         name = run_name(policy, rate)
-        if name in report["runs"]:
-            if holds(report["runs"][name], options):
+        before = report["runs"].get(name, {})
+        if before:
+            if holds(before, options):
                 print(f"{name}: done before, taken from {options.output}")
                 continue
             print(f"{name}: done before with less than is asked for now; scored anew")
@@ -131,9 +132,9 @@ def _score(
                 prefill=options.prefill,
                 batch_size=options.batch_size,
                 max_new_tokens=options.max_new_tokens,
-                timed=options.timed,
+                timed=max(options.timed, before.get("timed", 0)),
                 seed=options.seed,
-                perplexity=options.perplexity,
+                perplexity=options.perplexity or "perplexity" in before,
                 bert_score=bert_score,
                 journal=journal,
             )
@@ -183,7 +184,7 @@ def _start(
     try:
         old = json.loads(Path(options.output).read_text(encoding="utf-8"))
         before = {**old["options"], **old["inputs"]}
-        report["runs"], report["of_run_all"] = old["runs"], old["of_run_all"]
+        report["runs"], report["of_run_all"] = old["runs"], old.get("of_run_all", {})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{options.output} holds no results of `firstlm eval`; name another --output."
@@ -215,8 +216,9 @@ def run_names(options: EvalConfig) -> list[str]:
 
 def holds(run: Mapping[str, Any], options: EvalConfig) -> bool:
     """Return whether a run was scored in all that these options ask for."""
-    told = options.perplexity <= ("perplexity" in run)
-    return told and options.timed <= run.get("timed", options.timed)  # not told before 2026-11-28
+    if options.perplexity and "perplexity" not in run:
+        return False
+    return run.get("timed", options.timed) >= options.timed  # not told before 2026-11-28
 
 
 def compared_options(options: EvalConfig) -> dict[str, Any]:

@@ -10,11 +10,13 @@ What files say is read by `jobs.py`.
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -62,12 +64,11 @@ def run(options: ExperimentConfig) -> int:
         everything = all(Path(path).is_dir() for path in options.files)
         return _summary(jobs, Path(options.results) / SUMMARY, everything)
     end = None if options.minutes is None else monotonic() + 60 * options.minutes
-    failed: dict[str, str] = {}
+    failures = _Failures()
+    failed = failures.reasons
     try:
         with _interrupted_after(options.minutes):
-            for job in jobs:
-                check_file(job.score.output)
-            _work_through(jobs, known, Path(options.runs), failed)
+            _work_through(jobs, known, Path(options.runs), failures)
         if not failed:
             print(f"All {len(jobs)} are in {options.results}.")
     except KeyboardInterrupt:
@@ -78,8 +79,8 @@ def run(options: ExperimentConfig) -> int:
     finally:
         if failed:
             print(
-                "These failed, and the same command tries them again, from their last checkpoints "
-                f"unless you remove {options.runs}/NAME-run:\n{_listed(failed)}"
+                "These failed, and the same command tries them again (what was begun goes on; "
+                f"remove {options.runs}/NAME-run to begin anew):\n{_listed(failed)}"
             )
     return FAILED if failed else OK
 
@@ -87,30 +88,51 @@ def run(options: ExperimentConfig) -> int:
 def _state(job: Job) -> str:
     """Say in a few words how far a job is."""
     try:
-        changed, stale = job.changed(), job.stale
+        changed, stale = [*job.made_otherwise(), *job.scored_otherwise()], job.stale
     except FirstError as error:
         return f"cannot be read: {error}"
     state = "scored" if job.scored else "to do"
     if changed:
-        state = f"made with other options: {', '.join(changed)}"
+        state = f"made with other options: {', '.join(dict.fromkeys(changed))}"
     return state + (f"; with another {', '.join(stale)} than is there now" if stale else "")
 
 
 def _obstacle(job: Job, goes_on: bool) -> str | None:
-    """Say why what is there of a job cannot be gone on with (`Job.changed`); None where it can."""
+    """Say why what is there of a job cannot be gone on with; None where it can."""
     try:
-        changed = job.changed(goes_on)
+        made, scored = job.made_otherwise(), job.scored_otherwise(goes_on)
     except FirstError as error:
         return str(error)
-    if not changed:
+    if not made and not scored:
         return None
-    folders = dict.fromkeys([str(job.artifact), job.train.output])
-    there = " ".join([str(job.score.output), *(f"{one} {one}-run" for one in folders)])
+    there = [str(job.score.output)]
+    if made and job.artifact.name != job.name:
+        return f"{job.artifact}, which it scores, was made with other options ({', '.join(made)})."
+    if made:
+        there += [str(job.artifact), f"{job.artifact}-run"]
     return (
-        "what is there was made with other options than its file has now "
-        f"({', '.join(changed)}). Remove it (rm -rf {there}), or name other folders with --runs "
-        "and --results."
+        f"{'its artifact was' if made else 'its results were'} made with other options than its "
+        f"file has now ({', '.join(made or scored)}). Remove what is there "
+        f"(rm -rf {shlex.join(there)}), or name other folders with --runs and --results."
     )
+
+
+@dataclass
+class _Failures:
+    """What failed in one call.
+
+    Attributes:
+        reasons: why, by job.
+        unmade: names of those that have no artifact now.
+    """
+
+    reasons: dict[str, str] = field(default_factory=dict)
+    unmade: set[str] = field(default_factory=set)
+
+    def add(self, job: Job, why: str) -> None:
+        """Note and say why a job failed."""
+        self.reasons[job.name] = why
+        print(f"{job.name} failed: {why}", file=sys.stderr)
 
 
 def _listed(reasons: Mapping[str, str]) -> str:
@@ -119,17 +141,19 @@ def _listed(reasons: Mapping[str, str]) -> str:
 
 
 def _work_through(
-    jobs: list[Job], known: Mapping[str, Job], runs: Path, failed: dict[str, str]
+    jobs: list[Job], known: Mapping[str, Job], runs: Path, failures: _Failures
 ) -> None:
     """Run all jobs that are not scored; those that another process is at are waited for.
 
     Every arm's first seed comes before second ones, so that there is something to compare early.
-    What fails, and why, goes into `failed`; the others go on.
+    Those that fail do not end the others.
     """
     for job in jobs:
         if why := _obstacle(job, goes_on=True):
-            _fail(job, why, failed)
-    open_ = [job for job in jobs if job.name not in failed and not job.scored]
+            failures.add(job, why)
+    open_ = [job for job in jobs if job.name not in failures.reasons and not job.scored]
+    for job in open_:
+        check_file(job.score.output)
     left, waits = sorted(open_, key=lambda job: job.seed), False
     while left:
         busy = []
@@ -138,7 +162,7 @@ def _work_through(
                 if not ours:
                     busy.append(job)
                 elif not job.scored:
-                    _attempt(job, known, failed)
+                    _attempt(job, known, failures)
         left, before = [job for job in busy if not job.scored], left
         if left and len(left) == len(before):
             if not waits:
@@ -147,37 +171,39 @@ def _work_through(
             sleep(WAIT_S)
 
 
-def _attempt(job: Job, known: Mapping[str, Job], failed: dict[str, str]) -> None:
-    """Train a job, after what it needs, and score it; what fails goes into `failed`."""
+def _attempt(job: Job, known: Mapping[str, Job], failures: _Failures) -> None:
+    """Train a job, after what it needs, and score it."""
     if missing := job.missing(known):  # not found out after an hour of training
-        _fail(job, f"there is no {' and no '.join(missing)}", failed)
+        failures.add(job, f"there is no {' and no '.join(missing)}")
         return
-    for needed in job.all_needed(known):
-        if needed.name not in failed and (why := _obstacle(needed, goes_on=True)):
-            _fail(needed, why, failed)
-        if needed.name in failed:
-            _fail(job, f"needs {needed.name}", failed)
+    for taken in job.taken(known):
+        if why := _unusable(taken):
+            failures.add(job, f"needs {taken.name}, but {why}")
             return
     for needed in job.chain(known):
-        if needed.name not in failed:
+        if needed.name not in failures.unmade:
             try:
                 needed.make()
                 if needed is job:
                     job.evaluate()
             except Exception as error:
-                print(f"{needed.name} failed: {error}", file=sys.stderr)
                 if not isinstance(error, FirstError | OSError):
                     traceback.print_exc()
-                failed[needed.name] = kind_and_line(error)
-        if needed.name in failed:
-            failed.setdefault(job.name, f"needs {needed.name}")
+                failures.add(needed, kind_and_line(error))
+                if not needed.trained:
+                    failures.unmade.add(needed.name)
+        if needed.name in failures.unmade:
+            failures.reasons.setdefault(job.name, f"needs {needed.name}")
             return
 
 
-def _fail(job: Job, why: str, failed: dict[str, str]) -> None:
-    """Note and say why a job failed."""
-    failed[job.name] = why
-    print(f"{job.name} failed: {why}", file=sys.stderr)
+def _unusable(job: Job) -> str | None:
+    """Say why nothing can be made of an artifact that is there; None where it can."""
+    try:
+        made = job.made_otherwise()
+    except FirstError as error:
+        return str(error)
+    return f"that was made with other options ({', '.join(made)})" if made else None
 
 
 @contextmanager
@@ -203,6 +229,7 @@ def _claimed(job: Job, known: Mapping[str, Job], runs: Path) -> Iterator[bool]:
 def arms_of(jobs: Sequence[Job]) -> dict[str, dict[str, Arm]]:
     """Return the results of all jobs that are scored, by file and arm."""
     seeds: dict[tuple[str, str], list[Job]] = {}
+    known = {job.name: job for job in jobs}
     for job in jobs:
         seeds.setdefault((job.file, job.arm), []).append(job)
     arms: dict[str, dict[str, Arm]] = {}
@@ -210,7 +237,8 @@ def arms_of(jobs: Sequence[Job]) -> dict[str, dict[str, Arm]]:
         found = {job.seed: job.report for job in same}
         reports = {seed: report for seed, report in found.items() if report is not None}
         if reports:
-            arms.setdefault(file, {})[arm] = Arm(file, arm, same[0].train, same[0].score, reports)
+            one, routers = same[0], same[0].routers_of(known)
+            arms.setdefault(file, {})[arm] = Arm(file, arm, one.train, one.score, reports, routers)
     return arms
 
 

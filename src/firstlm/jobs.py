@@ -19,7 +19,7 @@ from typing import Any
 
 from firstlm import artifact_files, balance, eval_command, train
 from firstlm.command_config import BalanceConfig, EvalConfig
-from firstlm.config import DIAGNOSTICS, TrainConfig
+from firstlm.config import DIAGNOSTICS, RATED, TrainConfig
 from firstlm.errors import ConfigError
 from firstlm.options import closest, from_dict, read_yaml
 from firstlm.pretrained import ARTIFACT_FILE
@@ -89,37 +89,44 @@ class Job:
             return {}
         return artifact_files.read_config(self.artifact)["training"]
 
-    def changed(self, goes_on: bool = True) -> list[str]:
-        """Return options with which its artifact or results were made, and that the file has not.
+    def made_otherwise(self) -> list[str]:
+        """Return options with which its artifact was made, and that the file has not."""
+        found = self._training_differs(self._training)
+        return [name for name in found if name != "dtype" or self.train.dtype != "auto"]
+
+    def scored_otherwise(self, goes_on: bool = True) -> list[str]:
+        """Return options with which its results were made, and that the file has not.
 
         Args:
             goes_on: whether what is missing will be added, which must be in the same number format.
         """
         report = self.report or {}
-        records = [self._training, report.get("training", {})]
-        runs = [made.get("run", {}) for made in records]
-        for made in runs:  # other arms' artifacts may lie elsewhere now
-            for key in ARM_PATHS:
-                asked = getattr(self.train, key)
-                if asked and Path(made.get(key) or "").name == Path(asked).name:
-                    made[key] = asked
-        found = [name for run in runs for name in train.changed_options(run, self.train)]
         # "auto" is as suits a machine. What is scored stays, and says in which format it was; a
         # file that is not complete is not gone on with in another.
         stays = self.scored or not goes_on
-        if self.train.dtype == "auto" and stays:
-            found = [name for name in found if name != "dtype"]
-        for record in filter(None, records):
-            made = record.get("balance")
-            if made and self.balance:
-                found += balance.changed_options(made, self.balance)
-            elif made or self.balance:
-                found.append("balance")
+        found = self._training_differs(report.get("training", {}))
         scored, asked = report.get("options", {}), eval_command.compared_options(self.score)
-        if self.score.dtype == "auto" and stays:
-            asked = {name: value for name, value in asked.items() if name != "dtype"}
-        found += [name for name in asked if name in scored and asked[name] != scored[name]]
-        return list(dict.fromkeys(found))
+        differing = [name for name in asked if name in scored and asked[name] != scored[name]]
+        for names, dtype in ((found, self.train.dtype), (differing, self.score.dtype)):
+            if dtype == "auto" and stays and "dtype" in names:
+                names.remove("dtype")
+        return list(dict.fromkeys(found + differing))
+
+    def _training_differs(self, record: Mapping[str, Any]) -> list[str]:
+        """Return the options of training or balancing that differ from those in a record of it."""
+        if not record:
+            return []
+        run = dict(record.get("run", {}))
+        for key in ARM_PATHS:  # other arms' artifacts may lie elsewhere now
+            asked = getattr(self.train, key)
+            if asked and Path(run.get(key) or "").name == Path(asked).name:
+                run[key] = asked
+        found, made = train.changed_options(run, self.train), record.get("balance")
+        if made and self.balance:
+            found += balance.changed_options(made, self.balance)
+        elif made or self.balance:
+            found.append("balance")
+        return found
 
     @property
     def stale(self) -> list[str]:
@@ -154,13 +161,25 @@ class Job:
             found |= {job.name: job for job in others[name].chain(others) if not job.trained}
         return [*found.values(), self]
 
-    def all_needed(self, others: Mapping[str, Job]) -> list[Job]:
-        """Return the jobs whose artifacts it takes, and those that they take, trained or not."""
-        found: dict[str, Job] = {}
-        for name in self.needs:
-            found |= {job.name: job for job in others[name].all_needed(others)}
-            found[name] = others[name]
-        return list(found.values())
+    def routers_of(self, others: Mapping[str, Job]) -> list[str]:
+        """Return the files that its routers were trained on, maybe in another job.
+
+        Args:
+            others: all jobs by name.
+        """
+        begun_with = others.get(Path(self.train.artifact or "").name)
+        if begun_with is not None and self.train.stage == "lora":
+            return begun_with.routers_of(others)
+        return list(self.train.data or ())
+
+    def taken(self, others: Mapping[str, Job]) -> list[Job]:
+        """Return the jobs whose artifacts, which are there, it or what it needs is trained from.
+
+        Args:
+            others: all jobs by name.
+        """
+        needed = [others[name] for job in self.chain(others) for name in job.needs]
+        return [job for job in needed if job.trained and not self.trained]
 
     def make(self) -> None:
         """Train, if that is not done; what it needs must be there."""
@@ -283,10 +302,17 @@ def _check_policies(training: TrainConfig, score: EvalConfig, where: str) -> Non
     """Refuse policies that an artifact cannot be scored under, before it is trained."""
     own = training.policy
     for policy in score.policies or ():
-        if policy not in ("router", *DIAGNOSTICS) or not _without_routers(training):
-            continue
-        has = f"is trained for {own!r}" if own != "router" else "trains LoRA with all layers alone"
-        raise ConfigError(f"{where} {has}, so that it has no {policy!r} to score.")
+        if policy in ("router", *DIAGNOSTICS) and _without_routers(training):
+            has = (
+                f"is trained for {own!r}"
+                if own != "router"
+                else "trains LoRA with all layers alone"
+            )
+            raise ConfigError(f"{where} {has}, so that it has no {policy!r} to score.")
+        if policy in RATED and policy != own and not score.skip_rates:
+            raise ConfigError(f"{where} scores {policy!r}, which needs skip_rates.")
+        if policy == "token_level" and (training.unit != "block" or score.prefill != "skip"):
+            raise ConfigError(f"{where} scores 'token_level': expected unit block, prefill skip.")
 
 
 def _content(file: Path, above: tuple[Path, ...] = ()) -> Mapping[str, Any]:
@@ -359,6 +385,7 @@ def _making(
             raise ConfigError(f"{where} needs itself, by way of what it needs.")
         training, balancing, _ = _making(file, content, arms, other, seed, runs, (arm, *above))
         if said["balance"] is not None:
+            _refuse(said["balance"], ("output",), where)
             options = {
                 "artifact": (balancing or training).output,
                 "data": training.validation,
@@ -413,10 +440,10 @@ def _data(name: Any, where: str) -> dict[str, str]:
     return found
 
 
-def _refuse(asked: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
+def _refuse(asked: Any, names: tuple[str, ...], where: str) -> None:
     """Refuse options that an experiment sets by itself."""
     for name in names:
-        if name in asked:
+        if isinstance(asked, dict) and name in asked:
             raise ConfigError(
                 f"{where} sets {name}, which follows from the names of file and arm and from "
                 "`seeds`; leave it out."

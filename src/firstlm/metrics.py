@@ -14,13 +14,14 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import regex
 
 from firstlm.errors import ConfigError, DataError
 
+BLOCK = 100  # draws that are held in memory at once
 Groups = np.ndarray  # [items] of int: the number of the group that an item belongs to
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 # A sign of a script that puts no blanks between words, with its marks; and words of any script.
@@ -132,7 +133,7 @@ def over_seeds(
         samples: number of draws.
         seed: of the draws.
     """
-    sides = [ours] if base is None else [ours, base]
+    sides = [Side(ours)] if base is None else [Side(ours), Side(base, draw=0 if paired else 1)]
     share = base is not None and not difference
 
     def value(scores: Sequence[np.ndarray]) -> np.ndarray:
@@ -145,8 +146,6 @@ def over_seeds(
         sides,
         value,
         groups=[groups],
-        sets=[0] * len(sides),
-        draws=[0, 0 if paired else 1][: len(sides)],
         factors=share,
         samples=samples,
         seed=seed,
@@ -154,13 +153,26 @@ def over_seeds(
     return found if difference else replace(found, low=max(found.low, 0.0))
 
 
+class Side(NamedTuple):
+    """One policy on one test set, of those that a value is made of.
+
+    Attributes:
+        seeds: its scores, one a seed.
+        test_set: number of the test set; items of one are drawn together.
+        draw: number of the draw of seeds that it takes part in. Those of one draw have the same
+            seeds in the same order.
+    """
+
+    seeds: Sequence[Scores]
+    test_set: int = 0
+    draw: int = 0
+
+
 def hierarchical(
-    sides: Sequence[Sequence[Scores]],
+    sides: Sequence[Side],
     value: Callable[[Sequence[np.ndarray]], np.ndarray],
     *,
     groups: Sequence[Groups | None],
-    sets: Sequence[int],
-    draws: Sequence[int],
     factors: bool = False,
     samples: int = 1000,
     seed: int = 0,
@@ -176,28 +188,27 @@ def hierarchical(
     five.
 
     Args:
-        sides: of one policy on one test set each, one a seed.
+        sides: what the value is made of.
         value: of the sides' mean scores, arrays [draws] or single numbers.
         groups: of each test set, what its items share; None where each is by itself.
-        sets: of each side, which test set it is of.
-        draws: of each side, which draw of seeds it takes part in. Those of one draw have the same
-            seeds in the same order.
         factors: differences of seeds are factors, as for shares, which stay above 0.
         samples: number of draws.
         seed: of the draws.
     """
-    counts, numbers = dict[int, int](), dict[int, int]()  # items of a set, seeds of a draw
-    for side, which, draw in zip(sides, sets, draws, strict=True):
-        if {len(one.items) for one in side} != {counts.setdefault(which, len(side[0].items))}:
+    counts, numbers = dict[int, int](), dict[int, int]()  # items of a test set, seeds of a draw
+    for side in sides:
+        count = counts.setdefault(side.test_set, len(side.seeds[0].items))
+        if {len(one.items) for one in side.seeds} != {count}:
             raise DataError("These scores are over different numbers of items.")
-        if len(side) != numbers.setdefault(draw, len(side)):
-            raise DataError(f"{numbers[draw]} seeds cannot be paired with {len(side)}.")
+        number = numbers.setdefault(side.draw, len(side.seeds))
+        if len(side.seeds) != number:
+            raise DataError(f"{number} seeds cannot be paired with {len(side.seeds)}.")
 
     def scored(times: Mapping[int, np.ndarray]) -> list[np.ndarray]:
         """Return scores [draws, seeds] of each side, from how often items count [draws, items]."""
         return [
-            np.stack([[one.combine(t) for t in times[which] @ one.statistics] for one in side], 1)
-            for side, which in zip(sides, sets, strict=True)
+            np.stack([_combined(one, times[side.test_set]) for one in side.seeds], axis=1)
+            for side in sides
         ]
 
     def valued(scores: Sequence[np.ndarray]) -> np.ndarray:
@@ -206,13 +217,20 @@ def hierarchical(
     whole = [one[0] for one in scored({s: np.ones((1, count)) for s, count in counts.items()})]
     everything = float(valued(whole))
     items, seeds = (np.random.default_rng([seed, i]) for i in range(2))
-    times = [[drawn_items(items, counts[s], groups[s]) for s in counts] for _ in range(samples)]
-    found = valued(scored(dict(zip(counts, map(np.stack, zip(*times, strict=True)), strict=True))))
+    blocks = []
+    for first in range(0, samples, BLOCK):
+        times = [
+            [drawn_items(items, count, groups[s]) for s, count in counts.items()]
+            for _ in range(min(BLOCK, samples - first))
+        ]
+        of_sets = map(np.stack, zip(*times, strict=True))
+        blocks.append(valued(scored(dict(zip(counts, of_sets, strict=True)))))
+    found = np.concatenate(blocks)
     picks = [[seeds.integers(0, n, n) for n in numbers.values()] for _ in range(samples)]
-    for (turn, n), picked in zip(numbers.items(), zip(*picks, strict=True), strict=True):
+    for (draw, n), picked in zip(numbers.items(), zip(*picks, strict=True), strict=True):
         part = [
-            scores[np.stack(picked)] if draw == turn else scores
-            for draw, scores in zip(draws, whole, strict=True)
+            scores[np.stack(picked)] if side.draw == draw else scores
+            for side, scores in zip(sides, whole, strict=True)
         ]
         stretch = math.sqrt(n / (n - 1)) if n > 1 else 0.0
         if not factors:
@@ -221,6 +239,11 @@ def hierarchical(
             found = found * (valued(part) / everything) ** stretch
     low, high = np.nanpercentile(found, [2.5, 97.5]) if not np.isnan(found).all() else (np.nan,) * 2
     return Estimate(everything, float(low), float(high), sum(counts.values()))
+
+
+def _combined(scores: Scores, times: np.ndarray) -> list[float]:
+    """Return the corpus score where items count so often, for each draw [draws, items]."""
+    return [scores.combine(total) for total in times @ scores.statistics]
 
 
 def shares(scores: np.ndarray, base: np.ndarray) -> np.ndarray:

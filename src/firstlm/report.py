@@ -312,7 +312,8 @@ def _paper(rows: Sequence[Row]) -> str:
             plain = [
                 other["score"]
                 for other in found
-                if other["arm"] == row["retention_of"] and other["metric"] == row["metric"]
+                if (other["arm"], other["policy"], other["lora"], other["metric"])
+                == (row["retention_of"], "base", True, row["metric"])
             ]
             lines.append(
                 [

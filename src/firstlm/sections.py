@@ -14,7 +14,7 @@ from firstlm.scoreboard import LABELS
 Row = Mapping[str, Any]
 
 KEYS = {  # of a row
-    *("file", "arm", "task", "dataset", "model", "trained_on", "routers_of", "policy", "lora"),
+    *("file", "arm", "task", "dataset", "model", "routers_of", "policy", "lora"),
     *("lora_of", "skip_rate", "skip_rate_p5", "skip_rate_p95", "skip_rate_asked", "alpha", "l2"),
     *("distinct_masks", "mask_entropy", "length_correlation", "layer_length_correlation", "gains"),
     *("metric", "primary", "score", "ci95", "retention", "retention_ci95", "retention_of"),

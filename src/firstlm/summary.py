@@ -42,6 +42,7 @@ class Arm:
         train: options of its training (of any seed).
         score: options of its evaluation.
         reports: what `firstlm eval` wrote, by seed.
+        routers_of: the files that its routers were trained on, where others than its own.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Arm:
         train: TrainConfig,
         score: EvalConfig,
         reports: Mapping[int, dict[str, Any]],
+        routers_of: Sequence[str] | None = None,
     ) -> None:
         self.file, self.name, self.train, self.score = file, name, train, score
         self.reports = dict(sorted(reports.items()))
@@ -85,6 +87,7 @@ class Arm:
         self.groups = grouped([example.group for example in examples])
         self.dataset = Path(score.data).parent.name
         self.trained_on = [Path(file).parent.name for file in train.data or ()]
+        self.routers_of = [Path(file).parent.name for file in routers_of or train.data or ()]
         self.task: Task = find_task(examples, score.task, score.template)
         self._references = [example.references for example in examples]
         self._scores: dict[str, dict[str, dict[int, Scores]]] = {}
@@ -187,7 +190,7 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "task": arm.task.name,
                         "dataset": arm.dataset,
                         "trained_on": "+".join(arm.trained_on),
-                        "routers_of": "+".join(_routers_of(arm, arms)),
+                        "routers_of": "+".join(arm.routers_of),
                         "model": arm.model,
                         "file": arm.file,
                         "arm": arm.name,
@@ -247,16 +250,6 @@ def _reference(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
     return best if learnt else None
 
 
-def _routers_of(arm: Arm, arms: Sequence[Arm]) -> list[str]:
-    """Return the data sets that an arm's routers were trained on, maybe in another arm."""
-    if arm.train.stage == "lora" and arm.train.artifact and arm.train.policy == "router":
-        begun_with = Path(arm.train.artifact).name.rpartition("-")[0]
-        for other in arms:
-            if begun_with == f"{other.file}-{other.name}":
-                return _routers_of(other, arms)
-    return arm.trained_on
-
-
 def _plain_score(arm: Arm) -> float:
     """Return the primary score of an arm with all layers, the mean over seeds."""
     return _mean([one.value for one in arm.scores("run_all")[arm.task.primary].values()])
@@ -294,7 +287,7 @@ def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "arm": other.name,
                         "dataset": other.dataset,
                         "model": other.model,
-                        "routers_of": "+".join(_routers_of(other, arms)),
+                        "routers_of": "+".join(other.routers_of),
                         **shown,
                         **difference,
                         **more,

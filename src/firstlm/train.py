@@ -31,7 +31,7 @@ from firstlm.examples import load_examples
 from firstlm.importance import influence_order
 from firstlm.lora import is_lora, lora_parameters
 from firstlm.model import FirstModel
-from firstlm.options import load_yaml, to_dict, to_yaml
+from firstlm.options import from_dict, read_yaml, to_dict, to_yaml
 from firstlm.phases import (
     RUN_FILE,
     train_joint,
@@ -312,7 +312,11 @@ def _refuse_other_run(config: TrainConfig, hashes: Mapping[str, str]) -> None:
     """Refuse to resume a run that had other options, data or processes."""
     work = work_folder(config)
     file, data_file = work / RUN_FILE, work / START_FILE
-    changed = changed_options(to_dict(load_yaml(TrainConfig, file)), config)
+    before = read_yaml(file)  # of an older version, it may name options that are gone
+    if not isinstance(before, dict):
+        raise ConfigError(f"{file} is no run's file; start over with --no-resume.")
+    left = {name: value for name, value in before.items() if hasattr(config, name)}
+    changed = changed_options(to_dict(from_dict(TrainConfig, left, where=f" in {file}")), config)
     if changed:
         raise ConfigError(
             f"{work} holds a run with other options ({', '.join(changed)}; see {file}). Name "
