@@ -19,6 +19,7 @@ from firstlm.options import (
     from_dict,
     load_yaml,
     option,
+    read_yaml,
     resolve,
     to_dict,
     to_yaml,
@@ -47,6 +48,17 @@ class Sample(Parent):
     rates: list[float] | None = option(None, help="several shares")
     kinds: list[str] = option(["red"], choices=("red", "green"), help="several colours")
     sizes: tuple[int, ...] = option((1, 2), help="several counts")
+
+
+def test_what_stands_twice_or_is_positional_is_said(tmp_path):
+    file = tmp_path / "twice.yaml"
+    file.write_text("count: 1\nplace: a\ncount: 2\n")
+    with pytest.raises(ConfigError, match=r"twice\.yaml is not YAML: .*'count' stands twice"):
+        load_yaml(Sample, file)
+    file.write_text("base: &b {count: 1, loud: no}\nother: {<<: *b, count: 2}\n")
+    assert read_yaml(file)["other"] == {"count": 2, "loud": False}
+    with pytest.raises(ConfigError, match=r"--place is given without a flag: prog PLACE"):
+        resolve(Sample, ["--place", "here"], "prog")
 
 
 def test_paths_may_begin_at_home(tmp_path, monkeypatch):

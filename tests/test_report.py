@@ -15,6 +15,7 @@ from browser import PROGRAM
 from firstlm import cli, figures
 from firstlm.figures import draw
 from firstlm.report import page
+from firstlm.sections import Section, labelled, title
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -140,3 +141,41 @@ def test_policies_of_one_rate_stand_beside_the_curves(monkeypatch):
     assert names == ["random fixed (25)", "early exit (25)", "length only (25)", "skip decode (20)"]
     shown = [line.get_xdata()[0] for line in many.axes[1].lines if line.get_marker() == "o"]
     assert shown == [0.0, 10.0, 60.0, 70.0]
+
+
+def test_models_of_one_file_are_told_apart():
+    pytest.importorskip("matplotlib")
+    rows = [
+        row("first", 0.15, model="a/Deep-3.2-1B"),
+        row("large", 0.15, policy="first", lora_of="first", model="b/Small-0.5.gguf"),
+    ]
+    assert title(Section("qa", "set"), rows) == "qa: qa on set, Deep-3.2-1B and Small-0.5"
+    assert [name for name, _ in labelled(rows)] == ["FiRST of Deep-3.2-1B", "FiRST of Small-0.5"]
+    reports = {
+        f"qa-{arm}-0": {
+            "inputs": {"data": "set/test.jsonl"},
+            "runs": {"router@0.15": {"items": [{"keep": keep}]}},
+        }
+        for arm, keep in (("first", "1011"), ("large", "10"), ("gone", "1"))
+    }
+    names = [picture.name for picture in draw(rows, reports)]
+    assert names == ["quality-qa-set", "masks-qa-set-4-layers", "masks-qa-set-2-layers"]
+
+
+def test_a_page_that_cannot_be_made_leaves_the_older_one(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    summary, folder = tmp_path / "summary.json", tmp_path / "report"
+    summary.write_text(json.dumps([row("first", 0.15)]))
+    assert cli.main(["report", str(tmp_path)]) == 0
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    older = row("first", 0.25)
+    del older["task"]
+    for rows, says in (
+        ([older], "rows without task"),
+        ([row("first", 0.25, gains=[{"value": 1.0}])], "rows without .*low"),
+        ([], "has no rows: nothing was scored yet"),
+    ):
+        summary.write_text(json.dumps(rows))
+        assert cli.main(["report", str(tmp_path)]) == 2
+        assert re.search(says, capsys.readouterr().err)
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before

@@ -59,8 +59,8 @@ def draw(rows: Sequence[Row], reports: Mapping[str, Any]) -> list[Picture]:
     reports = {
         name: report
         for name, report in reports.items()
-        if Section.of(name, report["inputs"]["data"]) in sections
-        and (name.partition("-")[0], arm_of(name)) in arms
+        if (section := Section.of(name, report["inputs"]["data"])) in sections
+        and (section.file, arm_of(name)) in arms
     }
     masks: dict[tuple[Section, int], dict[str, np.ndarray]] = {}
     shown: set[tuple[Section, str, str]] = set()

@@ -178,8 +178,10 @@ class Job:
         Args:
             others: all jobs by name.
         """
+        if self.trained:
+            return []
         needed = [others[name] for job in self.chain(others) for name in job.needs]
-        return [job for job in needed if job.trained and not self.trained]
+        return [job for job in needed if job.trained]
 
     def make(self) -> None:
         """Train, if that is not done; what it needs must be there."""
