@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from firstlm.experiment import arms_of
-from firstlm.jobs import jobs_of
+from firstlm.matrix import jobs_of
 from firstlm.metrics import Estimate, Groups, Scores, Side, hierarchical, shares
 from firstlm.results import provenance, write_json
 from firstlm.summary import Arm, base_seeds

@@ -106,6 +106,7 @@ FLOORS = {
     "report": "edges",
     "harness": "edges",
     "jobs": "edges",
+    "matrix": "edges",
     "experiment": "edges",
     "demo": "edges",
     "cli": "edges",

@@ -23,7 +23,7 @@ from training import write_run
 from firstlm import FirstModel, cli, evaluate, experiment, summary
 from firstlm.errors import ConfigError
 from firstlm.figures import curves, swept
-from firstlm.jobs import jobs_of
+from firstlm.matrix import jobs_of
 from firstlm.summary import read
 
 FILE = """

@@ -5,7 +5,7 @@ A file names a model, a data set and arms. Each arm is trained and scored once a
 `RUNS/NAME-ARM-SEED` and `RESULTS/NAME-ARM-SEED.json`. What is there is not made again, and what was
 interrupted goes on, so the same command works through a whole matrix, `--minutes` at a time.
 Started several times at once, say with one GPU or core each, it shares the matrix between them.
-What files say is read by `jobs.py`.
+What files say is read by `matrix.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from filelock import FileLock, Timeout
 
 from firstlm.command_config import ExperimentConfig
 from firstlm.errors import ConfigError, DataError, FirstError, kind_and_line
-from firstlm.jobs import Job, files_of, jobs_of
+from firstlm.jobs import Job
+from firstlm.matrix import files_of, jobs_of
 from firstlm.results import check_file, write_json
 from firstlm.sections import read_rows
 from firstlm.summary import Arm, rows
