@@ -41,8 +41,36 @@ RESULTS = ROOT / "results"
 START, END = "<!-- results -->", "<!-- /results -->"
 PICTURES = ("quality-qamr",)  # of a report, that stand in docs
 SHOWN = ("qamr", "debian", "multi30k_taught", "qwen")  # files whose policies README compares
+COMPARED = ("base", "lora", "first", "random", "unified", "majority", "length_only")
+COMPARED += ("static_importance", "early_exit", "random_fixed", "skip_decode")
 RATES = (0.15, 0.25, 0.40)
 NEAR = 0.01  # between the skip rate that is asked for and the one that is measured
+
+
+def comparison_table() -> list[str]:
+    """Return a table with a line a policy and skip rate, and a column an experiment file."""
+    files: list[str] = []
+    heads: list[str] = []
+    columns: list[dict[tuple[str, float], Row]] = []
+    found = {section.file: (section, rows) for section, rows in sections().items()}
+    for file in SHOWN:
+        section, rows = found.get(file, (None, []))
+        primary = [row for row in rows if row["primary"] and row["arm"] in COMPARED]
+        if section is None or not any(row["policy"] == "first" for row in primary):
+            continue
+        metric, count = LABELS[primary[0]["metric"]], primary[0]["n_test"]
+        files.append(f"experiments/{file}.yaml")
+        heads.append(f"{title(section, rows)}, {metric} on {count} items")
+        columns.append({(shown, row["skip_rate_asked"]): row for shown, row in labelled(primary)})
+    lines = [
+        f"| policy | asked | {' | '.join(heads)} |",
+        "|---|---|" + "---|" * len(heads),
+    ]
+    for shown, asked in dict.fromkeys(key for column in columns for key in column):
+        if asked in (0.0, 0.25) or shown == "FiRST":
+            cells = [_cell(column.get((shown, asked)), seeds=True) for column in columns]
+            lines.append(f"| {shown} | {asked:.0%} | {' | '.join(cells)} |")
+    return [*lines, "", f"Made by `firstlm experiment run {' '.join(files)}`."]
 
 
 def compact_table(section: Section, rows: Sequence[Row]) -> list[str]:
@@ -66,12 +94,14 @@ def compact_table(section: Section, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _cell(row: Row | None) -> str:
+def _cell(row: Row | None, seeds: bool = False) -> str:
     if row is None:
         return ""
     notes = [] if row["retention"] is None else [f"{row['retention']:.0%}"]
     if abs(row["skip_rate"] - row["skip_rate_asked"]) > NEAR:
         notes.append(f"{row['skip_rate']:.1%} skipped")
+    if seeds and row["seeds"] > 1:
+        notes.append(f"{row['seeds']} seeds")
     return f"{row['score']:.1f}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
@@ -240,11 +270,7 @@ def sections() -> dict[Section, list[Row]]:
 
 def text() -> str:
     """Return what stands between README's markers."""
-    parts: list[str] = []
-    for section, rows in sections().items():
-        if section.file in SHOWN and any(row["skip_rate_asked"] for row in rows):
-            parts += [*compact_table(section, rows), ""]
-            parts += [f"Made by `firstlm experiment run experiments/{section.file}.yaml`.", ""]
+    parts = [*comparison_table(), ""]
     bench = json.loads((RESULTS / "bench_smollm2.json").read_text())
     parts += [*bench_text(bench), ""]
     parts += [f"Made by `{command(bench)}`.", ""]
