@@ -44,6 +44,16 @@ SHOWN = ("qamr", "debian", "multi30k_taught", "qwen")  # files whose policies RE
 COMPARED = ("base", "lora", "first", "random", "unified", "majority", "length_only")
 COMPARED += ("static_importance", "early_exit", "random_fixed", "skip_decode")
 RATES = (0.15, 0.25, 0.40)
+LEGEND = """\
+- **policy**: what decides, and in brackets which arm of the file, where several are alike.
+- **asked, skipped, p5-p95**: the share of layers that was asked for; what was skipped, on average
+  over prompts; its percentiles.
+- **masks**: how many different ones the prompts had, the mean over seeds.
+- **95%**: an interval from a paired bootstrap over items and seeds.
+- **of base + LoRA**: of the best plain LoRA with all layers in the same file; nothing where that
+  scores under BLEU 5 or F1 20.
+- **time per token**: the median over a few prompts, one at a time with `engine="hf"`, over that
+  with all layers; speed is measured in [speed.md](speed.md)."""
 NEAR = 0.01  # between the skip rate that is asked for and the one that is measured
 
 
@@ -286,6 +296,7 @@ def pages() -> dict[Path, str]:
     """Return what the files with tables hold."""
     readme, adaptivity = ROOT / "README.md", ROOT / "docs" / "adaptivity.md"
     parts = ["# Results", "", "Written by `python experiments/table.py --write` from results/.", ""]
+    parts += [LEGEND, ""]
     for section, rows in sections().items():
         parts += [*full_table(section, rows), ""]
     return {

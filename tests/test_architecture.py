@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -118,6 +119,13 @@ ORDER = list(FLOORS)
 FILES = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
 INDEPENDENT = {"train", "evaluate", "bench", "diagnose"}  # uses of the loop; none knows another
 HEAVY = {"bert_score", "datasets", "fastapi", "matplotlib", "rich", "tensorboard", "vllm"}
+
+
+def test_the_design_page_has_every_file_on_its_floor() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+)(?:: \w+)? \| (`.*) \|$", page, flags=re.MULTILINE)
+    found = {file: floor for floor, files in rows for file in re.findall(r"`(\w+)`", files)}
+    assert found == {file: floor for file, floor in FLOORS.items() if file != "__main__"}
 
 
 def is_for_types_only(node: ast.AST) -> bool:

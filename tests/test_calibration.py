@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from training import config, make_examples, make_model, write_run
 
 from firstlm import FirstModel, cli
 from firstlm.calibration import calibrate
+from firstlm.choices import Choices
 from firstlm.errors import ConfigError
 from firstlm.inputs import pad_left
 from firstlm.policies import RouterPolicy
@@ -55,6 +57,19 @@ def test_in_place_only_the_thresholds_change(artifact: tuple[Path, Path]) -> Non
             assert torch.equal(found[name], tensor)
     assert (folder / "run.yaml").read_bytes() == run_file
     assert FirstModel.from_pretrained(str(folder)).thresholds.offset(0.4, "skip") < 5
+
+
+def test_rates_far_above_what_was_trained_for_are_served_with_a_warning(
+    artifact: tuple[Path, Path],
+) -> None:
+    model = FirstModel.from_pretrained(str(artifact[0]))
+    known = Choices.read(artifact[0], model.base.config.hidden_size)
+    for served in (model.policy_for, known.at):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            served(0.29)
+        with pytest.warns(UserWarning, match=r"up to 0\.25, .* at 0\.4\. .*--skip-rates"):
+            served(0.40)
 
 
 def test_scores_are_recorded_until_other_thresholds_make_them_stale(

@@ -54,6 +54,7 @@ def config(tmp_path: Path, **changes) -> TrainConfig:
         "eval_steps": 100,
         "tensorboard": False,
         "warm_start": 0,
+        "distill": 0.0,
         "logging_steps": 5,
     }
     return TrainConfig(**{**options, **changes})

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
 from firstlm.routers import Routers
 from firstlm.thresholds import Thresholds
 
+BEYOND = 0.05  # above the highest rate that was trained for, quality is another
+
 
 @dataclass
 class Choices:
@@ -27,6 +30,7 @@ class Choices:
         baseline: what the artifact has in place of routers, or None.
         layers: how many layers the model has.
         free: those that may be skipped.
+        highest: the highest skip rate that was trained for, where that is known.
     """
 
     routers: Routers
@@ -34,6 +38,7 @@ class Choices:
     baseline: Baseline | None
     layers: int
     free: tuple[int, ...]
+    highest: float | None = None
 
     @classmethod
     def read(cls, folder: Path, hidden_size: int) -> Choices:
@@ -50,12 +55,22 @@ class Choices:
         tensors = artifact_files.read_routers(folder)
         artifact_files.check_routers(tensors, layers, width, folder)
         routers.fill(tensors)
-        return cls(routers, Thresholds(table), baseline, layers, tuple(range(layers)))
+        highest = highest_trained(config.get("training", {}))
+        return cls(routers, Thresholds(table), baseline, layers, tuple(range(layers)), highest)
 
     def at(self, skip_rate: float | None = None, prefill: str = "skip") -> Policy:
-        """Return the policy that meets a wanted skip rate (None: what was trained for)."""
+        """Return the policy that meets a wanted skip rate (None: what was trained for).
+
+        Far above what was trained for it warns, since nothing learnt to do with so few layers.
+        """
         if skip_rate is not None and check_skip_rate(skip_rate) == 0:
             return RunAll()
+        if None not in (skip_rate, self.highest) and skip_rate > self.highest + BEYOND:
+            warnings.warn(
+                f"This model was trained for skip rates up to {self.highest:g}, and quality may "
+                f"collapse at {skip_rate:g}. To serve that, train with --skip-rates.",
+                stacklevel=2,
+            )
         if self.baseline is not None:
             return self.baseline.at(skip_rate)
         if skip_rate is None:
@@ -138,6 +153,13 @@ class Choices:
         if skip_rate is None:
             raise ConfigError(f"The policy {policy!r} needs a skip_rate, such as 0.25.")
         return self.named(policy, check_skip_rate(skip_rate), prefill).at()
+
+
+def highest_trained(record: Mapping[str, Any]) -> float | None:
+    """Return the highest skip rate that LoRA was trained for, of an artifact's training record."""
+    run = record.get("run", {})
+    rates = [rate for rate in (run.get("skip_rate"), *(run.get("skip_rates") or ())) if rate]
+    return max(rates) if rates and run.get("stage") != "routers" else None
 
 
 def _parts(found: Any, name: str, expected: str) -> Sequence[Any]:

@@ -78,7 +78,11 @@ def template_option() -> Any:
 
 def dtype_option() -> Any:
     """Declare the number format of weights."""
-    return option("auto", choices=DTYPES, help="number format of the weights")
+    return option(
+        "auto",
+        choices=DTYPES,
+        help="number format of the weights; auto: bfloat16 on a GPU, float32 elsewhere",
+    )
 
 
 def device_option() -> Any:
@@ -197,7 +201,7 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
     )
     l2: float = option(0.01, at_least=0, help="weight of the L2 penalty on router weights (lambda)")
     distill: float = option(
-        0.0,
+        1.0,
         at_least=0,
         help="weight, in phase 1, of staying close to what all layers compute: every token of a "
         "row says what a layer is worth, not only the answer's",
@@ -212,11 +216,11 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         0,
         at_least=0,
         help="examples from which LoRA's start in phase 2 is computed, some 64: a regression puts "
-        "back what skipped layers leave missing, which pays most at high rates; all are in "
+        "back what skipped layers leave missing, which pays most for one rate; all are in "
         "memory at once, with a mask for each rate (0: LoRA starts as it is)",
     )
     warm_start: int = option(
-        16,
+        32,
         at_least=0,
         help="examples on which layers are ranked to start the routers from (0: no ranking)",
     )
@@ -225,12 +229,12 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
         "groups of prompts, found by their content, that each get a ranking of layers of their own "
         "to start from: as many as there are tasks in the data",
     )
-    router_steps: int = option(100, at_least=0, help="optimizer steps of phase 1")
+    router_steps: int = option(20, at_least=0, help="optimizer steps of phase 1")
     router_lr: float = option(
-        0.005, above=0, help="learning rate of phase 1: about how far a logit moves"
+        1e-3, above=0, help="learning rate of phase 1: about how far a logit moves"
     )
     lora_steps: int = option(400, at_least=0, help="optimizer steps of phase 2")
-    lora_lr: float = option(1e-3, above=0, help="learning rate of LoRA, in phase 2 and in adapt")
+    lora_lr: float = option(1e-3, above=0, help="learning rate of LoRA")
     lora_rank: int = count_option(8, "rank of the LoRA matrices")
     lora_alpha: int = count_option(16, "scale of the LoRA matrices")
     lora_dropout: float = option(0.0, at_least=0, below=1, help="dropout on the LoRA input")
@@ -314,9 +318,4 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
             raise ConfigError(
                 f"heal={self.heal} is for whole blocks that prompts skip as answers do; expected "
                 "unit block, prefill skip and a policy other than skip_decode."
-            )
-        if self.distill and not (self.policy == "router" and self.stage in ("routers", "both")):
-            raise ConfigError(
-                f"distill={self.distill:g} is for routers that train by themselves; expected "
-                "policy router and stage both or routers."
             )

@@ -22,7 +22,7 @@ from torch import nn
 from firstlm import artifact, processes
 from firstlm.baselines import Baseline
 from firstlm.cache import SkipCache, StaticSkipCache, make_cache, take_cache
-from firstlm.choices import Choices
+from firstlm.choices import Choices, highest_trained
 from firstlm.config import ENGINES, PREFILL_MODES, RouterConfig
 from firstlm.decisions import RoutingState
 from firstlm.engine import DecodeEngine, Engines
@@ -255,7 +255,12 @@ class FirstModel(nn.Module):
     def choices(self) -> Choices:
         """The policies that this model knows."""
         return Choices(
-            self.routers, self.thresholds, self.baseline, self.layer_count, self.free_layers
+            self.routers,
+            self.thresholds,
+            self.baseline,
+            self.layer_count,
+            self.free_layers,
+            highest_trained(self.training_record),
         )
 
     def policy_for(self, skip_rate: float | None = None, prefill: str = "skip") -> Policy:

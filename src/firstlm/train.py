@@ -60,6 +60,8 @@ PROCESSES = "processes"  # that began the run
 LOCK_FILE = ".lock"  # held while a run is at work in its folder
 # Options that may differ between a run and its resumption: they change no result.
 FREE = ("resume", "output", "tensorboard", "logging_steps", "device")
+OF_PHASE_1 = ("router_steps", "distill")  # options that nothing else looks at
+OF_ROUTERS = ("router_lr", "warm_start", "gate", "l2", "init_bias")  # where routers train at all
 
 
 def run(config: TrainConfig) -> int:
@@ -368,8 +370,13 @@ def _finished(config: TrainConfig, hashes: Mapping[str, str]) -> bool:
 
 def changed_options(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
     """Return the options that a run had with other values, of those that change its result."""
-    now = to_dict(config)
-    return [n for n in now if n not in FREE and n in before and now[n] != before[n]]
+    now, free = to_dict(config), FREE
+    trains_routers = config.policy == "router" and config.stage != "lora"
+    if not trains_routers or config.stage == "joint":
+        free += OF_PHASE_1
+    if not trains_routers:
+        free += OF_ROUTERS
+    return [n for n in now if n not in free and n in before and now[n] != before[n]]
 
 
 def _data_hash(config: TrainConfig) -> dict[str, str]:
