@@ -63,14 +63,15 @@ class Choices:
 
         Far above what was trained for it warns, since nothing learnt to do with so few layers.
         """
-        if skip_rate is not None and check_skip_rate(skip_rate) == 0:
-            return RunAll()
-        if None not in (skip_rate, self.highest) and skip_rate > self.highest + BEYOND:
-            warnings.warn(
-                f"This model was trained for skip rates up to {self.highest:g}, and quality may "
-                f"collapse at {skip_rate:g}. To serve that, train with --skip-rates.",
-                stacklevel=2,
-            )
+        if skip_rate is not None:
+            if check_skip_rate(skip_rate) == 0:
+                return RunAll()
+            if self.highest is not None and skip_rate > self.highest + BEYOND:
+                warnings.warn(
+                    f"This model was trained for skip rates up to {self.highest:g}, and quality "
+                    f"may collapse at {skip_rate:g}. To serve that, train with --skip-rates.",
+                    stacklevel=2,
+                )
         if self.baseline is not None:
             return self.baseline.at(skip_rate)
         if skip_rate is None:
