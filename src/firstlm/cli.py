@@ -28,6 +28,7 @@ class Command(NamedTuple):
     help: str
 
 
+_FORMAT = warnings.formatwarning  # Python's own
 COMMANDS = {
     "train": Command(
         "firstlm.train",
@@ -139,6 +140,7 @@ def _dispatch(words: list[str]) -> int:
 
     # What libraries call in each other under old names is not the user's to mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    warnings.formatwarning = _warning_text
 
     name, *rest = words
     command = COMMANDS.get(name)
@@ -172,6 +174,19 @@ def _overview() -> str:
             "'firstlm COMMAND --help' lists a command's options; FIRSTLM_DEBUG=1 shows tracebacks.",
         ]
     )
+
+
+def _warning_text(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Return a warning to users as one line, and one to programmers with its place."""
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return _FORMAT(message, category, filename, lineno, line)
 
 
 def _is_about_files(error: Exception) -> bool:
