@@ -200,6 +200,30 @@ def test_a_run_that_goes_on_from_an_artifact_with_lora_can_resume_in_any_phase(
         torch.testing.assert_close(resumed[name], whole[name], msg=name)
 
 
+def test_plain_lora_goes_on_with_any_routers_and_trained_routers_stay_what_they_are(
+    tmp_path: Path, byte_tokenizer
+) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    steps = {"router_steps": 2, "lora_steps": 2, "warm_start": 4}
+    plain = config(
+        tmp_path, model=str(folder), data=str(data), stage="lora", skip_rate=0.0, **steps
+    )
+    assert run(plain) == 0
+    lora = {name: p for name, p in weights(Path(plain.output)).items() if "lora_" in name}
+    on = replace(plain, artifact=plain.output, output=str(tmp_path / "on"), skip_rate=0.25)
+    for stage, other in (("routers", {"reads": "length"}), ("both", {"unit": "mlp"})):
+        settings = replace(on, stage=stage, output=str(tmp_path / stage), **other)
+        assert run(settings) == 0
+        model = FirstModel.from_pretrained(settings.output)
+        assert model.training_record["trainings"] == 2
+        for name, value in other.items():
+            assert getattr(model.router_config, name) == value
+            with pytest.raises(ConfigError, match=rf"--{name} {value}"):
+                run(replace(on, artifact=settings.output, output=str(tmp_path / "no")))
+    kept = weights(tmp_path / "routers")
+    assert all(torch.equal(kept[name], value) for name, value in lora.items())
+
+
 @pytest.mark.parametrize("ignored", [False, True])
 def test_who_manages_jobs_ends_training_with_a_checkpoint(
     tmp_path: Path, ignored: bool, monkeypatch

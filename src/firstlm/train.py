@@ -225,23 +225,24 @@ def read_data(config: TrainConfig, name: str) -> tuple[list[Encoded], list[Encod
 def load_model(config: TrainConfig, name: str) -> FirstModel:
     """Load the model that a run trains: an artifact's, or a base model with new routers."""
     base, tokenizer = load_base(name, **load_options(config))
+    fields = RouterConfig.__dataclass_fields__
+    wanted = RouterConfig(**{name: getattr(config, name) for name in fields})
     if config.artifact is not None:
         model = FirstModel.from_pretrained(config.artifact, base=base, tokenizer=tokenizer)
+        if model.routers.untrained and not model.thresholds.table:  # plain LoRA
+            model = model.rerouted(wanted)
         for field in ("unit", "reads"):
-            found, asked = getattr(model.router_config, field), getattr(config, field)
+            found, asked = getattr(model.router_config, field), getattr(wanted, field)
             if found != asked:
                 raise ConfigError(
-                    f"{config.artifact} has {field} {found!r}, but {asked!r} was asked for; give "
-                    f"--{field} {found}."
+                    f"The routers of {config.artifact} have {field} {found!r}, but {asked!r} was "
+                    f"asked for; give --{field} {found}."
                 )
         if model.has_adapter and model.base.peft_config["default"].r != config.lora_rank:
             set_seed(config.seed)  # fresh rows of its matrices
             raise_rank(model, config)
     else:
-        fields = RouterConfig.__dataclass_fields__
-        model = FirstModel.from_base(
-            base, RouterConfig(**{name: getattr(config, name) for name in fields}), tokenizer
-        )
+        model = FirstModel.from_base(base, wanted, tokenizer)
     model.base_id = name
     return model
 
