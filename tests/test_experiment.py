@@ -607,6 +607,11 @@ def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
             "  other: {train: {policy: unified}, eval: {policies: [unified]}}",
             "arm majority takes the majority mask of other, which has no routers",
         ),
+        (
+            'policy: majority, majority_of: "arm:first"',
+            'artifact: "arm:first", reads: length',
+            "arm majority has reads 'length', and goes on from first, whose routers have reads",
+        ),
         ("arms:", "arms: [", "is not YAML"),
         ("  first:", "  my-first:", "'my-first' is no name .* '-' parts file, arm"),
         ("{router_steps: 2, warm_start: 4}", '{artifact: "arm:first"}', "first-0 needs itself"),

@@ -96,6 +96,16 @@ def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
                 f"{file}: arm {job.arm} takes the majority mask of {routed.arm}, which has no "
                 "routers of its own."
             )
+        begun = known.get(Path(job.train.artifact or "").name)
+        if begun is None or _without_routers(begun.train):
+            continue
+        for name in ("unit", "reads"):
+            found, asked = getattr(begun.train, name), getattr(job.train, name)
+            if found != asked:
+                raise ConfigError(
+                    f"{file}: arm {job.arm} has {name} {asked!r}, and goes on from {begun.arm}, "
+                    f"whose routers have {name} {found!r}."
+                )
     for job in jobs:
         needed, seen = list(job.needs), set[str]()
         while needed:
