@@ -49,9 +49,9 @@ LEGEND = """\
 - **asked, skipped, p5-p95**: the share of layers that was asked for; what was skipped, on average
   over prompts; its percentiles.
 - **masks**: how many different ones the prompts had, the mean over seeds.
-- **95%**: an interval from a paired bootstrap over items and seeds.
-- **of base + LoRA**: of the best plain LoRA with all layers in the same file; nothing where that
-  scores under BLEU 5 or F1 20.
+- **95%**: an interval from a bootstrap over items and seeds.
+- **of base + LoRA**: of the best plain LoRA with all layers in the same file, on the same seeds;
+  nothing where there is none, or where it scores under BLEU 5 or F1 20.
 - **time per token**: the median over a few prompts, one at a time with `engine="hf"`, over that
   with all layers; speed is measured in [speed.md](speed.md)."""
 NEAR = 0.01  # between the skip rate that is asked for and the one that is measured

@@ -16,7 +16,7 @@ from training import config, make_examples, make_model, write_run
 from firstlm import FirstModel, cli
 from firstlm.calibration import calibrate
 from firstlm.choices import Choices
-from firstlm.errors import ConfigError
+from firstlm.errors import ConfigError, FirstWarning
 from firstlm.inputs import pad_left
 from firstlm.policies import RouterPolicy
 from firstlm.train import run
@@ -68,8 +68,10 @@ def test_rates_far_above_what_was_trained_for_are_served_with_a_warning(
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             served(0.29)
-        with pytest.warns(UserWarning, match=r"up to 0\.25, .* at 0\.4\. .*--skip-rates"):
+        with pytest.warns(FirstWarning, match=r"up to 0\.25, .*--skip-rates"):
             served(0.40)
+    with pytest.warns(FirstWarning, match=r"up to 0\.25"):
+        known.named("unified", 0.40)
 
 
 def test_scores_are_recorded_until_other_thresholds_make_them_stale(

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 
 from firstlm import __version__, cli
-from firstlm.errors import DataError
+from firstlm.errors import DataError, FirstWarning
 from firstlm.model import FirstModel
 
 
@@ -177,3 +179,21 @@ def test_data_that_cannot_be_read_is_refused_before_a_model_is_loaded(
             asked += ["--output", str(tmp_path / "out")]
         assert cli.main(asked) == 2
         assert problem in capsys.readouterr().err
+
+
+def test_a_warning_of_ours_is_a_line_and_others_say_where_they_come_from(command, capsys):
+    def run(options):
+        warnings.warn("ours", FirstWarning, stacklevel=1)
+        warnings.warn("theirs", UserWarning, stacklevel=1)
+        return 0
+
+    command(run)
+    before = warnings.formatwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *found: print(warnings.formatwarning(*found[:4]), end="")
+        assert cli.main(["inspect", "smollm2-qa"]) == 0
+    assert warnings.formatwarning is before
+    ours, theirs, *_ = capsys.readouterr().out.splitlines()
+    assert ours == "warning: ours"
+    assert re.fullmatch(r".*test_cli\.py:\d+: UserWarning: theirs", theirs)

@@ -612,6 +612,12 @@ def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
             'artifact: "arm:first", reads: length',
             "arm majority has reads 'length', and goes on from first, whose routers have reads",
         ),
+        (
+            'policy: majority, majority_of: "arm:first"}\n    eval: {policies: [majority]}',
+            'stage: lora, artifact: "arm:plain"}\n    eval: {policies: [run_all]}\n'
+            "  plain: {train: {stage: lora, skip_rate: 0.0}, eval: {policies: [run_all]}}",
+            "arm majority trains LoRA for routers that exist, but plain, .* has none that were",
+        ),
         ("arms:", "arms: [", "is not YAML"),
         ("  first:", "  my-first:", "'my-first' is no name .* '-' parts file, arm"),
         ("{router_steps: 2, warm_start: 4}", '{artifact: "arm:first"}', "first-0 needs itself"),
@@ -637,6 +643,19 @@ def test_wrong_files_say_what_is_wrong(words, old, new, says, monkeypatch):
     file.write_text(file.read_text().replace(old, new, 1))
     with pytest.raises(ConfigError, match=says):
         jobs_of(file, "runs", "results")
+
+
+def test_plain_lora_binds_no_routers_however_often_it_goes_on(words):
+    file = Path(words[2]) / "tiny.yaml"
+    plain = "stage: lora, skip_rate: 0.0"
+    file.write_text(
+        file.read_text() + f"  plain: {{train: {{{plain}}}, eval: {{policies: [run_all]}}}}\n"
+        f'  more: {{train: {{{plain}, artifact: "arm:plain"}}, eval: {{policies: [run_all]}}}}\n'
+        '  length: {train: {artifact: "arm:more", reads: length}, eval: {policies: [router]}}\n'
+        '  lora: {train: {stage: lora, artifact: "arm:length", reads: length}, '
+        "eval: {policies: [router]}}\n"
+    )
+    assert {"tiny-length-0", "tiny-lora-0"} < {job.name for job in jobs_of(file, "r", "s")}
 
 
 def test_routers_are_of_the_arm_that_trained_them(words):

@@ -210,6 +210,8 @@ def test_plain_lora_goes_on_with_any_routers_and_trained_routers_stay_what_they_
     )
     assert run(plain) == 0
     lora = {name: p for name, p in weights(Path(plain.output)).items() if "lora_" in name}
+    with pytest.raises(ConfigError, match=r"none were trained in .*; expected stage both"):
+        run(replace(plain, artifact=plain.output, output=str(tmp_path / "no"), skip_rate=0.25))
     on = replace(plain, artifact=plain.output, output=str(tmp_path / "on"), skip_rate=0.25)
     for stage, other in (("routers", {"reads": "length"}), ("both", {"unit": "mlp"})):
         settings = replace(on, stage=stage, output=str(tmp_path / stage), **other)

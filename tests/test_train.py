@@ -364,6 +364,7 @@ def test_rows_longer_than_the_context_are_refused(tmp_path: Path, byte_tokenizer
     [
         ({}, {"router_steps": 3, "distill": 0.5}, ["distill", "router_steps"]),
         ({"stage": "lora", "skip_rate": 0.0}, {"router_steps": 3, "warm_start": 5}, []),
+        ({"stage": "lora", "skip_rate": None}, {"init_bias": -1.0}, ["init_bias"]),
         ({"policy": "unified"}, {"distill": 0.0, "router_lr": 0.5, "lora_lr": 0.5}, ["lora_lr"]),
         ({"stage": "joint"}, {"router_steps": 3, "router_lr": 0.5}, ["router_lr"]),
     ],
@@ -386,6 +387,8 @@ def test_options_that_nothing_looks_at_make_no_other_run(run_has, asked, found) 
         ({"clusters": 2, "warm_start": 0}, "clusters=2 ranks layers .* nothing is ranked"),
         ({"clusters": 2, "warm_start": 4, "skip_rate": None}, "clusters=2"),
         ({"clusters": 2, "warm_start": 4, "policy": "unified"}, "clusters=2"),
+        ({"distill": 2.0, "stage": "joint"}, "distill=2 is for routers that train by themselves"),
+        ({"distill": 2.0, "policy": "unified"}, "distill=2"),
         ({"teach": 1.0, "stage": "joint"}, "teach=1"),
         ({"teach": 1.0, "stage": "lora", "skip_rate": 0.0}, "teach=1.*a skip_rate above 0"),
         ({"heal": 16, "stage": "routers"}, "heal=16 is for LoRA that learns to do without layers"),

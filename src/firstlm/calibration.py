@@ -42,7 +42,8 @@ def calibrate(
 
     Args:
         model: a model whose routers are trained.
-        prompts: token ids of prompts as inference sees them, 100 or more for rates within a point.
+        prompts: token ids of prompts as inference sees them, 100 or more for
+            rates within some two points.
         rates: skip rates to serve; those in between are interpolated.
         prefill_modes: modes to serve.
         batch_size: prompts per forward pass.

@@ -12,7 +12,7 @@ from typing import Any
 from firstlm import artifact_files
 from firstlm.baselines import Baseline, check_name
 from firstlm.config import UNMEASURED, check_skip_rate
-from firstlm.errors import ConfigError
+from firstlm.errors import ConfigError, FirstWarning
 from firstlm.policies import FixedMask, Policy, RouterPolicy, RunAll
 from firstlm.routers import Routers
 from firstlm.thresholds import Thresholds
@@ -55,23 +55,15 @@ class Choices:
         tensors = artifact_files.read_routers(folder)
         artifact_files.check_routers(tensors, layers, width, folder)
         routers.fill(tensors)
-        highest = highest_trained(config.get("training", {}))
+        highest = highest_trained(config.get("training"))
         return cls(routers, Thresholds(table), baseline, layers, tuple(range(layers)), highest)
 
     def at(self, skip_rate: float | None = None, prefill: str = "skip") -> Policy:
-        """Return the policy that meets a wanted skip rate (None: what was trained for).
-
-        Far above what was trained for it warns, since nothing learnt to do with so few layers.
-        """
+        """Return the policy that meets a wanted skip rate (None: what was trained for)."""
         if skip_rate is not None:
             if check_skip_rate(skip_rate) == 0:
                 return RunAll()
-            if self.highest is not None and skip_rate > self.highest + BEYOND:
-                warnings.warn(
-                    f"This model was trained for skip rates up to {self.highest:g}, and quality "
-                    f"may collapse at {skip_rate:g}. To serve that, train with --skip-rates.",
-                    stacklevel=2,
-                )
+            self._warn_of(skip_rate)
         if self.baseline is not None:
             return self.baseline.at(skip_rate)
         if skip_rate is None:
@@ -81,6 +73,7 @@ class Choices:
     def named(self, name: str, skip_rate: float, prefill: str = "skip", seed: int = 0) -> Baseline:
         """Return a baseline; see `FirstModel.baseline_for`."""
         check_name(name)
+        self._warn_of(skip_rate)
         if self.baseline is not None and self.baseline.name == name:
             return replace(self.baseline, rate=skip_rate)
         orders = ()
@@ -92,6 +85,16 @@ class Choices:
                 f"`firstlm train --policy {name}`."
             )
         return Baseline(name, self.layers, self.free, skip_rate, seed, orders)
+
+    def _warn_of(self, skip_rate: float) -> None:
+        """Warn of a rate with which nothing learnt to get along; its text is the same each time."""
+        if self.highest is not None and skip_rate > self.highest + BEYOND:
+            warnings.warn(
+                f"This model was trained for skip rates up to {self.highest:g}, and quality may "
+                "collapse above. To serve higher ones, train with --skip-rates.",
+                FirstWarning,
+                stacklevel=3,
+            )
 
     def _mask(self, keep: Any, skip_layers: Any) -> list[bool] | None:
         if keep is not None and skip_layers is not None:
@@ -156,9 +159,9 @@ class Choices:
         return self.named(policy, check_skip_rate(skip_rate), prefill).at()
 
 
-def highest_trained(record: Mapping[str, Any]) -> float | None:
+def highest_trained(record: Mapping[str, Any] | None) -> float | None:
     """Return the highest skip rate that LoRA was trained for, of an artifact's training record."""
-    run = record.get("run", {})
+    run = (record or {}).get("run") or {}
     rates = [rate for rate in (run.get("skip_rate"), *(run.get("skip_rates") or ())) if rate]
     return max(rates) if rates and run.get("stage") != "routers" else None
 

@@ -13,11 +13,12 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from firstlm.errors import FirstError
+from firstlm.errors import FirstError, FirstWarning
 
 
 class Command(NamedTuple):
@@ -28,7 +29,6 @@ class Command(NamedTuple):
     help: str
 
 
-_FORMAT = warnings.formatwarning  # Python's own
 COMMANDS = {
     "train": Command(
         "firstlm.train",
@@ -106,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        code = _dispatch(words)
+        with _warnings_as_lines():
+            code = _dispatch(words)
         sys.stdout.flush()
         return code
     except FirstError as error:
@@ -140,7 +141,6 @@ def _dispatch(words: list[str]) -> int:
 
     # What libraries call in each other under old names is not the user's to mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    warnings.formatwarning = _warning_text
 
     name, *rest = words
     command = COMMANDS.get(name)
@@ -176,17 +176,21 @@ def _overview() -> str:
     )
 
 
-def _warning_text(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    line: str | None = None,
-) -> str:
-    """Return a warning to users as one line, and one to programmers with its place."""
-    if category is UserWarning:
-        return f"warning: {message}\n"
-    return _FORMAT(message, category, filename, lineno, line)
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Within this scope our own warnings are a line each; others say where they come from."""
+    before = warnings.formatwarning
+
+    def text(message: Warning | str, category: type[Warning], *place: Any) -> str:
+        if issubclass(category, FirstWarning):
+            return f"warning: {message}\n"
+        return before(message, category, *place)
+
+    warnings.formatwarning = text
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _is_about_files(error: Exception) -> bool:

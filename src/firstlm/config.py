@@ -289,6 +289,12 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
 
     def _check_idle(self) -> None:
         """Refuse options that would do nothing, so that nobody believes they did something."""
+        phase_1 = self.policy == "router" and self.stage in ("routers", "both")
+        if not phase_1 and self.distill not in (0.0, self.__dataclass_fields__["distill"].default):
+            raise ConfigError(
+                f"distill={self.distill:g} is for routers that train by themselves; expected "
+                "policy router and stage both or routers."
+            )
         ranks = self.policy == "router" and self.stage != "lora" and self.warm_start
         if self.clusters > 1 and not (ranks and self.skip_rate):
             raise ConfigError(

@@ -33,6 +33,7 @@ from firstlm.generate_command import (
 )
 from firstlm.losses import mean_loss
 from firstlm.model import FirstModel
+from firstlm.options import to_dict
 from firstlm.phases import train_lora, train_routers
 from firstlm.policies import RunAll
 from firstlm.pretrained import load_base
@@ -94,6 +95,8 @@ def training_options(options: DemoConfig) -> TrainConfig:
         output=options.output,
         skip_rate=options.skip_rate,
         warm_start=8,
+        distill=0.0,
+        router_lr=0.005,  # few steps shall show something
         router_steps=options.router_steps,
         lora_steps=options.lora_steps,
         batch_size=options.batch_size,
@@ -154,6 +157,7 @@ def train_short(options: DemoConfig, config: TrainConfig) -> dict[str, Any]:
     ce_full, _ = mean_loss(model, held_encoded, RunAll(), config.batch_size)
     ce_after, keep = mean_loss(model, held_encoded, policy, config.batch_size)
     model.training_record = {
+        "run": to_dict(config),
         "routers": routers,
         "lora": lora,
         "provenance": provenance(seed=options.seed),

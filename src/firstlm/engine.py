@@ -21,7 +21,13 @@ from transformers import DynamicCache
 from firstlm.cache import SkipCache
 from firstlm.capture import capture
 from firstlm.config import WEIGHT_FORMATS
-from firstlm.errors import ConfigError, UnsupportedModelError, first_line, kind_and_line
+from firstlm.errors import (
+    ConfigError,
+    FirstWarning,
+    UnsupportedModelError,
+    first_line,
+    kind_and_line,
+)
 from firstlm.fast_batch import FastBatch, Part, Step, Stored
 from firstlm.graphs import Traced
 from firstlm.layers import LayerStack
@@ -263,6 +269,7 @@ class Engines:
             self._made[stamp][weights] = None
             warnings.warn(
                 f"{type(base).__name__} decodes with engine='hf' instead of 'fast': {error}",
+                FirstWarning,
                 stacklevel=3,
             )
         return self._made[stamp][weights]

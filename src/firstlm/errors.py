@@ -22,6 +22,10 @@ class UnsupportedModelError(FirstError):
     """A model whose layers firstlm cannot route or cut, or its fast engine cannot run."""
 
 
+class FirstWarning(UserWarning):
+    """What works, but maybe not as its user expects."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -84,28 +84,11 @@ def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
             if not scoring.get("policies"):
                 raise ConfigError(f"{where} does not say which policies to score.")
             score = from_dict(EvalConfig, scoring, where=f" in {where}")
-            _check_policies(training, score, where)
             jobs.append(Job(file.stem, arm, seed, training, balancing, score, needs))
     known = {job.name: job for job in jobs}
     for job in jobs:
         for name in set(job.needs) - known.keys():
             raise ConfigError(f"{file}: {job.name} needs {name}, but that arm has no such seed.")
-        routed = known.get(Path(job.train.majority_of or "").name)
-        if routed is not None and _without_routers(routed.train):
-            raise ConfigError(
-                f"{file}: arm {job.arm} takes the majority mask of {routed.arm}, which has no "
-                "routers of its own."
-            )
-        begun = known.get(Path(job.train.artifact or "").name)
-        if begun is None or _without_routers(begun.train):
-            continue
-        for name in ("unit", "reads"):
-            found, asked = getattr(begun.train, name), getattr(job.train, name)
-            if found != asked:
-                raise ConfigError(
-                    f"{file}: arm {job.arm} has {name} {asked!r}, and goes on from {begun.arm}, "
-                    f"whose routers have {name} {found!r}."
-                )
     for job in jobs:
         needed, seen = list(job.needs), set[str]()
         while needed:
@@ -115,19 +98,65 @@ def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
             if name not in seen:
                 seen.add(name)
                 needed += known[name].needs
+    for job in jobs:
+        where = f"{file}: arm {job.arm}"
+        _check_routers(job.train, known, where)
+        _check_policies(job.train, job.score, known, where)
     return jobs
 
 
-def _without_routers(training: TrainConfig) -> bool:
+def _trained_routers(training: TrainConfig, known: Mapping[str, Job]) -> TrainConfig | None:
+    """Return the run that trained the routers of what is trained, or None if none did.
+
+    What goes on from an artifact that no arm makes is taken to have routers, of the kind asked for.
+    """
+    if training.policy == "router" and training.stage != "lora":
+        return training
+    if training.artifact is None:
+        return None
+    begun = known.get(Path(training.artifact).name)
+    return training if begun is None else _trained_routers(begun.train, known)
+
+
+def _without_routers(training: TrainConfig, known: Mapping[str, Job]) -> bool:
     """Tell whether what is trained has no routers that decide."""
-    return training.policy != "router" or (training.skip_rate == 0 and training.artifact is None)
+    return training.policy != "router" or _trained_routers(training, known) is None
 
 
-def _check_policies(training: TrainConfig, score: EvalConfig, where: str) -> None:
+def _check_routers(training: TrainConfig, known: Mapping[str, Job], where: str) -> None:
+    """Refuse to train with routers that other arms will not have, or of another kind."""
+    routed = known.get(Path(training.majority_of or "").name)
+    if routed is not None and _without_routers(routed.train, known):
+        raise ConfigError(
+            f"{where} takes the majority mask of {routed.arm}, which has no routers of its own."
+        )
+    begun = known.get(Path(training.artifact or "").name)
+    if begun is None:
+        return
+    made = _trained_routers(begun.train, known)
+    if made is None:
+        if training.stage == "lora" and training.policy == "router" and training.skip_rate != 0:
+            raise ConfigError(
+                f"{where} trains LoRA for routers that exist, but {begun.arm}, from which it goes "
+                "on, has none that were trained."
+            )
+        return
+    for name in ("unit", "reads"):
+        found, asked = getattr(made, name), getattr(training, name)
+        if found != asked:
+            raise ConfigError(
+                f"{where} has {name} {asked!r}, and goes on from {begun.arm}, whose routers have "
+                f"{name} {found!r}."
+            )
+
+
+def _check_policies(
+    training: TrainConfig, score: EvalConfig, known: Mapping[str, Job], where: str
+) -> None:
     """Refuse policies that an artifact cannot be scored under, before it is trained."""
     own = training.policy
     for policy in score.policies or ():
-        if policy in ("router", *DIAGNOSTICS) and _without_routers(training):
+        if policy in ("router", *DIAGNOSTICS) and _without_routers(training, known):
             has = (
                 f"is trained for {own!r}"
                 if own != "router"

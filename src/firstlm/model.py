@@ -123,12 +123,11 @@ class FirstModel(nn.Module):
     def rerouted(self, config: RouterConfig) -> FirstModel:
         """Return a model with new, untrained routers on this one's base and LoRA.
 
-        This one is detached. All that is known of base and LoRA goes along.
+        This one is detached. What is known of base and LoRA goes along.
         """
         other = FirstModel(self.detach(), config, self.tokenizer)
         for name in ("base_id", "adapter_dtype", "training_record", "results", "merged"):
             setattr(other, name, getattr(self, name))
-        other.baseline = self.baseline
         return other.train(self.training)
 
     @classmethod

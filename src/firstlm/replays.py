@@ -18,7 +18,7 @@ from threading import Lock
 
 import torch
 
-from firstlm.errors import first_line
+from firstlm.errors import FirstWarning, first_line
 
 Run = Callable[..., Sequence[torch.Tensor]]
 Record = Callable[[Callable[[], None]], Callable[[], None]]
@@ -121,6 +121,7 @@ class Replays(Calls):
             if self._failures == 1:
                 warnings.warn(
                     f"Steps are launched kernel by kernel, not recorded: {first_line(error)}",
+                    FirstWarning,
                     stacklevel=2,
                 )
             return None

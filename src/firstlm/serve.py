@@ -46,6 +46,7 @@ def run(options: ServeConfig) -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.captureWarnings(True)
     transformers_logging.disable_default_handler()  # its warnings are lines of JSON, too
     transformers_logging.enable_propagation()
     model = load(options)

@@ -61,7 +61,7 @@ LOCK_FILE = ".lock"  # held while a run is at work in its folder
 # Options that may differ between a run and its resumption: they change no result.
 FREE = ("resume", "output", "tensorboard", "logging_steps", "device")
 OF_PHASE_1 = ("router_steps", "distill")  # options that nothing else looks at
-OF_ROUTERS = ("router_lr", "warm_start", "gate", "l2", "init_bias")  # where routers train at all
+OF_ROUTERS = ("router_lr", "warm_start", "gate", "l2")  # where routers train at all
 
 
 def run(config: TrainConfig) -> int:
@@ -230,6 +230,11 @@ def load_model(config: TrainConfig, name: str) -> FirstModel:
     if config.artifact is not None:
         model = FirstModel.from_pretrained(config.artifact, base=base, tokenizer=tokenizer)
         if model.routers.untrained and not model.thresholds.table:  # plain LoRA
+            if config.stage == "lora" and config.policy == "router" and config.skip_rate != 0:
+                raise ConfigError(
+                    f"stage=lora trains LoRA for routers that exist, but none were trained in "
+                    f"{config.artifact}; expected stage both, or skip_rate 0."
+                )
             model = model.rerouted(wanted)
         for field in ("unit", "reads"):
             found, asked = getattr(model.router_config, field), getattr(wanted, field)

@@ -18,7 +18,7 @@ from contextlib import aclosing
 from functools import wraps
 from typing import Any
 
-from firstlm.errors import ConfigError
+from firstlm.errors import ConfigError, FirstWarning
 from firstlm.vllm_folder import ARCHITECTURES, choices_in, folder_for, is_artifact, prefill_of
 
 REPORT = "first"  # name, in an answer's kv_transfer_params, of which layers ran
@@ -268,7 +268,8 @@ def _wrap_streams() -> None:
         from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
         from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     except ImportError as error:
-        warnings.warn(f"Streams do not say which layers ran: {error}.", stacklevel=2)
+        text = f"Streams do not say which layers ran: {error}."
+        warnings.warn(text, FirstWarning, stacklevel=2)
         return
     _wrap(OpenAIServingChat, "chat_completion_stream_generator", streamed)
     _wrap(OpenAIServingCompletion, "completion_stream_generator", streamed)
