@@ -62,14 +62,13 @@ def comparison_table() -> list[str]:
     files: list[str] = []
     heads: list[str] = []
     columns: list[dict[tuple[str, float], Row]] = []
-    found = {section.file: (section, rows) for section, rows in sections().items()}
-    for file in SHOWN:
-        section, rows = found.get(file, (None, []))
+    found = by_file()
+    for section, rows in (found[file] for file in SHOWN if file in found):
         primary = [row for row in rows if row["primary"] and row["arm"] in COMPARED]
-        if section is None or not any(row["policy"] == "first" for row in primary):
+        if not any(row["policy"] == "first" for row in primary):
             continue
         metric, count = LABELS[primary[0]["metric"]], primary[0]["n_test"]
-        files.append(f"experiments/{file}.yaml")
+        files.append(f"experiments/{section.file}.yaml")
         heads.append(f"{title(section, rows)}, {metric} on {count} items")
         columns.append({(shown, row["skip_rate_asked"]): row for shown, row in labelled(primary)})
     lines = [
@@ -278,6 +277,11 @@ def sections() -> dict[Section, list[Row]]:
     return groups(read_rows(RESULTS / "summary.json"))
 
 
+def by_file() -> dict[str, tuple[Section, list[Row]]]:
+    """Return sections and their rows by experiment file, of those with one test set."""
+    return {section.file: (section, rows) for section, rows in sections().items()}
+
+
 def text() -> str:
     """Return what stands between README's markers."""
     parts = [*comparison_table(), ""]
@@ -361,7 +365,7 @@ def speed_page(file: Path) -> str:
 
 def quality_page(file: Path) -> str:
     """Return the page on how to train for more quality."""
-    found = {section.file: (section, rows) for section, rows in sections().items()}
+    found = by_file()
     tables = [compact_table(*found[name]) for name in ("qamr_long", "multi30k_long")]
     return _filled(file, *(["\n".join(lines)] for lines in tables))
 

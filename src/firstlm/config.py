@@ -287,15 +287,27 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
             )
         self._check_idle()
 
+    @property
+    def trains_routers(self) -> bool:
+        """Whether a phase of this run trains routers."""
+        return self.policy == "router" and self.stage != "lora"
+
+    @property
+    def has_phase_1(self) -> bool:
+        """Whether routers train by themselves."""
+        return self.trains_routers and self.stage != "joint"
+
     def _check_idle(self) -> None:
         """Refuse options that would do nothing, so that nobody believes they did something."""
-        phase_1 = self.policy == "router" and self.stage in ("routers", "both")
-        if not phase_1 and self.distill not in (0.0, self.__dataclass_fields__["distill"].default):
+        if not self.has_phase_1 and self.distill not in (
+            0.0,
+            self.__dataclass_fields__["distill"].default,
+        ):
             raise ConfigError(
                 f"distill={self.distill:g} is for routers that train by themselves; expected "
                 "policy router and stage both or routers."
             )
-        ranks = self.policy == "router" and self.stage != "lora" and self.warm_start
+        ranks = self.trains_routers and self.warm_start
         if self.clusters > 1 and not (ranks and self.skip_rate):
             raise ConfigError(
                 f"clusters={self.clusters} ranks layers for groups of prompts, but nothing is "

@@ -110,7 +110,7 @@ def _trained_routers(training: TrainConfig, known: Mapping[str, Job]) -> TrainCo
 
     What goes on from an artifact that no arm makes is taken to have routers, of the kind asked for.
     """
-    if training.policy == "router" and training.stage != "lora":
+    if training.trains_routers:
         return training
     if training.artifact is None:
         return None

@@ -377,10 +377,9 @@ def _finished(config: TrainConfig, hashes: Mapping[str, str]) -> bool:
 def changed_options(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
     """Return the options that a run had with other values, of those that change its result."""
     now, free = to_dict(config), FREE
-    trains_routers = config.policy == "router" and config.stage != "lora"
-    if not trains_routers or config.stage == "joint":
+    if not config.has_phase_1:
         free += OF_PHASE_1
-    if not trains_routers:
+    if not config.trains_routers:
         free += OF_ROUTERS
     return [n for n in now if n not in free and n in before and now[n] != before[n]]
 
