@@ -31,7 +31,7 @@ from speed_tables import (
 )
 
 from firstlm.figures import draw
-from firstlm.report import gain_text, recomputed
+from firstlm.report import gain_text, recomputed, seeds_text
 from firstlm.results import write_bytes, write_text
 from firstlm.scoreboard import LABELS
 from firstlm.sections import Row, Section, from_elsewhere, groups, labelled, read_rows, title
@@ -240,12 +240,13 @@ def domains_table() -> list[str]:
                 for gain in here["gains"]
                 if gain["arm"] == row["arm"]
             ]
-    return [*lines, "", "The last column is in points of the primary metric, paired."]
+    above = "The last column is in points of the primary metric, paired, of seeds that both have."
+    return [*lines, "", above]
 
 
 def _kept(row: Row) -> str:
     low, high = row["retention_ci95"]
-    return f"{row['retention']:.0%} ({low:.0%} to {high:.0%})"
+    return f"{row['retention']:.0%} ({low:.0%} to {high:.0%}), {seeds_text(row)}"
 
 
 def together_table() -> list[str]:

@@ -270,11 +270,15 @@ def _adaptivity(rows: Sequence[Row]) -> str:
 
 def gain_text(gain: Row) -> str:
     """Write one of a row's gains, and what else differs between the two that are compared."""
-    seeds = "1 seed" if gain["seeds"] == 1 else f"{gain['seeds']} seeds"
-    text = f"{gain['value']:+.1f} ({gain['low']:+.1f} to {gain['high']:+.1f}), {seeds}"
+    text = f"{gain['value']:+.1f} ({gain['low']:+.1f} to {gain['high']:+.1f}), {seeds_text(gain)}"
     if abs(gain["skip_rate_above"]) >= NOTABLE:
         text += f", {100 * gain['skip_rate_above']:+.1f} points skipped"
     return text
+
+
+def seeds_text(row: Row) -> str:
+    """Write how many seeds a row, or one of its gains, is of."""
+    return "1 seed" if row["seeds"] == 1 else f"{row['seeds']} seeds"
 
 
 def _gains(rows: Sequence[Row]) -> str:
