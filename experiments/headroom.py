@@ -30,7 +30,7 @@ from firstlm.clusters import DEPTH, router_inputs
 from firstlm.data import encode, scored_examples
 from firstlm.inputs import pad_left
 from firstlm.losses import item_losses
-from firstlm.metrics import grouped
+from firstlm.metrics import drawn_items, grouped
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask
 from firstlm.results import DATA_VARIABLE, provenance, sha256_of, write_json
@@ -144,9 +144,7 @@ def compare(
     chosen["hindsight"] = losses.argmin(1)
     rows = np.arange(len(losses))
     one = losses[rows, chosen["one_mask"]]
-    draws = [
-        np.bincount(rng.integers(0, number, number), minlength=number)[groups] for _ in range(DRAWS)
-    ]
+    draws = [drawn_items(rng, len(losses), groups) for _ in range(DRAWS)]
     found = {}
     for name, picked in chosen.items():
         mine = losses[rows, picked]

@@ -31,9 +31,9 @@ from speed_tables import (
 )
 
 from firstlm.figures import draw
-from firstlm.report import gain_text, recomputed, seeds_text
+from firstlm.report import gain_text, metric_text, recomputed, seeds_text
 from firstlm.results import write_bytes, write_text
-from firstlm.scoreboard import LABELS
+from firstlm.scoreboard import LABELS, SUMMARY
 from firstlm.sections import Row, Section, from_elsewhere, groups, labelled, read_rows, title
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,8 +50,11 @@ LEGEND = """\
   over prompts; its percentiles.
 - **masks**: how many different ones the prompts had, the mean over seeds.
 - **95%**: an interval from a bootstrap over items and seeds.
-- **of base + LoRA**: of the best plain LoRA with all layers in the same file, on the same seeds;
-  nothing where there is none, or where it scores under BLEU 5 or F1 20.
+- **of base + LoRA**: of the best plain LoRA with all layers in the same file, on the same seeds, or
+  on all that it has where it lacks one of them; nothing where there is none, or where it scores
+  under BLEU 5 or F1 20.
+- **seeds**: how many, and how many of them were scored in bfloat16 (the others in float32). A
+  metric that fewer of them have says so.
 - **time per token**: the median over a few prompts, one at a time with `engine="hf"`, over that
   with all layers; speed is measured in [speed.md](speed.md)."""
 NEAR = 0.01  # between the skip rate that is asked for and the one that is measured
@@ -70,7 +73,8 @@ def comparison_table() -> list[str]:
         metric, count = LABELS[primary[0]["metric"]], primary[0]["n_test"]
         files.append(f"experiments/{section.file}.yaml")
         heads.append(f"{title(section, rows)}, {metric} on {count} items")
-        columns.append({(shown, row["skip_rate_asked"]): row for shown, row in labelled(primary)})
+        rated = [row for row in primary if row["skip_rate_asked"] is not None]
+        columns.append({(shown, row["skip_rate_asked"]): row for shown, row in labelled(rated)})
     lines = [
         f"| policy | asked | {' | '.join(heads)} |",
         "|---|---|" + "---|" * len(heads),
@@ -134,7 +138,9 @@ def full_table(section: Section, rows: Sequence[Row]) -> list[str]:
         by_run.setdefault((shown, row["skip_rate_asked"]), {})[row["metric"]] = row
     for (shown, asked), by_metric in by_run.items():
         row = by_metric[primary]
-        scores = [f"{by_metric[m]['score']:.1f}" if m in by_metric else "" for m in others]
+        scores = [metric_text(by_metric.get(m), row) for m in others]
+        halves = row["weights"].count("bfloat16")
+        seeds = f"{row['seeds']} ({halves} in bfloat16)" if halves else row["seeds"]
         low, high = row["ci95"]
         kept = f"{row['retention']:.1%}" if row["retention"] is not None else ""
         time = f"{row['tpot_ratio']:.2f}x" if row["tpot_ratio"] is not None else ""
@@ -142,7 +148,7 @@ def full_table(section: Section, rows: Sequence[Row]) -> list[str]:
             f"| {shown} | {'as trained' if asked is None else f'{asked:.0%}'} "
             f"| {row['skip_rate']:.1%} | {row['skip_rate_p5']:.0%}-{row['skip_rate_p95']:.0%} "
             f"| {row['distinct_masks']:.1f} | {' | '.join(scores)} | {row['score']:.1f} "
-            f"| {low:.1f}-{high:.1f} | {kept} | {time} | {row['seeds']} |"
+            f"| {low:.1f}-{high:.1f} | {kept} | {time} | {seeds} |"
         )
     return [*lines, "", text] if (text := recomputed(rows)) else lines
 
@@ -163,11 +169,11 @@ def adaptivity_table() -> list[str]:
     own = []
     for section, rows in sections().items():
         for row in rows:
-            mine = [gain for gain in row["gains"] if gain["arm"] == row["arm"]]
-            if not any(gain["policy"] == "majority" for gain in mine):
+            mine = [g for g in row["gains"] if {g["arm"], g["mask_of"]} & {row["arm"]}]
+            gains = {(gain["policy"], gain["lora_of"]): gain for gain in mine}
+            if MAJORITIES["its own majority mask"] not in gains:
                 continue
-            own += [gain for gain in mine if gain["policy"] == "majority"]
-            gains = {(gain["policy"], gain["lora_of"]): gain for gain in [*row["gains"], *mine]}
+            own.append(gains[MAJORITIES["its own majority mask"]])
             found = [gains.get(key) for key in MAJORITIES.values()]
             cells = ["" if gain is None else gain_text(gain) for gain in found]
             lines.append(
@@ -245,6 +251,8 @@ def domains_table() -> list[str]:
 
 
 def _kept(row: Row) -> str:
+    if row["retention"] is None:
+        return ""
     low, high = row["retention_ci95"]
     return f"{row['retention']:.0%} ({low:.0%} to {high:.0%}), {seeds_text(row)}"
 
@@ -275,12 +283,14 @@ def together_table() -> list[str]:
 
 def sections() -> dict[Section, list[Row]]:
     """Return the summary's rows by section."""
-    return groups(read_rows(RESULTS / "summary.json"))
+    return groups(read_rows(RESULTS / SUMMARY))
 
 
 def by_file() -> dict[str, tuple[Section, list[Row]]]:
     """Return sections and their rows by experiment file, of those with one test set."""
-    return {section.file: (section, rows) for section, rows in sections().items()}
+    found = sections()
+    files = [section.file for section in found]
+    return {one.file: (one, rows) for one, rows in found.items() if files.count(one.file) == 1}
 
 
 def text() -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from firstlm.errors import FirstError
 from firstlm.experiment import arms_of
 from firstlm.matrix import jobs_of
 from firstlm.metrics import Estimate, Groups, Scores, Side, hierarchical, shares
@@ -137,7 +138,10 @@ def main() -> None:
     options = parser.parse_args()
     wanted = {*options.arms, *options.reference}
     jobs = [job for job in jobs_of(options.file, "runs", options.results) if job.arm in wanted]
-    found = arms_of(jobs).get(options.file.stem, {})
+    try:
+        found = arms_of(jobs).get(options.file.stem, {})
+    except FirstError as error:
+        parser.error(str(error))
     if missing := sorted(wanted - found.keys()):
         parser.error(f"{options.results} has nothing of {', '.join(missing)}")
     arms, references = ([found[n] for n in names] for names in (options.arms, options.reference))

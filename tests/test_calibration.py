@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from training import config, make_examples, make_model, write_run
 
-from firstlm import FirstModel, cli
+from firstlm import FirstModel, cli, scoreboard
 from firstlm.calibration import calibrate
 from firstlm.choices import Choices
 from firstlm.errors import ConfigError, FirstWarning
@@ -117,6 +117,32 @@ def test_an_artifact_that_is_no_folder_needs_an_output(
     assert cli.main(["calibrate", "smollm2-qa", "--data", str(artifact[1])]) == 2
     assert "--output" in capsys.readouterr().err
     assert not (tmp_path / "smollm2-qa").exists()
+
+
+def test_routers_that_were_never_trained_are_not_calibrated(
+    tmp_path: Path, byte_tokenizer, capsys
+) -> None:
+    folder, data = write_run(tmp_path, byte_tokenizer)
+    settings = config(
+        tmp_path, model=str(folder), data=str(data), stage="lora", skip_rate=0.0, lora_steps=2
+    )
+    assert run(settings) == 0
+    capsys.readouterr()
+    assert cli.main(["calibrate", settings.output, "--data", str(data), "--rates", "0.2"]) == 2
+    assert "were never trained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [("$FIRSTLM_DATA/qa/qamr/test.jsonl.gz", "qamr/test.jsonl.gz"), ("rajpurkar/squad", None)],
+)
+def test_a_card_names_a_file_by_its_set(source: str, shown: str | None) -> None:
+    report = {
+        "inputs": {"data": source, "data_sha256": "", "weights": "torch.float32"},
+        "options": {"prefill": "skip", "max_new_tokens": 4},
+        "runs": {"base": {"count": 1, "skip_rate": {"mean": 0.0}}},
+    }
+    assert scoreboard.summary(report)["data"] == (shown or source)
 
 
 def test_rates_between_two_numbers_of_layers_are_served() -> None:

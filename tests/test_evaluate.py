@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -300,6 +301,37 @@ def test_two_cannot_write_into_one_file(words, monkeypatch, capsys):
     assert cli.main([*words, "0.25"]) == 0
     assert codes == [2]
     assert "Another evaluation writes into" in capsys.readouterr().err
+
+
+def test_what_was_begun_outlives_other_runs_and_a_move(words, monkeypatch, data, capsys):
+    words = [*words, "0.25", "--batch-size", "1"]
+    real, answered = evaluate._answer, []
+
+    def interrupted(*arguments):
+        if len(answered) == 3:
+            raise KeyboardInterrupt
+        answered.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluate, "_answer", interrupted)
+    assert cli.main([*words, "--policies", "router"]) == 130
+    monkeypatch.setattr(evaluate, "_answer", lambda *a: answered.append(a[-1]) or real(*a))
+    moved = data.parent / "elsewhere"
+    moved.mkdir()
+    words[words.index(str(data))] = str(shutil.move(data, moved))
+    words[1] = "tiny-elsewhere"
+    assert cli.main([*words, "--policies", "run_all"]) == 0
+    assert len(answered) == 3 + 4
+    assert cli.main([*words, "--policies", "router"]) == 0
+    assert len(answered) == 3 + 4 + 1
+    assert "not used" not in capsys.readouterr().out
+
+
+def test_plain_lora_is_scored_with_all_layers_alone(words, byte_tokenizer, monkeypatch, capsys):
+    plain = FirstModel.from_base(tiny_llama(), tokenizer=byte_tokenizer)
+    monkeypatch.setattr(FirstModel, "from_pretrained", lambda *args, **kwargs: plain)
+    assert cli.main([*words, "0.25"]) == 0
+    assert list(result_of(words)["runs"]) == ["base", "run_all"]
 
 
 def plain(report):

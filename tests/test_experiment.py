@@ -24,7 +24,7 @@ from firstlm import FirstModel, cli, evaluate, experiment, summary
 from firstlm.errors import ConfigError
 from firstlm.figures import curves, swept
 from firstlm.matrix import jobs_of
-from firstlm.summary import read
+from firstlm.scoreboard import read
 
 FILE = """
 data: {data}
@@ -124,6 +124,7 @@ def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys)
         gain = gains[key]
         assert gain["value"] == pytest.approx(found[7]["score"] - found[at]["score"])
         assert gain["low"] <= gain["value"] <= gain["high"]
+        assert gain["mask_of"] == "first"
         seeds = range(gain["seeds"])  # majority was scored with one seed of the two
         ours, theirs = (
             [r["runs"][run]["skip_rate"]["mean"] for r in by_seed]
@@ -134,6 +135,15 @@ def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys)
         )
         above = sum(ours) / len(ours) - sum(theirs) / len(theirs)
         assert gain["skip_rate_above"] == pytest.approx(above)
+        keeps = [
+            [item["keep"] for report in by_seed for item in report["runs"][run]["items"]]
+            for run, by_seed in (
+                ("router@0.34", reports[: len(seeds)]),
+                ("majority@0.34", reports if at == 10 else [majority]),
+            )
+        ]
+        same = [one == two for one, two in zip(*keeps, strict=True)]
+        assert gain["same_masks"] == pytest.approx(sum(same) / len(same))
     assert not any(row["gains"] for row in [*found[:7], *found[8:]])
     losses = [report["runs"]["router@0.34"]["perplexity"]["value"] for report in reports]
     assert found[8]["by_seed"] == pytest.approx(losses, rel=1e-3)
@@ -379,7 +389,20 @@ def test_a_file_like_another_differs_where_it_says_so(words):
     assert [job.name for job in jobs] == ["more-first-0", "more-first-1", "more-own-0"]
     assert [Path(job.score.data).parent for job in jobs[1:]] == [folder.parent / "set", folder]
     (folder / "more.yaml").write_text("like: tiny.yaml\narms: [second]\n")
-    with pytest.raises(ConfigError, match=r"takes the arms second, but"):
+    for wrong, says in (
+        ("[second]", "takes the arm 'second', but"),
+        ("[first, {first: {seeds: [4]}}]", "lists the arm 'first' twice"),
+        ("[[first]]", r"lists \['first'\] among its arms; expected the name of an arm of"),
+        ("[{a: {}, b: {}}]", "expected the name of an arm"),
+    ):
+        (folder / "more.yaml").write_text(f"like: tiny.yaml\narms: {wrong}\n")
+        with pytest.raises(ConfigError, match=says):
+            jobs_of(folder / "more.yaml", "runs", "results")
+    (folder / "base.yaml").write_text(
+        (folder / "tiny.yaml").read_text().split("arms:")[0] + "arms: [first]\n"
+    )
+    (folder / "more.yaml").write_text("like: base.yaml\narms: [first]\n")
+    with pytest.raises(ConfigError, match=r"base\.yaml: arms is .'first'.; expected names with"):
         jobs_of(folder / "more.yaml", "runs", "results")
 
 
@@ -492,6 +515,11 @@ def test_what_was_made_with_other_options_is_not_taken_for_done(words, capsys):
         assert "These cannot be summed up:\n  tiny-first-0: its " in capsys.readouterr().err
         assert cli.main([words[0], "list", *words[2:]]) == 0
         assert f"made with other options: {named}" in capsys.readouterr().out
+    other = file.parent / "other"
+    shutil.copytree(file.parent.parent / "set", other)
+    file.write_text(before.replace("  first:\n", f"  first:\n    test: {other}\n"))
+    assert cli.main([words[0], "list", *words[2:]]) == 0
+    assert re.search("^tiny-first-0 +made with other options: data$", capsys.readouterr().out, re.M)
     file.write_text(before.replace("tensorboard: false", "tensorboard: false, logging_steps: 7"))
     assert cli.main([*words, "--only", "tiny-first"]) == 0
 
@@ -596,6 +624,24 @@ def test_ctrl_c_is_no_end_of_time(words, monkeypatch):
         ("{policies: [majority]}", "{policies: [majority], output: a}", "sets output, which"),
         ("skip_rate: 0.34", "skip_rate: 1.5", "tiny.yaml: arm first.*skip_rate is 1.5"),
         ("policies: [majority]", "policies: [router]", "is trained for 'majority', so that it has"),
+        *(
+            (
+                "policies: [base,",
+                f"policies: [{policy}, base,",
+                f"scores '{policy}', whose order of",
+            )
+            for policy in ("static_importance", "skip_decode")
+        ),
+        (
+            'majority_of: "arm:first"}',
+            'majority_of: "arm:first"}\n    test: other/set',
+            "test sets in folders of one name",
+        ),
+        (
+            "{router_steps: 2, warm_start: 4}\n    eval: {policies: [base, run_all, router, ",
+            "{stage: lora, skip_rate: 0.0}\n    eval: {policies: [run_all, ",
+            "trains LoRA with all layers alone, so that it has no 'majority'",
+        ),
         (
             "{router_steps: 2, warm_start: 4}",
             "{stage: lora, skip_rate: 0.0}",

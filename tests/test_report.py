@@ -55,7 +55,7 @@ def row(arm: str, asked: float, **more) -> dict:
         "retention_of": "lora",
         "kv_recomputed": None,
     }
-    found |= {"tpot_ratio_spread": None}
+    found |= {"tpot_ratio_spread": None, "weights": ["float32"] * 2}
     found |= {"skip_rate": asked, "score": 50.0, "ci95": [40.0, 60.0], "retention": 0.9}
     found |= {"seeds": 2, "n_test": 5, "gains": [], "tpot_ratio": None, "lora": True}
     found |= {"skip_rate_p5": asked, "skip_rate_p95": asked, "distinct_masks": 1.0}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,7 @@ from firstlm.config import TrainConfig
 from firstlm.data import items_hash, scored_examples
 from firstlm.errors import DataError
 from firstlm.masks import length_correlation
-from firstlm.report import recomputed
+from firstlm.report import metric_text, recomputed
 from firstlm.sections import labelled
 from firstlm.summary import Arm, adaptivity, rows
 
@@ -94,7 +95,7 @@ def arm(folder, name, right, template=None, tokenizer=None, **train):
     """Return what makes an arm of which so many of four answers are right, by seed."""
     file = folder / "qa" / "test.jsonl"
     if not file.exists():
-        file.parent.mkdir()
+        file.parent.mkdir(parents=True)
         lines = [json.dumps({"prompt": f"{i}?", "completion": f"word{i}"}) for i in range(4)]
         file.write_text("\n".join(lines))
     score = EvalConfig(artifact=name, data=str(file), output="scores.json", template=template)
@@ -126,6 +127,52 @@ def test_what_is_kept_is_against_the_base_of_the_same_seeds(tmp_path):
     assert kept({1: 2}) == 1.0
     assert kept({0: 2, 1: 2}) == pytest.approx(2 / 3)
     assert kept({0: 2, 2: 2}) == pytest.approx(2 / 3)  # the base has no seed 2: all of its seeds
+
+
+def test_a_row_is_of_the_seeds_that_have_its_metric(tmp_path):
+    found = arm(tmp_path, "first", {0: 2, 1: 2})()
+    for rate, report in zip((0.1, 0.3), found.reports.values(), strict=True):
+        report["runs"]["run_all"]["skip_rate"] = dict.fromkeys(("mean", "p5", "p95"), rate)
+        report["inputs"]["weights"] = f"torch.{'bfloat16' if rate == 0.1 else 'float32'}"
+    for item in found.reports[1]["runs"]["run_all"]["items"]:
+        item |= {"answer_tokens": 2, "perplexity": 3.0}
+    by_metric = {row["metric"]: row for row in rows([found])}
+    for metric, rate, formats in (
+        ("f1", 0.2, ["bfloat16", "float32"]),
+        ("perplexity", 0.3, ["float32"]),
+    ):
+        row = by_metric[metric]
+        assert row["skip_rate"] == pytest.approx(rate)
+        assert (row["weights"], row["seeds"]) == (formats, len(formats))
+    assert metric_text(by_metric["perplexity"], by_metric["f1"]) == "3.0 (1 seed)"
+    assert metric_text(by_metric["em"], by_metric["f1"]) == "50.0"
+
+
+def test_another_set_of_the_same_name_is_no_reference(tmp_path):
+    plain = arm(tmp_path / "a", "lora", {0: 4}, stage="lora", skip_rate=0.0)()
+    for folder, kept in (("b", 0.5), ("c", None)):
+        file = tmp_path / folder / "qa" / "test.jsonl"
+        file.parent.mkdir(parents=True)
+        text = (tmp_path / "a" / "qa" / "test.jsonl").read_text()
+        file.write_text(text if kept else text.replace("word", "wort"))
+        first = arm(tmp_path / folder, "first", {0: 2}, skip_rate=0.25)()
+        assert [row["retention"] for row in rows([plain, first]) if row["arm"] == "first"] == [
+            kept, kept
+        ]  # fmt: skip
+
+
+def test_two_trainings_of_one_artifact_are_not_compared(tmp_path):
+    first = arm(tmp_path, "first", {0: 2}, skip_rate=0.25)()
+    tokens = arm(tmp_path, "tokens", {0: 3}, skip_rate=0.25)()
+    for one, policy in ((first, "router"), (tokens, "majority_here")):
+        one.score = replace(one.score, artifact="runs/file-first-0")
+        one.reports[0]["runs"] = {f"{policy}@0.25": one.reports[0]["runs"]["run_all"]}
+        one.reports[0]["inputs"]["artifact_sha256"] = "a"
+        one.reports[0]["runs"][f"{policy}@0.25"] |= {"policy": policy, "asked_skip_rate": 0.25}
+    (gain,) = next(row["gains"] for row in rows([first, tokens]) if row["primary"])
+    assert (gain["policy"], gain["mask_of"], gain["same_masks"]) == ("majority_here", "first", 1.0)
+    tokens.reports[0]["inputs"]["artifact_sha256"] = "b"
+    assert next(row["gains"] for row in rows([first, tokens]) if row["primary"]) == []
 
 
 def test_what_is_kept_is_against_the_base_of_the_same_model(tmp_path):

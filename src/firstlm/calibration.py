@@ -18,7 +18,7 @@ from firstlm import artifact, artifact_files, processes
 from firstlm.command_config import CalibrateConfig
 from firstlm.config import RATES
 from firstlm.data import check_room, draw, encode_prompt, prompt_batches
-from firstlm.errors import DataError
+from firstlm.errors import ConfigError, DataError
 from firstlm.examples import load_examples
 from firstlm.inputs import pad_left
 from firstlm.model import FirstModel
@@ -224,6 +224,11 @@ def run(options: CalibrateConfig) -> int:
         options.artifact, base=options.model, dtype=options.dtype, device=options.device
     )
     model.need_routers()
+    if not model.has_routers:
+        raise ConfigError(
+            f"The routers of {options.artifact} were never trained, and decide the same for every "
+            "prompt and layer; train them with `firstlm train --artifact`, which calibrates them."
+        )
     tokenizer = model.need_tokenizer()
     examples = load_examples(options.data, template=options.template, tokenizer=tokenizer)
     examples = draw(examples, options.limit)

@@ -46,6 +46,7 @@ FREE_OPTIONS = (
     "perplexity",
     "device",
 )
+PATHS = ("artifact", "data")  # where inputs lay; what they hold is compared by hashes
 
 
 def run(options: EvalConfig) -> int:
@@ -64,7 +65,8 @@ def run(options: EvalConfig) -> int:
     )
     examples = scored_examples(options.data, options.template, model.tokenizer, options.limit)
     task = find_task(examples, options.task, options.template)
-    asked = _asked(options, own_policy(model))
+    decides = model.baseline or model.has_routers
+    asked = _asked(options, own_policy(model) if decides else None)
     for policy, rate in asked:  # an impossible rate is refused before anything is run
         choose(model, policy, rate, options.prefill, options.seed)
     encode_rows(model, examples, options.max_new_tokens)
@@ -109,7 +111,7 @@ def _score(
     scored: dict[str, Scores] = {}
     journal = Journal(
         Path(f"{options.output}.partial") if options.output else None,
-        {**report["options"], **report["inputs"]},
+        {k: v for k, v in {**report["options"], **report["inputs"]}.items() if k not in PATHS},
     )
     if journal.dropped:
         print(f"{journal.path} holds answers under other options or of other weights; not used.")
@@ -151,7 +153,7 @@ def _score(
         if options.output is not None:
             report["provenance"] = provenance(seed=options.seed, **report["inputs"])
             write_json(options.output, report)
-        journal.close()
+        journal.close(f"{name} ")
     return report
 
 
@@ -190,8 +192,7 @@ def _start(
             f"{options.output} holds no results of `firstlm eval`; name another --output."
         ) from error
     now = {**compared, **inputs}
-    paths = ("artifact", "data")
-    other = [k for k in now if k not in paths and now[k] != before.get(k)]
+    other = [k for k in now if k not in PATHS and now[k] != before.get(k)]
     if other:
         raise ConfigError(
             f"{options.output} holds results for other inputs ({', '.join(other)}). Remove it, "
@@ -200,10 +201,14 @@ def _start(
     return report
 
 
-def _asked(options: EvalConfig, own: str) -> list[tuple[str, float | None]]:
-    """Return each policy with each rate at which it is scored."""
+def _asked(options: EvalConfig, own: str | None) -> list[tuple[str, float | None]]:
+    """Return each policy with each rate at which it is scored.
+
+    `own` is what decides in the artifact, if anything does: it is scored where no policy is named.
+    """
+    usual = ("base", "run_all", *([own] if own else ()))
     asked: list[tuple[str, float | None]] = []
-    for policy in dict.fromkeys(options.policies or ("base", "run_all", own)):
+    for policy in dict.fromkeys(options.policies or usual):
         rates = dict.fromkeys(options.skip_rates or [None]) if policy in RATED else (None,)
         asked += [(policy, rate) for rate in rates]
     return asked

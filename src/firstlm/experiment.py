@@ -28,10 +28,10 @@ from firstlm.errors import ConfigError, DataError, FirstError, kind_and_line
 from firstlm.jobs import Job
 from firstlm.matrix import files_of, jobs_of
 from firstlm.results import check_file, write_json
+from firstlm.scoreboard import SUMMARY
 from firstlm.sections import read_rows
 from firstlm.summary import Arm, rows
 
-SUMMARY = "summary.json"
 OK, FAILED = 0, 1  # exit codes
 SHOWN = 8  # jobs that are named where many lack something
 WAIT_S = 5.0  # between looks at what other processes have done
@@ -60,8 +60,6 @@ def run(options: ExperimentConfig) -> int:
             print(f"{job.name:40} {_state(job)}")
         return 0
     if options.action == "summary":
-        if changed := {job.name: why for job in jobs if (why := _obstacle(job, goes_on=False))}:
-            raise ConfigError("These cannot be summed up:\n" + _listed(changed))
         everything = all(Path(path).is_dir() for path in options.files)
         return _summary(jobs, Path(options.results) / SUMMARY, everything)
     end = None if options.minutes is None else monotonic() + 60 * options.minutes
@@ -228,7 +226,13 @@ def _claimed(job: Job, known: Mapping[str, Job], runs: Path) -> Iterator[bool]:
 
 
 def arms_of(jobs: Sequence[Job]) -> dict[str, dict[str, Arm]]:
-    """Return the results of all jobs that are scored, by file and arm."""
+    """Return the results of all jobs that are scored, by file and arm.
+
+    Raises:
+        ConfigError: some were made with other options than their files have.
+    """
+    if changed := {job.name: why for job in jobs if (why := _obstacle(job, goes_on=False))}:
+        raise ConfigError("These cannot be summed up:\n" + _listed(changed))
     seeds: dict[tuple[str, str], list[Job]] = {}
     known = {job.name: job for job in jobs}
     for job in jobs:
@@ -258,6 +262,10 @@ def _summary(jobs: list[Job], file: Path, everything: bool) -> int:
         if len(arm.commits) > 1:
             commits = ", ".join(arm.commits)
             print(f"Note: {arm.file}-{arm.name} was scored at several commits: {commits}.")
+        formats = dict.fromkeys(arm.weights(list(arm.reports)))
+        if len(formats) > 1:
+            both = " and ".join(formats)
+            print(f"Note: seeds of {arm.file}-{arm.name} were scored in different formats: {both}.")
     found = [row for group in groups for row in rows(group)]
     ours = {job.file for job in jobs}
     there = [] if everything or not file.is_file() else read_rows(file)

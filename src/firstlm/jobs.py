@@ -13,7 +13,7 @@ from firstlm.command_config import BalanceConfig, EvalConfig
 from firstlm.config import TrainConfig
 from firstlm.pretrained import ARTIFACT_FILE
 from firstlm.rows import exists
-from firstlm.summary import read
+from firstlm.scoreboard import read
 
 ARM_PATHS = ("artifact", "majority_of")  # options of training that may name an arm as "arm:NAME"
 
@@ -92,6 +92,12 @@ class Job:
         found = self._training_differs(report.get("training", {}))
         scored, asked = report.get("options", {}), eval_command.compared_options(self.score)
         differing = [name for name in asked if name in scored and asked[name] != scored[name]]
+        # A data folder may lie elsewhere now; that its items are the same, a summary checks.
+        if (
+            report
+            and Path(report["inputs"]["data"]).parent.name != Path(self.score.data).parent.name
+        ):
+            differing.append("data")
         for names, dtype in ((found, self.train.dtype), (differing, self.score.dtype)):
             if dtype == "auto" and stays and "dtype" in names:
                 names.remove("dtype")

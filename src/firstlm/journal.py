@@ -55,11 +55,20 @@ class Journal:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.path.write_text(self._head + "\n", encoding="utf-8")
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(to_json({"name": name, "done": done}) + "\n")
+                file.write(_line(name, done))
         self.parts[name] = done
 
-    def close(self) -> None:
-        """Forget all parts: the work is done and written elsewhere."""
-        self.parts = {}
-        if self.path is not None:
+    def close(self, begin: str = "") -> None:
+        """Forget the parts whose names begin so: their work is done and written elsewhere."""
+        self.parts = {name: d for name, d in self.parts.items() if not name.startswith(begin)}
+        if self.path is None:
+            return
+        if self.parts:
+            lines = [_line(name, done) for name, done in self.parts.items()]
+            write_text(self.path, "".join([self._head + "\n", *lines]))
+        else:
             self.path.unlink(missing_ok=True)
+
+
+def _line(name: str, done: Any) -> str:
+    return to_json({"name": name, "done": done}) + "\n"

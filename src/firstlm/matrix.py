@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from firstlm.command_config import BalanceConfig, EvalConfig
-from firstlm.config import DIAGNOSTICS, RATED, TrainConfig
+from firstlm.config import BASELINES, DIAGNOSTICS, RATED, UNMEASURED, TrainConfig
 from firstlm.errors import ConfigError
 from firstlm.jobs import ARM_PATHS, Job
 from firstlm.options import closest, from_dict, read_yaml
@@ -85,6 +85,12 @@ def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
                 raise ConfigError(f"{where} does not say which policies to score.")
             score = from_dict(EvalConfig, scoring, where=f" in {where}")
             jobs.append(Job(file.stem, arm, seed, training, balancing, score, needs))
+    tests = {job.score.data for job in jobs}
+    if len({Path(test).parent.name for test in tests}) < len(tests):
+        raise ConfigError(
+            f"{file} has test sets in folders of one name ({', '.join(sorted(tests))}), by which "
+            "results are told apart; rename one."
+        )
     known = {job.name: job for job in jobs}
     for job in jobs:
         for name in set(job.needs) - known.keys():
@@ -155,14 +161,22 @@ def _check_policies(
 ) -> None:
     """Refuse policies that an artifact cannot be scored under, before it is trained."""
     own = training.policy
+    of_routers = ("router", "majority", *DIAGNOSTICS)
     for policy in score.policies or ():
-        if policy in ("router", *DIAGNOSTICS) and _without_routers(training, known):
+        if policy == own != "router":
+            continue
+        if policy in of_routers and _without_routers(training, known):
             has = (
                 f"is trained for {own!r}"
                 if own != "router"
                 else "trains LoRA with all layers alone"
             )
             raise ConfigError(f"{where} {has}, so that it has no {policy!r} to score.")
+        if policy in BASELINES and policy not in (*UNMEASURED, *of_routers):
+            raise ConfigError(
+                f"{where} scores {policy!r}, whose order of layers is measured where LoRA is "
+                f"trained for it: give it an arm of its own with train: {{policy: {policy}}}."
+            )
         if policy in RATED and policy != own and not score.skip_rates:
             raise ConfigError(f"{where} scores {policy!r}, which needs skip_rates.")
         if policy == "token_level" and (training.unit != "block" or score.prefill != "skip"):
@@ -180,7 +194,7 @@ def _content(file: Path, above: tuple[Path, ...] = ()) -> Mapping[str, Any]:
     content = dict(_content(other, (*above, file.resolve())))
     for key, value in found.items():
         if key == "arms" and isinstance(value, list):
-            value = _taken(value, content["arms"], file, other)
+            value = _taken(value, _known(content["arms"], None, f"{other}: arms"), file, other)
         elif key in ("train", "eval") and isinstance(value, dict):
             value = {**content.get(key, {}), **value}
         content[key] = value
@@ -191,10 +205,21 @@ def _taken(
     listed: list[Any], arms: Mapping[str, Any], file: Path, other: Path
 ) -> Mapping[str, Any]:
     """Return the arms that a list takes over from another file or says itself."""
-    said = [arm if isinstance(arm, dict) else {arm: arms.get(arm)} for arm in listed]
-    if missing := [str(arm) for arm in listed if not isinstance(arm, dict) and arm not in arms]:
-        raise ConfigError(f"{file} takes the arms {', '.join(missing)}, but {other} has none.")
-    return {name: value for one in said for name, value in one.items()}
+    found: dict[Any, Any] = {}
+    for arm in listed:
+        taken = isinstance(arm, str)
+        if not taken and not (isinstance(arm, dict) and len(arm) == 1):
+            raise ConfigError(
+                f"{file} lists {arm!r} among its arms; expected the name of an arm of {other}, or "
+                "an arm of its own: a name with what it says."
+            )
+        if taken and arm not in arms:
+            raise ConfigError(f"{file} takes the arm {arm!r}, but {other} has none.")
+        ((name, said),) = [(arm, arms[arm])] if taken else arm.items()
+        if name in found:
+            raise ConfigError(f"{file} lists the arm {name!r} twice.")
+        found[name] = said
+    return found
 
 
 def _arm(said: Any, content: Mapping[str, Any], where: str) -> Mapping[str, Any]:

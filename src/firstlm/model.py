@@ -250,6 +250,11 @@ class FirstModel(nn.Module):
         return self.routers
 
     @property
+    def has_routers(self) -> bool:
+        """Whether routers decide, which were trained, or whose thresholds were measured."""
+        return self.baseline is None and bool(self.thresholds.table or not self.routers.untrained)
+
+    @property
     def has_adapter(self) -> bool:
         """Whether LoRA is on the base model."""
         return hasattr(self.base, "peft_config")

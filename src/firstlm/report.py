@@ -17,8 +17,8 @@ from firstlm.command_config import ReportConfig
 from firstlm.errors import ConfigError, DataError
 from firstlm.figures import Picture, draw
 from firstlm.results import write_bytes, write_text
+from firstlm.scoreboard import SUMMARY, checked
 from firstlm.sections import Row, Section, groups, labelled, metric_name, read_rows, title
-from firstlm.summary import checked
 
 # arXiv 2410.12513, Llama-3-8B, about 15% of 32 layers skipped: score over that of base + LoRA.
 PAPER = (
@@ -108,10 +108,10 @@ def run(options: ReportConfig) -> int:
 
 def _read(folder: Path) -> tuple[list[Row], dict[str, Any]]:
     """Return the summary's rows, and the results beside it by name."""
-    file = folder / "summary.json"
+    file = folder / SUMMARY
     if not file.is_file():
         raise DataError(
-            f"{folder} has no summary.json; write it with `firstlm experiment summary FILES "
+            f"{folder} has no {SUMMARY}; write it with `firstlm experiment summary FILES "
             f"--results {folder}`."
         )
     rows = read_rows(file)
@@ -219,7 +219,7 @@ def _scores(rows: Sequence[Row]) -> str:
             [
                 shown,
                 f"{row['skip_rate']:.1%} ({spread})",
-                *(f"{by_metric[m]['score']:.1f}" if m in by_metric else "" for m in metrics),
+                *(metric_text(by_metric.get(m), row) for m in metrics),
                 "{:.1f} to {:.1f}".format(*row["ci95"]),
                 kept,
                 f"{row['seeds']} x {row['n_test']}",
@@ -273,7 +273,18 @@ def gain_text(gain: Row) -> str:
     text = f"{gain['value']:+.1f} ({gain['low']:+.1f} to {gain['high']:+.1f}), {seeds_text(gain)}"
     if abs(gain["skip_rate_above"]) >= NOTABLE:
         text += f", {100 * gain['skip_rate_above']:+.1f} points skipped"
+    # Of several tasks at once there is no such share.
+    if gain.get("same_masks", 0) >= NOTABLE:
+        text += f", same masks for {gain['same_masks']:.0%}"
     return text
+
+
+def metric_text(row: Row | None, primary: Row) -> str:
+    """Write a metric beside the primary one of the same run; it may be of fewer seeds."""
+    if row is None:
+        return ""
+    fewer = "" if row["seeds"] == primary["seeds"] else f" ({seeds_text(row)})"
+    return f"{row['score']:.1f}{fewer}"
 
 
 def seeds_text(row: Row) -> str:

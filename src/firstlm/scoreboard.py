@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `firstlm eval` shows of its report, and what an artifact keeps of it. Runs nothing."""
+"""Reports of `firstlm eval`: how they are read and shown, what an artifact keeps. Runs nothing."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+from firstlm.errors import DataError
+from firstlm.rows import LOOKS_LIKE_A_FILE
+
+SUMMARY = "summary.json"  # of the reports beside it
 
 LABELS = {
     "em": "EM",
@@ -24,7 +30,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     """Return what an artifact keeps of a report: where it was measured, and each run's scores."""
     source = report["inputs"]["data"]
     return {
-        "data": "/".join(Path(source).parts[-2:]) if Path(source).is_file() else source,
+        "data": "/".join(Path(source).parts[-2:]) if LOOKS_LIKE_A_FILE.search(source) else source,
         "data_sha256": report["inputs"]["data_sha256"],
         "count": next(iter(report["runs"].values()))["count"],
         "weights": report["inputs"]["weights"].removeprefix("torch."),
@@ -74,3 +80,41 @@ def _estimate(found: dict[str, float] | None) -> list[str]:
     if found is None:
         return ["", ""]
     return [f"{found['value']:.1f}", f"{found['low']:.1f}-{found['high']:.1f}"]
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """Return a report of `firstlm eval`, or None where there is none yet.
+
+    Raises:
+        DataError: the file holds something else.
+    """
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise _no_report(file, error) from error
+    return checked(found, file)
+
+
+def checked(found: Any, file: Path) -> dict[str, Any]:
+    """Return what a file holds, if it is a report of `firstlm eval`.
+
+    Raises:
+        DataError: it is something else.
+    """
+    try:
+        if not {"task", "options", "inputs", "runs"} <= set(found):
+            raise ValueError("task, options, inputs or runs are missing")
+        if not {"data"} <= set(found["inputs"]) or not isinstance(found["options"], dict):
+            raise ValueError("inputs without data")
+        for name, run in found["runs"].items():
+            if not {"policy", "count", "skip_rate", "items"} <= set(run):
+                raise ValueError(f"the run {name!r} lacks policy, count, skip_rate or items")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _no_report(file, error) from error
+    return found
+
+
+def _no_report(file: Path, error: Exception) -> DataError:
+    return DataError(f"{file} holds no results of `firstlm eval` ({error}); move it elsewhere.")

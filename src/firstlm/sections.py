@@ -18,11 +18,11 @@ KEYS = {  # of a row
     *("lora_of", "skip_rate", "skip_rate_p5", "skip_rate_p95", "skip_rate_asked", "alpha", "l2"),
     *("distinct_masks", "mask_entropy", "length_correlation", "layer_length_correlation", "gains"),
     *("metric", "primary", "score", "ci95", "retention", "retention_ci95", "retention_of"),
-    *("seeds", "n_test", "tpot_ratio", "tpot_ratio_spread", "kv_recomputed"),
+    *("weights", "seeds", "n_test", "tpot_ratio", "tpot_ratio_spread", "kv_recomputed"),
 }
 GAIN_KEYS = {  # of one of its gains
     *("file", "arm", "dataset", "model", "routers_of", "policy", "lora_of"),
-    *("value", "low", "high", "seeds", "skip_rate_above"),
+    *("value", "low", "high", "seeds", "skip_rate_above", "same_masks", "mask_of"),
 }
 
 

@@ -7,7 +7,6 @@ tokenizer for chats alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from firstlm.masks import (
 )
 from firstlm.metrics import Scores, grouped, means, over_seeds, perplexity
 from firstlm.pretrained import SMOLLM2, load_tokenizer
+from firstlm.sections import arm_of
 from firstlm.tasks import Task, find_task
 
 # Below this the reference itself has hardly learnt the task: a share of it would mean nothing.
@@ -69,8 +69,8 @@ class Arm:
                 f"The results of {train.output} are over {self.count} items, but {score.data} has "
                 f"{len(examples)}."
             )
-        known = self.ids = [example.id for example in examples]
-        scored_on = items_hash(examples)
+        known = [example.id for example in examples]
+        self.items = items_hash(examples)
         for report in reports.values():
             for name, run in report["runs"].items():
                 if [item["id"] for item in run["items"]] != known:
@@ -79,7 +79,7 @@ class Arm:
                         f"limit={score.limit} draws now; remove {score.output} and score it again."
                     )
             told = report["inputs"].get("items_sha256")  # not in results of 2026-11-25
-            if told not in (None, scored_on):
+            if told not in (None, self.items):
                 raise DataError(
                     f"{score.data} has changed since {train.output} was scored on it; remove "
                     f"{score.output} and score it again."
@@ -94,9 +94,7 @@ class Arm:
 
     def comparable(self, other: Arm) -> bool:
         """Whether another arm is of the same model, and was scored on the same items."""
-        ours, theirs = (
-            (arm.model, arm.dataset, arm.score.template, arm.ids) for arm in (self, other)
-        )
+        ours, theirs = ((arm.model, arm.dataset, arm.items) for arm in (self, other))
         return ours == theirs
 
     @property
@@ -112,6 +110,17 @@ class Arm:
         # Results of before 2026-11-28 do not say so.
         told = [report.get("base_model") for report in self.reports.values()]
         return next(filter(None, told), self.score.model or self.train.model or SMOLLM2)
+
+    @property
+    def mask_of(self) -> str:
+        """The arm whose routers one mask for all of its prompts is made of."""
+        return arm_of(Path(self.train.majority_of or self.score.artifact).name)
+
+    def weights(self, seeds: Sequence[int]) -> list[str]:
+        """Return the number format in which its model was scored, by seed."""
+        inputs = [self.reports[seed]["inputs"] for seed in seeds]
+        # Results of 2026-11-25 do not say so.
+        return [one.get("weights", "unknown").removeprefix("torch.") for one in inputs]
 
     @property
     def commits(self) -> list[str]:
@@ -152,6 +161,10 @@ class Arm:
                 found.setdefault(metric, {})[seed] = scores
         return found
 
+    def keeps(self, name: str, seed: int) -> list[str]:
+        """Return the layers that each prompt of a run kept."""
+        return [item["keep"] for item in self.runs(name)[seed]["items"]]
+
     def primary(self, name: str, seeds: Sequence[int]) -> list[Scores]:
         """Return the primary scores of a run, one for each of some seeds."""
         scores = self.scores(name)[self.task.primary]
@@ -173,9 +186,9 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
         reference = _reference(arm, arms)
         bases = reference.scores("run_all") if reference else {}
         for name in arm.names:
-            runs = list(arm.runs(name).values())
             gains = _gains(arm, name, arms)
             for metric, by_seed in arm.scores(name).items():
+                runs = [arm.runs(name)[seed] for seed in by_seed]
                 scores = list(by_seed.values())
                 score = over_seeds(scores, groups=arm.groups)
                 known = bases.get(metric, {})
@@ -194,9 +207,10 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "model": arm.model,
                         "file": arm.file,
                         "arm": arm.name,
-                        **_policy(arm, name, runs[0]["policy"]),
+                        **_policy(arm, runs[0]["policy"]),
                         "unit": arm.train.unit,
                         "prefill": runs[0]["prefill"],
+                        "weights": arm.weights(list(by_seed)),
                         "skip_rate": _mean([run["skip_rate"]["mean"] for run in runs]),
                         "skip_rate_p5": _mean([run["skip_rate"]["p5"] for run in runs]),
                         "skip_rate_p95": _mean([run["skip_rate"]["p95"] for run in runs]),
@@ -261,8 +275,10 @@ def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
     Returns:
         For each: file, arm, dataset, model, routers_of, policy, lora_of, the difference (value) and
         its 95% interval (low, high), paired over items and seeds, of which there are `seeds` that
-        both have, and by how much more of the layers FiRST skipped (skip_rate_above): thresholds
-        that were measured on other prompts than these may miss the rate.
+        both have; by how much more of the layers FiRST skipped (skip_rate_above), since thresholds
+        that were measured on other prompts than these may miss the rate; the share of prompts that
+        skip the same layers in both (same_masks); and of one mask for all prompts, the arm whose
+        routers it is made of (mask_of).
     """
     routed, _, rate = name.partition("@")
     if routed != "router" or not rate or arm.train.reads != "states":
@@ -272,15 +288,27 @@ def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
         for run in other.names if other.comparable(arm) else ():
             # Seeds that both have: those of others differ by more than policies do.
             seeds = [seed for seed in arm.runs(name) if seed in other.runs(run)]
+            seeds = [seed for seed in seeds if _same_training(arm, other, seed)]
             same = (other.name, run) == (arm.name, name)
             if seeds and run.partition("@")[2] == rate and not same:
                 ours, theirs = arm.primary(name, seeds), other.primary(run, seeds)
                 gain = over_seeds(ours, theirs, groups=arm.groups, difference=True)
-                shown = _policy(other, run, run.partition("@")[0])
+                shown = _policy(other, run.partition("@")[0])
                 shown = {key: shown[key] for key in ("policy", "lora_of")}
+                one_for_all = shown["policy"] in ("majority", "majority_here")
+                shown["mask_of"] = other.mask_of if one_for_all else None
+                same_masks = _mean(
+                    [
+                        one == two
+                        for seed in seeds
+                        for one, two in zip(
+                            arm.keeps(name, seed), other.keeps(run, seed), strict=True
+                        )
+                    ]
+                )
                 difference = {"value": gain.value, "low": gain.low, "high": gain.high}
                 above = arm.skip_rate(name, seeds) - other.skip_rate(run, seeds)
-                more = {"skip_rate_above": above, "seeds": len(seeds)}
+                more = {"skip_rate_above": above, "same_masks": same_masks, "seeds": len(seeds)}
                 found.append(
                     {
                         "file": other.file,
@@ -294,6 +322,14 @@ def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
                     }
                 )
     return found
+
+
+def _same_training(arm: Arm, other: Arm, seed: int) -> bool:
+    """Tell whether two arms that score one artifact scored the same training of it."""
+    if arm.score.artifact != other.score.artifact:
+        return True
+    ours, theirs = (one.reports[seed]["inputs"].get("artifact_sha256") for one in (arm, other))
+    return ours == theirs
 
 
 def adaptivity(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -329,7 +365,7 @@ def _asked(run: Mapping[str, Any]) -> float | None:
     return None if rated else run["asked_skip_rate"] or 0.0
 
 
-def _policy(arm: Arm, name: str, policy: str) -> dict[str, Any]:
+def _policy(arm: Arm, policy: str) -> dict[str, Any]:
     """Return what decided in a run, in the words of the summary, and whether LoRA was on."""
     routed = "length_only" if arm.train.reads == "length" else "first"
     trained_for = routed if arm.train.policy == "router" else arm.train.policy
@@ -369,41 +405,3 @@ def _known_mean(values: Sequence[float | None]) -> float | None:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
-
-
-def read(file: Path) -> dict[str, Any] | None:
-    """Return a report of `firstlm eval`, or None where there is none yet.
-
-    Raises:
-        DataError: the file holds something else.
-    """
-    if not file.is_file():
-        return None
-    try:
-        found = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise _no_report(file, error) from error
-    return checked(found, file)
-
-
-def checked(found: Any, file: Path) -> dict[str, Any]:
-    """Return what a file holds, if it is a report of `firstlm eval`.
-
-    Raises:
-        DataError: it is something else.
-    """
-    try:
-        if not {"task", "options", "inputs", "runs"} <= set(found):
-            raise ValueError("task, options, inputs or runs are missing")
-        if not {"data"} <= set(found["inputs"]) or not isinstance(found["options"], dict):
-            raise ValueError("inputs without data")
-        for name, run in found["runs"].items():
-            if not {"policy", "count", "skip_rate", "items"} <= set(run):
-                raise ValueError(f"the run {name!r} lacks policy, count, skip_rate or items")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise _no_report(file, error) from error
-    return found
-
-
-def _no_report(file: Path, error: Exception) -> DataError:
-    return DataError(f"{file} holds no results of `firstlm eval` ({error}); move it elsewhere.")

@@ -229,7 +229,7 @@ def load_model(config: TrainConfig, name: str) -> FirstModel:
     wanted = RouterConfig(**{name: getattr(config, name) for name in fields})
     if config.artifact is not None:
         model = FirstModel.from_pretrained(config.artifact, base=base, tokenizer=tokenizer)
-        if model.routers.untrained and not model.thresholds.table:  # plain LoRA
+        if not model.has_routers:
             if config.stage == "lora" and config.policy == "router" and config.skip_rate != 0:
                 raise ConfigError(
                     f"stage=lora trains LoRA for routers that exist, but none were trained in "
