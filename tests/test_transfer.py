@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rankings of layers are measured on other sets: the right masks, and the right differences."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training import make_model, write_run
+
+SCRIPT = runpy.run_path(
+    str(Path(__file__).resolve().parent.parent / "experiments" / "transfer.py"), run_name="transfer"
+)
+
+
+def test_masks_are_those_of_the_rankings():
+    model = make_model()
+    layers = model.layer_count
+    ahead, back = list(range(layers)), list(reversed(range(layers)))
+    orders = {"a": ahead, "b": back, "c": [*back[1:], back[0]]}
+    found = SCRIPT["masks_for"](model, orders, "a", 2 / layers)
+    assert list(found) == ["a", "b", "c", "others", "unified"]
+    skipped = {
+        name: [layer for layer, kept in enumerate(found[name].keep.tolist()) if not kept]
+        for name in ("a", "b", "c", "others")
+    }
+    assert skipped["a"] == [0, 1]
+    assert skipped["b"] == [layers - 2, layers - 1]
+    assert skipped["c"] == skipped["others"] == [layers - 3, layers - 2]
+    assert sum(found["unified"].mask(0)) == layers - 2
+    assert "others" not in SCRIPT["masks_for"](model, {"a": ahead}, "a", 0.5)
+
+
+def test_a_worse_mask_is_above_the_own_one():
+    own = np.linspace(1.0, 2.0, 20)
+    worse = SCRIPT["above"](own + 0.3, own, np.arange(20))
+    assert worse["above_own"] == pytest.approx(0.3)
+    assert worse["above_own_ci95"] == pytest.approx([0.3, 0.3])
+    assert SCRIPT["above"](own, own, np.arange(20))["above_own"] == 0
+
+
+def test_it_ranks_and_measures_and_goes_on(tmp_path, byte_tokenizer, monkeypatch, capsys):
+    folder, rows = write_run(tmp_path, byte_tokenizer)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for split in ("train", "test"):
+            with gzip.open(tmp_path / name / f"{split}.jsonl.gz", "wb") as file:
+                file.write(rows.read_bytes())
+    monkeypatch.setenv("FIRSTLM_DATA", str(tmp_path))
+    output = tmp_path / "transfer.json"
+    words = ["transfer", "--data", "one", "two", "--model", str(folder), "--tokens", "60"]
+    monkeypatch.setattr(sys, "argv", [*words, "--limit", "6", "--output", str(output)])
+    ranked = []
+    globals_ = SCRIPT["main"].__wrapped__.__globals__
+    real = globals_["removal_order"]
+
+    def once(*arguments):
+        if len(ranked) == 1:
+            raise KeyboardInterrupt
+        ranked.append(1)
+        return real(*arguments)
+
+    monkeypatch.setitem(globals_, "removal_order", once)
+    with pytest.raises(KeyboardInterrupt):
+        SCRIPT["main"]()
+    monkeypatch.setitem(globals_, "removal_order", lambda *a: ranked.append(1) or real(*a))
+    SCRIPT["main"]()
+    assert len(ranked) == 2
+    report = json.loads(output.read_text())
+    assert [row["set"] for row in report["rows"]] == ["one", "two"]
+    for row in report["rows"]:
+        assert row["items"] == 6
+        # The same rows, so the same ranking.
+        assert row["masks"]["one"] == row["masks"]["two"] == row["masks"]["others"]
+        assert row["masks"]["one"]["above_own"] == 0
+    assert not output.with_name("transfer.json.partial").exists()
