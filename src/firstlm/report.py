@@ -59,8 +59,9 @@ GLOSSARY = {
 }
 STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 62rem; margin: 2rem auto;
+body { font: 16px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 80rem; margin: 2rem auto;
   padding: 0 1rem; }
+p, dl { max-width: 62rem; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; }
 table { border-collapse: collapse; font-size: .9rem; display: block; overflow-x: auto;
   margin: 1rem 0; }
