@@ -27,12 +27,11 @@ from firstlm.examples import Example, load_examples
 from firstlm.importance import removal_order
 from firstlm.journal import Journal
 from firstlm.losses import item_losses
-from firstlm.metrics import Groups, drawn_items, grouped
-from firstlm.policies import FixedMask, Policy, RunAll
+from firstlm.metrics import Groups, grouped, means, over_seeds
+from firstlm.policies import Policy, RunAll
 from firstlm.pretrained import load_base
 from firstlm.results import DATA_VARIABLE, provenance, sha256_of, write_json
 
-DRAWS = 2000
 SPARE = 20  # times as many rows are looked at as are wanted, for ones that are short enough
 RANKED = 64  # rows at most that layers are ranked on
 
@@ -62,11 +61,6 @@ def rows_of(
     return rows, groups
 
 
-def without(skipped: list[int], layers: int) -> FixedMask:
-    """Return the mask that leaves some layers out."""
-    return FixedMask([layer not in skipped for layer in range(layers)])
-
-
 def masks_for(
     model: FirstModel, orders: dict[str, list[int]], name: str, rate: float
 ) -> dict[str, Policy]:
@@ -74,26 +68,23 @@ def masks_for(
     layers = model.layer_count
     count = round(rate * layers)
     others = [other for other in orders if other != name]
-    found: dict[str, Policy] = {
-        other: without(orders[other][:count], layers) for other in [name, *others]
-    }
+    skipped = {other: orders[other][:count] for other in [name, *others]}
     if others:
         places = np.mean([np.argsort(orders[other]) for other in others], axis=0)
-        found["others"] = without(np.argsort(places, kind="stable")[:count].tolist(), layers)
+        skipped["others"] = np.argsort(places, kind="stable")[:count].tolist()
+    found = {mask: model.choices.asked(skip_layers=some) for mask, some in skipped.items()}
     found["unified"] = model.baseline_for("unified", count / layers).at()
     return found
 
 
 def above(losses: np.ndarray, own: np.ndarray, groups: Groups) -> dict[str, Any]:
     """Return the mean loss, and by how much it is above that of the set's own mask [items]."""
-    rng = np.random.default_rng(0)
-    worse = losses - own
-    draws = [np.average(worse, weights=drawn_items(rng, len(own), groups)) for _ in range(DRAWS)]
-    low, high = np.percentile(draws, [2.5, 97.5])
+    ours, base = (means(one.tolist(), scale=1.0) for one in (losses, own))
+    worse = over_seeds([ours], [base], groups=groups, difference=True)
     return {
         "loss": float(losses.mean()),
-        "above_own": float(worse.mean()),
-        "above_own_ci95": [float(low), float(high)],
+        "above_own": worse.value,
+        "above_own_ci95": [worse.low, worse.high],
     }
 
 
