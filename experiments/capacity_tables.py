@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from speed_tables import markdown
+from markdown_table import markdown
 from step_model import validation
 
 Row = Mapping[str, Any]

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markdown_table import markdown
+
 Row = Mapping[str, Any]
 
 
@@ -15,12 +17,6 @@ def _by_kind(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     for row in rows:
         found.setdefault((row["engine"], row["dtype"]), []).append(row)
     return found
-
-
-def markdown(names: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table."""
-    rows = [names, ["---"] * len(names), *lines]
-    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _between(row: Row, name: str, digits: int = 2) -> str:

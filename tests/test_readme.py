@@ -67,7 +67,7 @@ def test_the_tables_are_the_results() -> None:
     assert {file.name for file in found} == names
     for file, content in found.items():
         assert file.read_text(encoding="utf-8") == content
-    assert README.split(START)[1].count("|---|") > 1
+    assert README.split(START)[1].count("| --- |") > 1
     for file, source in pictures().items():  # written by the same command
         assert drawn_from(file) == source
         assert any(f"({file.relative_to(ROOT)})" in text for text in (README, *found.values()))

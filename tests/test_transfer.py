@@ -7,15 +7,15 @@ import gzip
 import json
 import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 from training import make_model, write_run
 
-SCRIPT = runpy.run_path(
-    str(Path(__file__).resolve().parent.parent / "experiments" / "transfer.py"), run_name="transfer"
-)
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+SCRIPT = runpy.run_path(str(EXPERIMENTS / "transfer.py"), run_name="transfer")
 
 
 def test_masks_are_those_of_the_rankings():
@@ -79,3 +79,41 @@ def test_it_ranks_and_measures_and_goes_on(tmp_path, byte_tokenizer, monkeypatch
         assert row["masks"]["one"] == row["masks"]["two"] == row["masks"]["others"]
         assert row["masks"]["one"]["above_own"] == 0
     assert not output.with_name("transfer.json.partial").exists()
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    tables = import_module("adaptivity_tables")
+    names, _, *lines = tables.transfer_table([report])[2:]
+    assert names == "| layers | one | two |"
+    own = f"{report['rows'][0]['masks']['one']['loss']:.2f}"
+    assert lines[1:3] == [
+        f"| ranked on one | {own} | +0.00 |",
+        f"| ranked on two | +0.00 | {own} |",
+    ]
+
+
+def test_only_what_is_clear_of_0_stands_out(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    tables = import_module("adaptivity_tables")
+
+    def row(name, **masks):
+        found = {
+            mask: {"loss": 1.0, "above_own": d, "above_own_ci95": ci}
+            for mask, (d, *ci) in masks.items()
+        }
+        return {"set": f"qa/{name}", "items": 9, "all_layers": 0.5, "masks": found}
+
+    masks = {
+        "qa/a": (0, 0, 0),
+        "qa/b": (0.2, 0.1, 0.3),
+        "others": (-0.2, -0.4, 0.1),
+        "unified": (-1, -2, -0.5),
+    }
+    report = {"model": "smollm2", "skipped": 0.25, "rows": [row("a", **masks), row("b", **masks)]}
+    _, _, names, _, *lines = tables.transfer_table([report])
+    assert names == "| layers | a | b |"
+    assert lines == [
+        "| all | 0.50 | 0.50 |",
+        "| ranked on a | 1.00 | +0.00 |",
+        "| ranked on b | **+0.20** | 1.00 |",
+        "| ranked on all others | -0.20 | -0.20 |",
+        "| equal distances | **-1.00** | **-1.00** |",
+    ]

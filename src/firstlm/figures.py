@@ -385,5 +385,5 @@ def _training(arms: Mapping[str, Sequence[Row]], colors: Mapping[str, str]) -> b
     for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         ticks("{x:g}")
     axes.grid(axis="y", color="#e5e7eb", which="both")
-    axes.legend(fontsize="small", frameon=False)
+    figure.legend(fontsize="small", frameon=False, loc="outside lower center", ncols=3)
     return _png(figure)
