@@ -154,16 +154,17 @@ def main() -> None:
     }
     kept = ("model", "skip_rate", "tokens", "longest", "seed")
     journal = Journal(
-        Path(f"{options.output}.partial"), {key: getattr(options, key) for key in kept} | hashes
+        Path(f"{options.output}.partial"), {key: getattr(options, key) for key in kept}
     )
     orders, tests = {}, {}
     for name, by_split in files.items():
-        if (order := journal.get(name)) is None:
+        ranked = hashes[f"{name} train"]  # so that the same call with other sets goes on, too
+        if (order := journal.get(ranked)) is None:
             drawn = draw(load_examples(str(by_split["train"])), SPARE * RANKED, options.seed)
             rows, _ = rows_of(model, drawn, options.longest, RANKED, options.tokens)
             print(f"{name}: ranking layers on {len(rows)} rows", flush=True)
             order = removal_order(model, rows, options.skip_rate + 0.05, options.batch_size)
-            journal.put(name, order)
+            journal.put(ranked, order)
         orders[name] = order
         drawn = scored_examples(str(by_split["test"]), limit=SPARE * options.limit)
         tests[name] = rows_of(model, drawn, options.longest, options.limit)

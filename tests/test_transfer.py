@@ -46,15 +46,16 @@ def test_a_worse_mask_is_above_the_own_one():
 
 def test_it_ranks_and_measures_and_goes_on(tmp_path, byte_tokenizer, monkeypatch, capsys):
     folder, rows = write_run(tmp_path, byte_tokenizer)
-    for name in ("one", "two"):
+    for name in ("one", "two", "three"):
         (tmp_path / name).mkdir()
         for split in ("train", "test"):
             with gzip.open(tmp_path / name / f"{split}.jsonl.gz", "wb") as file:
-                file.write(rows.read_bytes())
+                file.write(rows.read_bytes() + b"\n" * (name == "three"))
     monkeypatch.setenv("FIRSTLM_DATA", str(tmp_path))
     output = tmp_path / "transfer.json"
-    words = ["transfer", "--data", "one", "two", "--model", str(folder), "--tokens", "60"]
-    monkeypatch.setattr(sys, "argv", [*words, "--limit", "6", "--output", str(output)])
+    words = ["transfer", "--model", str(folder), "--tokens", "60", "--limit", "6"]
+    words += ["--output", str(output), "--data", "one"]
+    monkeypatch.setattr(sys, "argv", [*words, "three"])
     ranked = []
     globals_ = SCRIPT["main"].__wrapped__.__globals__
     real = globals_["removal_order"]
@@ -69,10 +70,11 @@ def test_it_ranks_and_measures_and_goes_on(tmp_path, byte_tokenizer, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         SCRIPT["main"]()
     monkeypatch.setitem(globals_, "removal_order", lambda *a: ranked.append(1) or real(*a))
+    monkeypatch.setattr(sys, "argv", [*words, "two", "three"])  # with one set more
     SCRIPT["main"]()
-    assert len(ranked) == 2
+    assert len(ranked) == 2  # two is the same file as one, three was still to do
     report = json.loads(output.read_text())
-    assert [row["set"] for row in report["rows"]] == ["one", "two"]
+    assert [row["set"] for row in report["rows"]] == ["one", "two", "three"]
     for row in report["rows"]:
         assert row["items"] == 6
         # The same rows, so the same ranking.
@@ -82,12 +84,10 @@ def test_it_ranks_and_measures_and_goes_on(tmp_path, byte_tokenizer, monkeypatch
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     tables = import_module("adaptivity_tables")
     names, _, *lines = tables.transfer_table([report])[2:]
-    assert names == "| layers | one | two |"
+    assert names == "| layers | one | two | three |"
     own = f"{report['rows'][0]['masks']['one']['loss']:.2f}"
-    assert lines[1:3] == [
-        f"| ranked on one | {own} | +0.00 |",
-        f"| ranked on two | +0.00 | {own} |",
-    ]
+    assert lines[1] == f"| ranked on one | {own} | +0.00 | +0.00 |"
+    assert lines[2] == f"| ranked on two | +0.00 | {own} | +0.00 |"
 
 
 def test_only_what_is_clear_of_0_stands_out(monkeypatch):
