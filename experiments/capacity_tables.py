@@ -165,8 +165,11 @@ def variants_table(reports: Sequence[tuple[str, dict]]) -> list[str]:
         ("TPOT at the load", 0, "tpot_ms_median_ratio"),
     )
     lines = []
+    columns = [(a["skip_rate_asked"], a["masks"]) for a, _ in first]
     for name, report in reports:
         pairs = [pair for pair in _pairs(report) if pair[0]["skip_rate"]]
+        if [(a["skip_rate_asked"], a["masks"]) for a, _ in pairs] != columns:
+            raise ValueError(f"{name!r} has other rates or masks than {reports[0][0]!r}")
         for kind, which, ratio in kinds:
             lines.append([name, kind, *(f"{pair[which][ratio]:.2f}x" for pair in pairs)])
     return markdown(names, lines)

@@ -30,7 +30,7 @@ from firstlm.clusters import DEPTH, router_inputs
 from firstlm.data import encode, scored_examples
 from firstlm.inputs import pad_left
 from firstlm.losses import item_losses
-from firstlm.metrics import drawn_items, grouped
+from firstlm.metrics import grouped, means, over_seeds
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask
 from firstlm.results import DATA_VARIABLE, provenance, sha256_of, write_json
@@ -38,7 +38,6 @@ from firstlm.results import DATA_VARIABLE, provenance, sha256_of, write_json
 INSIDE, OUTSIDE = 4, 5  # layers of the mask, and beside it, that are exchanged one for one
 FOLDS, BATCH = 5, 16
 RIDGES = (0.1, 1.0, 10.0, 100.0, 1e9)  # on standardised features, per feature
-DRAWS = 2000
 
 
 def features_of(model: FirstModel, prompts: list[list[int]], keep: torch.Tensor) -> dict:
@@ -144,16 +143,15 @@ def compare(
     chosen["hindsight"] = losses.argmin(1)
     rows = np.arange(len(losses))
     one = losses[rows, chosen["one_mask"]]
-    draws = [drawn_items(rng, len(losses), groups) for _ in range(DRAWS)]
     found = {}
     for name, picked in chosen.items():
         mine = losses[rows, picked]
-        gains = [np.average(one - mine, weights=times) for times in draws]
-        low, high = np.percentile(gains, [2.5, 97.5])
+        seeds = ([means(loss.tolist(), scale=1.0)] for loss in (one, mine))
+        gain = over_seeds(*seeds, groups=groups, difference=True)
         found[name] = {
             "loss": float(mine.mean()),
-            "gain": float((one - mine).mean()),
-            "gain_ci95": [float(low), float(high)],
+            "gain": gain.value,
+            "gain_ci95": [gain.low, gain.high],
             "masks_used": len(set(picked.tolist())),
         }
     return found

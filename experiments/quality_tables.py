@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from markdown_table import markdown
 
-from firstlm.report import metric_text, recomputed
 from firstlm.scoreboard import LABELS
-from firstlm.sections import Row, Section, labelled, title
+from firstlm.sections import Row, Section, labelled, metric_text, recomputed, title
 
 COMPARED = ("base", "lora", "first", "random", "unified", "majority", "length_only")
 COMPARED += ("static_importance", "early_exit", "random_fixed", "skip_decode")
@@ -23,11 +22,20 @@ LEGEND = """\
 - **95%**: an interval from a bootstrap over items and seeds.
 - **of base + LoRA**: of the best plain LoRA with all layers in the same file, on the same seeds, or
   on all that it has where it lacks one of them; nothing where there is none, or where it scores
-  under BLEU 5 or F1 20.
+  under BLEU 5 or F1 20. With a *, seeds of the two were scored in other number formats.
 - **seeds**: how many, and how many of them were scored in bfloat16 (the others in float32). A
   metric that fewer of them have says so.
 - **time per token**: the median over a few prompts, one at a time with `engine="hf"`, over that
-  with all layers; speed is measured in [speed.md](speed.md)."""
+  with all layers. All layers over themselves are {low:.2f} to {high:.2f} here: so much is noise.
+  Speed is measured in [speed.md](speed.md)."""
+
+
+def legend(rows: Iterable[Row]) -> str:
+    """Say what the columns of full tables hold."""
+    same = [row["tpot_ratio"] for row in rows if row["skip_rate"] == 0 and row["tpot_ratio"]]
+    return LEGEND.format(low=min(same), high=max(same))
+
+
 NEAR = 0.01  # between the skip rate that is asked for and the one that is measured
 
 
@@ -100,6 +108,7 @@ def full_table(section: Section, rows: Sequence[Row]) -> list[str]:
         seeds = f"{row['seeds']} ({halves} in bfloat16)" if halves else row["seeds"]
         low, high = row["ci95"]
         kept = f"{row['retention']:.1%}" if row["retention"] is not None else ""
+        kept += "*" * row["formats_differ"]
         time = f"{row['tpot_ratio']:.2f}x" if row["tpot_ratio"] is not None else ""
         lines.append(
             [

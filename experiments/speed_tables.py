@@ -12,11 +12,20 @@ Row = Mapping[str, Any]
 
 
 def _by_kind(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Return rows by engine and number format, rate 0 first."""
+    """Return rows by engine and number format, one a skip rate, in order.
+
+    Raises:
+        ValueError: one lacks a rate that others have; it would stand under another's.
+    """
     found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["skip_rate"]):
         found.setdefault((row["engine"], row["dtype"]), []).append(row)
-    return found
+    rates = [0.0, *_skipped(rows)]
+    for kind, same in found.items():
+        if [row["skip_rate"] for row in same] != rates:
+            raise ValueError(f"{kind} was not measured at each of {rates}, once")
+    first = [(row["engine"], row["dtype"]) for row in rows]
+    return {kind: found[kind] for kind in dict.fromkeys(first)}
 
 
 def _between(row: Row, name: str, digits: int = 2) -> str:

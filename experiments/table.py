@@ -23,7 +23,7 @@ from adaptivity_tables import (
 )
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from quality_tables import LEGEND, compact_table, comparison_table, full_table
+from quality_tables import compact_table, comparison_table, full_table, legend
 from speed_tables import (
     bench_table,
     bench_text,
@@ -64,9 +64,15 @@ def sections() -> dict[Section, list[Row]]:
 
 
 def by_file() -> dict[str, tuple[Section, list[Row]]]:
-    """Return sections and their rows by experiment file, of those with one test set."""
+    """Return sections and their rows by experiment file, of those with one test set.
+
+    Raises:
+        ValueError: one that README shows has several.
+    """
     found = sections()
     files = [section.file for section in found]
+    if several := [file for file in SHOWN if files.count(file) > 1]:
+        raise ValueError(f"README has a column for each file; {several} have several test sets")
     return {one.file: (one, rows) for one, rows in found.items() if files.count(one.file) == 1}
 
 
@@ -88,8 +94,8 @@ def pages() -> dict[Path, str]:
     """Return what the files with tables hold."""
     readme, adaptivity = ROOT / "README.md", ROOT / "docs" / "adaptivity.md"
     parts = ["# Results", "", "Written by `python experiments/table.py --write` from results/.", ""]
-    parts += [LEGEND, ""]
     found = sections()
+    parts += [legend(row for rows in found.values() for row in rows), ""]
     for section, rows in found.items():
         parts += [*full_table(section, rows), ""]
     return {

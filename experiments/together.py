@@ -74,14 +74,14 @@ def table(arms: Sequence[Arm], references: Sequence[Arm]) -> list[dict[str, Any]
     def compared(
         name: str, seeds: Sequence[int], minus: str | None = None, over: Any = np.mean
     ) -> Estimate:
-        same = base_seeds(seeds, plain)
+        same, paired = base_seeds(seeds, plain)
         return share(
             [arm.primary(name, seeds) for arm in arms],
             [arm.primary("run_all", same) for arm in references],
             groups,
             [arm.primary(minus, seeds) for arm in arms] if minus else None,
             over,
-            paired=same == seeds,
+            paired=paired,
         )
 
     found = []

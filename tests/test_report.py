@@ -13,7 +13,7 @@ import pytest
 from browser import PROGRAM
 
 from firstlm import cli, figures
-from firstlm.figures import draw
+from firstlm.figures import draw, swept
 from firstlm.report import page
 from firstlm.sections import Section, labelled, title
 
@@ -55,7 +55,8 @@ def row(arm: str, asked: float, **more) -> dict:
         "retention_of": "lora",
         "kv_recomputed": None,
     }
-    found |= {"tpot_ratio_spread": None, "weights": ["float32"] * 2}
+    found |= {"tpot_ratio_spread": None, "weights": ["float32"] * 2, "formats_differ": False}
+    found |= {"reference_score": 55.0, "unit": "block", "prefill": "skip", "mask_of": arm}
     found |= {"skip_rate": asked, "score": 50.0, "ci95": [40.0, 60.0], "retention": 0.9}
     found |= {"seeds": 2, "n_test": 5, "gains": [], "tpot_ratio": None, "lora": True}
     found |= {"skip_rate_p5": asked, "skip_rate_p95": asked, "distinct_masks": 1.0}
@@ -179,3 +180,14 @@ def test_a_page_that_cannot_be_made_leaves_the_older_one(tmp_path, capsys):
         assert cli.main(["report", str(tmp_path)]) == 2
         assert re.search(says, capsys.readouterr().err)
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_points_of_a_sweep_differ_in_nothing_else():
+    def point(alpha, weights="float32", **more):
+        return row("first", None, **{"alpha": alpha, "lora": False, "weights": [weights], **more})
+
+    points = [point(alpha) for alpha in (0.2, 0.0, 0.1)]
+    others = [point(0.05, "bfloat16"), point(0.3, unit="mlp"), point(0.4, l2=1.0)]
+    others += [point(0.5, lora=True), point(0.6, model="another")]
+    assert [one["alpha"] for one in swept([*others, *points], "alpha")] == [0.0, 0.1, 0.2]
+    assert swept([*others, *points[:2]], "alpha") == []

@@ -14,14 +14,14 @@ from firstlm.config import TrainConfig
 from firstlm.data import items_hash, scored_examples
 from firstlm.errors import DataError
 from firstlm.masks import length_correlation
-from firstlm.report import metric_text, recomputed
-from firstlm.sections import labelled
-from firstlm.summary import Arm, adaptivity, rows
+from firstlm.sections import gain_text, labelled, metric_text, recomputed
+from firstlm.summary import Arm, adaptivity, rows, strayed_masks
 
 
 def test_arms_with_one_policy_are_told_apart():
     def row(arm, policy="first", file="qamr", **more):
         found = {"file": file, "arm": arm, "policy": policy, "lora_of": policy}
+        found |= {"unit": "block", "prefill": "skip"}
         return {**found, "model": "m", "dataset": "qamr", "routers_of": "qamr", **more}
 
     rows = [row("first"), row("full"), row("unified", "unified")]
@@ -43,6 +43,10 @@ def test_arms_with_one_policy_are_told_apart():
         "FiRST, routers of news, no LoRA",
         "FiRST, routers of news",
     ]
+    parts = [row("mlp", unit="mlp"), row("full", prefill="full"), row("first")]
+    parts.append(row("skip_decode", "skip_decode", prefill="full"))  # as it always is
+    names = [name for name, _ in labelled(parts)]
+    assert names == ["FiRST, mlp alone", "FiRST, prompts whole", "FiRST", "skip decode"]
 
 
 def test_a_layers_correlation_with_length_is_over_seeds():
@@ -275,3 +279,56 @@ def test_the_best_plain_lora_is_what_others_are_held_against(tmp_path):
         found = {r["arm"]: r for r in rows(order) if r["primary"]}
         assert {r["retention_of"] for r in found.values()} == {"long"}
         assert found["first"]["retention"] == found["short"]["retention"] == 0.5
+
+
+def routed(made, weights, run, policy, masks):
+    """Return an arm whose seeds ran one policy with a mask for each of its four prompts."""
+    found = made()
+    for report, one in zip(found.reports.values(), weights, strict=True):
+        report["inputs"]["weights"] = one
+        whole = report["runs"].pop("run_all")
+        items = [{**item, "keep": keep} for item, keep in zip(whole["items"], masks, strict=True)]
+        changed = {"policy": policy, "asked_skip_rate": 0.5, "items": items}
+        report["runs"][run] = {**whole, **changed}
+    return found
+
+
+def test_number_formats_that_differ_are_said(tmp_path):
+    plain = arm(tmp_path, "lora", {0: 4, 1: 4}, stage="lora", skip_rate=0.0)()
+    for report, weights in zip(plain.reports.values(), ("float32", "bfloat16"), strict=True):
+        report["inputs"]["weights"] = f"torch.{weights}"
+    masks = ["10"] * 4
+    first = routed(
+        arm(tmp_path, "file-first-0", {0: 2}), ["float32"], "router@0.5", "router", masks
+    )
+    other = arm(tmp_path, "file-majority-1", {0: 1}, policy="majority", majority_of="file-first-0")
+    other = routed(other, ["bfloat16"], "majority@0.5", "majority", masks)
+    plain.name, first.name, other.name = "lora", "first", "majority"
+    (row,) = (
+        one for one in rows([plain, first, other]) if one["arm"] == "first" and one["primary"]
+    )
+    assert not row["formats_differ"]  # seed 0 of both is in float32
+    assert row["reference_score"] == 100
+    (gain,) = row["gains"]
+    assert gain["formats_differ"]
+    assert gain_text(gain).endswith("number formats differ")
+    first.reports[0]["inputs"]["weights"] = "bfloat16"
+    (row,) = (
+        one for one in rows([plain, first, other]) if one["arm"] == "first" and one["primary"]
+    )
+    assert row["formats_differ"]
+    assert not row["gains"][0]["formats_differ"]
+
+
+def test_a_majority_mask_that_its_routers_have_no_more_is_named(tmp_path):
+    masks = ["10", "10", "01", "10"]
+    first = routed(
+        arm(tmp_path, "file-first-0", {0: 2}), ["float32"], "majority@0.5", "majority", masks
+    )
+    other = arm(tmp_path, "file-majority-0", {0: 1}, policy="majority", majority_of="file-first-0")
+    other = routed(other, ["float32"], "majority@0.5", "majority", ["01", "10", "10", "10"])
+    first.name, other.name = "first", "majority"
+    assert strayed_masks([first, other]) == []  # the same two, dealt out otherwise
+    for item in other.reports[0]["runs"]["majority@0.5"]["items"]:
+        item["keep"] = "01"
+    assert strayed_masks([first, other]) == ["majority@0.5 of file-majority-0"]

@@ -158,6 +158,7 @@ def balance(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             items=False,
+            perplexity=False,
             journal=journal(number, name, depends) if journal else None,
         )
 

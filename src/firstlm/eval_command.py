@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,7 +30,7 @@ from firstlm.options import to_dict
 from firstlm.pretrained import resolve_encoder
 from firstlm.results import check_file, portable, provenance, sha256_of, to_json, write_json
 from firstlm.rows import check_sources
-from firstlm.scoreboard import summary, table
+from firstlm.scoreboard import read, summary, table
 from firstlm.tasks import Task, find_task
 
 # Options that change no number of a run that is done, or that are compared by content instead.
@@ -181,16 +180,11 @@ def _start(
         "runs": {},
         "of_run_all": {},
     }
-    if options.output is None or not Path(options.output).exists():
+    old = read(Path(options.output)) if options.output else None
+    if old is None:
         return report
-    try:
-        old = json.loads(Path(options.output).read_text(encoding="utf-8"))
-        before = {**old["options"], **old["inputs"]}
-        report["runs"], report["of_run_all"] = old["runs"], old.get("of_run_all", {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{options.output} holds no results of `firstlm eval`; name another --output."
-        ) from error
+    before = {**old["options"], **old["inputs"]}
+    report["runs"], report["of_run_all"] = old["runs"], old.get("of_run_all", {})
     now = {**compared, **inputs}
     other = [k for k in now if k not in PATHS and now[k] != before.get(k)]
     if other:

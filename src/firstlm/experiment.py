@@ -30,7 +30,7 @@ from firstlm.matrix import files_of, jobs_of
 from firstlm.results import check_file, write_json
 from firstlm.scoreboard import SUMMARY
 from firstlm.sections import read_rows
-from firstlm.summary import Arm, rows
+from firstlm.summary import Arm, rows, strayed_masks
 
 OK, FAILED = 0, 1  # exit codes
 SHOWN = 8  # jobs that are named where many lack something
@@ -266,6 +266,8 @@ def _summary(jobs: list[Job], file: Path, everything: bool) -> int:
         if len(formats) > 1:
             both = " and ".join(formats)
             print(f"Note: seeds of {arm.file}-{arm.name} were scored in different formats: {both}.")
+    for run in (run for group in groups for run in strayed_masks(group)):
+        print(f"Note: {run} skips other layers than most prompts of its routers do now.")
     found = [row for group in groups for row in rows(group)]
     ours = {job.file for job in jobs}
     there = [] if everything or not file.is_file() else read_rows(file)

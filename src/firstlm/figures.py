@@ -35,6 +35,7 @@ CROWD = 4  # policies with one point each, from which on they stand beside the c
 WIDE = 28  # letters of a label, from which on two columns of them are enough
 LENGTH_GROUPS = 4  # of prompts, from short to long
 SWEPT = {"alpha": "alpha, weight of the non-skip penalty", "l2": "lambda, weight of the L2 penalty"}
+ALIKE = ("model", "unit", "prefill", "weights")  # in all points of a sweep
 
 
 class Picture(NamedTuple):
@@ -138,10 +139,12 @@ def swept(rows: Sequence[Row], name: str) -> list[Row]:
     A sweep has three values or more, of routers without LoRA at thresholds of 0.5.
     """
     (other,) = SWEPT.keys() - {name}
-    found: dict[float, dict[float, Row]] = {}
+    found: dict[tuple[str, ...], dict[float, Row]] = {}
     for row in rows:
-        if row["primary"] and row["skip_rate_asked"] is None and row["alpha"] is not None:
-            found.setdefault(row[other], {}).setdefault(row[name], row)
+        fixed = row["skip_rate_asked"] is None and row["alpha"] is not None and not row["lora"]
+        if row["primary"] and fixed:
+            alike = tuple(str(row[key]) for key in (other, *ALIKE))
+            found.setdefault(alike, {}).setdefault(row[name], row)
     longest = max(found.values(), key=len, default={})
     return [longest[value] for value in sorted(longest)] if len(longest) > 2 else []
 

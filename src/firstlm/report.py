@@ -18,7 +18,18 @@ from firstlm.errors import ConfigError, DataError
 from firstlm.figures import Picture, draw
 from firstlm.results import write_bytes, write_text
 from firstlm.scoreboard import SUMMARY, checked
-from firstlm.sections import Row, Section, groups, labelled, metric_name, read_rows, title
+from firstlm.sections import (
+    Row,
+    Section,
+    gain_text,
+    groups,
+    labelled,
+    metric_name,
+    metric_text,
+    read_rows,
+    recomputed,
+    title,
+)
 
 # arXiv 2410.12513, Llama-3-8B, about 15% of 32 layers skipped: score over that of base + LoRA.
 PAPER = (
@@ -27,7 +38,6 @@ PAPER = (
     ("summarisation (CNN/DailyMail)", "ROUGE-L", 16.99, 20.13),
 )
 PAPER_METRICS = ("bleu1", "rouge1")
-NOTABLE = 0.005  # difference of two policies' measured skip rates that a table mentions
 TITLE = "firstlm: what was measured"
 INTRODUCTION = (
     "FiRST (arXiv 2410.12513) puts a small router before each layer of a language model: it reads "
@@ -232,21 +242,6 @@ def _scores(rows: Sequence[Row]) -> str:
     return _table(head, lines)
 
 
-def recomputed(rows: Sequence[Row]) -> str:
-    """Say what routing token by token would have to compute again; empty where none was scored."""
-    shares = [
-        f"{row['kv_recomputed']:.0%} at {row['skip_rate']:.0%} skipped"
-        for row in rows
-        if row["primary"] and row.get("kv_recomputed") is not None
-    ]
-    if not shares:
-        return ""
-    return (
-        "Token by token, later tokens look at keys and values of layers that a token skips: "
-        f"{', '.join(shares)}. So much of what is skipped is computed anyway."
-    )
-
-
 def _adaptivity(rows: Sequence[Row]) -> str:
     lines = []
     for shown, row in labelled(rows):
@@ -267,30 +262,6 @@ def _adaptivity(rows: Sequence[Row]) -> str:
         return ""
     head = ["asked", "distinct masks", "entropy, bits", "correlation with length", "of one layer"]
     return _table(head, lines, "How much FiRST's masks differ by prompt")
-
-
-def gain_text(gain: Row) -> str:
-    """Write one of a row's gains, and what else differs between the two that are compared."""
-    text = f"{gain['value']:+.1f} ({gain['low']:+.1f} to {gain['high']:+.1f}), {seeds_text(gain)}"
-    if abs(gain["skip_rate_above"]) >= NOTABLE:
-        text += f", {100 * gain['skip_rate_above']:+.1f} points skipped"
-    # Of several tasks at once there is no such share.
-    if gain.get("same_masks", 0) >= NOTABLE:
-        text += f", same masks for {gain['same_masks']:.0%}"
-    return text
-
-
-def metric_text(row: Row | None, primary: Row) -> str:
-    """Write a metric beside the primary one of the same run; it may be of fewer seeds."""
-    if row is None:
-        return ""
-    fewer = "" if row["seeds"] == primary["seeds"] else f" ({seeds_text(row)})"
-    return f"{row['score']:.1f}{fewer}"
-
-
-def seeds_text(row: Row) -> str:
-    """Write how many seeds a row, or one of its gains, is of."""
-    return "1 seed" if row["seeds"] == 1 else f"{row['seeds']} seeds"
 
 
 def _gains(rows: Sequence[Row]) -> str:
@@ -325,17 +296,11 @@ def _paper(rows: Sequence[Row]) -> str:
             near = row["policy"] == "first" and row["lora"] and row["skip_rate_asked"] == 0.15
             if not (near and (row["primary"] or row["metric"] in PAPER_METRICS)):
                 continue
-            plain = [
-                other["score"]
-                for other in found
-                if (other["arm"], other["policy"], other["lora"], other["metric"])
-                == (row["retention_of"], "base", True, row["metric"])
-            ]
             lines.append(
                 [
                     f"{title(section, found)}, {row['arm']}",
                     metric_name(row["metric"]),
-                    f"{plain[0]:.1f}" if plain else "-",
+                    "-" if row["retention"] is None else f"{row['reference_score']:.1f}",
                     f"{row['score']:.1f}",
                     "-" if row["retention"] is None else f"{row['retention']:.0%}",
                 ]

@@ -18,12 +18,16 @@ KEYS = {  # of a row
     *("lora_of", "skip_rate", "skip_rate_p5", "skip_rate_p95", "skip_rate_asked", "alpha", "l2"),
     *("distinct_masks", "mask_entropy", "length_correlation", "layer_length_correlation", "gains"),
     *("metric", "primary", "score", "ci95", "retention", "retention_ci95", "retention_of"),
+    *("reference_score", "formats_differ", "unit", "prefill", "mask_of"),
     *("weights", "seeds", "n_test", "tpot_ratio", "tpot_ratio_spread", "kv_recomputed"),
 }
 GAIN_KEYS = {  # of one of its gains
     *("file", "arm", "dataset", "model", "routers_of", "policy", "lora_of"),
     *("value", "low", "high", "seeds", "skip_rate_above", "same_masks", "mask_of"),
+    *("formats_differ", "unit", "prefill"),
 }
+NOTABLE = 0.005  # difference of two policies' measured skip rates that a table mentions
+WHOLE = ("skip_decode", "token_level")  # policies that run prompts whole, however they were made
 
 
 class Section(NamedTuple):
@@ -105,13 +109,21 @@ def from_elsewhere(row: Row) -> bool:
 
 
 def label(row: Row) -> str:
-    """Name a policy, the LoRA it ran with, and what routers learnt from where that is not usual."""
+    """Name a policy and the LoRA it ran with, and what is not as usual.
+
+    That is what its routers learnt from, which part of layers is skipped, and whether by answers
+    alone.
+    """
     policy, lora_of = row["policy"], row["lora_of"]
     if policy == "base":
         return "base + LoRA, all layers" if lora_of else "base model"
     shown = named(policy)
     if from_elsewhere(row):
         shown += f", routers of {row['routers_of']}"
+    if row["unit"] != "block":
+        shown += f", {row['unit']} alone"
+    if row["prefill"] == "full" and policy not in WHOLE:
+        shown += ", prompts whole"
     if lora_of is None:
         return f"{shown}, no LoRA"
     return shown if lora_of == policy else f"{shown}, LoRA of {named(lora_of)}"
@@ -130,3 +142,44 @@ def labelled(rows: Sequence[Row]) -> list[tuple[str, Row]]:
         (f"{name} ({arm})" if len(arms[name]) > 1 else name, row)
         for name, arm, row in zip(names, ids, rows, strict=True)
     ]
+
+
+def recomputed(rows: Sequence[Row]) -> str:
+    """Say what routing token by token would have to compute again; empty where none was scored."""
+    shares = [
+        f"{row['kv_recomputed']:.0%} at {row['skip_rate']:.0%} skipped"
+        for row in rows
+        if row["primary"] and row.get("kv_recomputed") is not None
+    ]
+    if not shares:
+        return ""
+    return (
+        "Token by token, later tokens look at keys and values of layers that a token skips: "
+        f"{', '.join(shares)}. So much of what is skipped is computed anyway."
+    )
+
+
+def gain_text(gain: Row) -> str:
+    """Write one of a row's gains, and what else differs between the two that are compared."""
+    text = f"{gain['value']:+.1f} ({gain['low']:+.1f} to {gain['high']:+.1f}), {seeds_text(gain)}"
+    if abs(gain["skip_rate_above"]) >= NOTABLE:
+        text += f", {100 * gain['skip_rate_above']:+.1f} points skipped"
+    # Of several tasks at once these are not known.
+    if gain.get("same_masks", 0) >= NOTABLE:
+        text += f", same masks for {gain['same_masks']:.0%}"
+    if gain.get("formats_differ"):
+        text += ", number formats differ"
+    return text
+
+
+def metric_text(row: Row | None, primary: Row) -> str:
+    """Write a metric beside the primary one of the same run; it may be of fewer seeds."""
+    if row is None:
+        return ""
+    fewer = "" if row["seeds"] == primary["seeds"] else f" ({seeds_text(row)})"
+    return f"{row['score']:.1f}{fewer}"
+
+
+def seeds_text(row: Row) -> str:
+    """Write how many seeds a row, or one of its gains, is of."""
+    return "1 seed" if row["seeds"] == 1 else f"{row['seeds']} seeds"

@@ -7,7 +7,7 @@ tokenizer for chats alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,11 +192,11 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                 scores = list(by_seed.values())
                 score = over_seeds(scores, groups=arm.groups)
                 known = bases.get(metric, {})
-                base = [known[seed] for seed in base_seeds(list(by_seed), list(known))]
+                same, paired = base_seeds(list(by_seed), list(known))
+                base = [known[seed] for seed in same]
                 kept = None
                 if base:  # a perplexity is the better the lower it is
                     pair = (base, scores) if metric == "perplexity" else (scores, base)
-                    paired = set(by_seed) <= set(known)
                     kept = over_seeds(*pair, groups=arm.groups, paired=paired)
                 found.append(
                     {
@@ -211,6 +211,7 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "unit": arm.train.unit,
                         "prefill": runs[0]["prefill"],
                         "weights": arm.weights(list(by_seed)),
+                        "mask_of": arm.mask_of,
                         "skip_rate": _mean([run["skip_rate"]["mean"] for run in runs]),
                         "skip_rate_p5": _mean([run["skip_rate"]["p5"] for run in runs]),
                         "skip_rate_p95": _mean([run["skip_rate"]["p95"] for run in runs]),
@@ -228,6 +229,10 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "retention": kept.value if kept else None,
                         "retention_ci95": [kept.low, kept.high] if kept else None,
                         "retention_of": reference.name if kept and reference else None,
+                        "reference_score": _mean([s.value for s in base]) if kept else None,
+                        "formats_differ": bool(
+                            kept and reference and formats_differ(arm, by_seed, reference, same)
+                        ),
                         "seeds": len(scores),
                         "n_test": score.count,
                         "n_groups": int(arm.groups.max()) + 1,
@@ -238,9 +243,42 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     return found
 
 
-def base_seeds(seeds: Sequence[int], known: Sequence[int]) -> Sequence[int]:
-    """Return with which seeds of a base to compare: the same; where it lacks one of them, all."""
-    return seeds if set(seeds) <= set(known) else known
+def strayed_masks(arms: Sequence[Arm]) -> list[str]:
+    """Return the runs of a majority mask that is not that of the routers it is named after.
+
+    Those may have been trained anew since.
+
+    Args:
+        arms: of one file.
+    """
+    by_name, found = {arm.name: arm for arm in arms}, []
+    for arm in arms:
+        routers = by_name.get(arm.mask_of)
+        if arm.train.policy != "majority" or routers is None:
+            continue
+        for name in arm.names:
+            theirs = routers.runs(name)
+            found += [
+                f"{name} of {arm.file}-{arm.name}-{seed}"
+                for seed in arm.runs(name)
+                if seed in theirs and {*arm.keeps(name, seed)} != {*routers.keeps(name, seed)}
+            ]
+    return found
+
+
+def base_seeds(seeds: Sequence[int], known: Sequence[int]) -> tuple[Sequence[int], bool]:
+    """Return with which seeds of a base to compare, and whether they are the same.
+
+    Where it lacks one of them all of its own count.
+    """
+    paired = set(seeds) <= set(known)
+    return (seeds if paired else known), paired
+
+
+def formats_differ(arm: Arm, seeds: Iterable[int], other: Arm, others: Iterable[int]) -> bool:
+    """Tell whether two arms were scored in other number formats, over some seeds of each."""
+    ours, theirs = arm.weights(list(seeds)), other.weights(list(others))
+    return ours != theirs if len(ours) == len(theirs) else set(ours) != set(theirs)
 
 
 def _reference(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
@@ -277,8 +315,9 @@ def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
         its 95% interval (low, high), paired over items and seeds, of which there are `seeds` that
         both have; by how much more of the layers FiRST skipped (skip_rate_above), since thresholds
         that were measured on other prompts than these may miss the rate; the share of prompts that
-        skip the same layers in both (same_masks); and of one mask for all prompts, the arm whose
-        routers it is made of (mask_of).
+        skip the same layers in both (same_masks); whether a seed of one was scored in another
+        number format than that of the other (formats_differ); the other's unit and prefill; and of
+        one mask for all prompts, the arm whose routers it is made of (mask_of).
     """
     routed, _, rate = name.partition("@")
     if routed != "router" or not rate or arm.train.reads != "states":
@@ -309,6 +348,7 @@ def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
                 difference = {"value": gain.value, "low": gain.low, "high": gain.high}
                 above = arm.skip_rate(name, seeds) - other.skip_rate(run, seeds)
                 more = {"skip_rate_above": above, "same_masks": same_masks, "seeds": len(seeds)}
+                more["formats_differ"] = formats_differ(arm, seeds, other, seeds)
                 found.append(
                     {
                         "file": other.file,
@@ -316,6 +356,8 @@ def _gains(arm: Arm, name: str, arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "dataset": other.dataset,
                         "model": other.model,
                         "routers_of": "+".join(other.routers_of),
+                        "unit": other.train.unit,
+                        "prefill": other.runs(run)[seeds[0]]["prefill"],
                         **shown,
                         **difference,
                         **more,
