@@ -79,7 +79,8 @@ dt { font-weight: 600; } dd { margin: 0 0 .4rem 1.2rem; }
 details { margin: 1rem 0; } summary { cursor: pointer; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-td:not(:first-child) { white-space: nowrap; }
+td:first-child { min-width: 9rem; } td:not(:first-child) { white-space: nowrap; }
+td .small { white-space: normal; }
 th { border-bottom: 2px solid #9ca3af; } caption { text-align: left; color: #4b5563; }
 img { max-width: 100%; height: auto; } figure { margin: 1.5rem 0; }
 figcaption, .small { color: #4b5563; font-size: .9rem; }
@@ -274,14 +275,21 @@ def _gains(rows: Sequence[Row]) -> str:
         found: dict[str, dict[float, str]] = {}
         gains = [{**gain, "at": row["skip_rate_asked"]} for row in mine for gain in row["gains"]]
         for shown, gain in labelled(gains):
-            found.setdefault(shown, {})[gain["at"]] = gain_text(gain)
+            # Figures above, what else differs below: in one line three rates are wider than a page.
+            figures, _, notes = html.escape(gain_text(gain)).partition("), ")
+            cell = f'{figures})<br><span class="small">{notes}</span>'
+            found.setdefault(shown, {})[gain["at"]] = cell
         rates = [row["skip_rate_asked"] for row in mine]
-        lines = [[name, *(by_rate.get(r, "-") for r in rates)] for name, by_rate in found.items()]
+        lines = [
+            [html.escape(name), *(by_rate.get(rate, "-") for rate in rates)]
+            for name, by_rate in found.items()
+        ]
         metric = metric_name(mine[0]["metric"])
         caption = (
             f"{metric} of {arm} above that of others asked for the same rate, with 95% intervals"
         )
-        tables.append(_table(["above", *(f"{rate:.0%} asked" for rate in rates)], lines, caption))
+        head = ["above", *(f"{rate:.0%} asked" for rate in rates)]
+        tables.append(_marked_up(head, lines, caption))
     return "".join(tables)
 
 
