@@ -13,7 +13,6 @@ ranking takes minutes; an interrupted call goes on after the last one.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,20 @@ from tqdm.auto import tqdm
 
 from firstlm import FirstModel
 from firstlm.data import Encoded, draw, encode, scored_examples
+from firstlm.errors import FirstError
 from firstlm.examples import Example, load_examples
 from firstlm.importance import removal_order
 from firstlm.journal import Journal
 from firstlm.losses import item_losses
+from firstlm.matrix import data_files
 from firstlm.metrics import Groups, grouped, means, over_seeds
 from firstlm.policies import Policy, RunAll
 from firstlm.pretrained import load_base
 from firstlm.results import DATA_VARIABLE, provenance, sha256_of, write_json
+from firstlm.rows import check_sources
 
 SPARE = 20  # times as many rows are looked at as are wanted, for ones that are short enough
+SPLITS = ("train", "test")
 RANKED = 64  # rows at most that layers are ranked on
 
 
@@ -127,7 +130,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--data", nargs="+", required=True, help=f"sets below ${DATA_VARIABLE}")
+    parser.add_argument(
+        "--data", nargs="+", required=True, help=f"folders, or sets below ${DATA_VARIABLE}"
+    )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--skip-rate", type=float, default=0.25)
     parser.add_argument("--tokens", type=int, default=1200, help="of rows to rank layers on")
@@ -140,17 +145,16 @@ def main() -> None:
     base, tokenizer = load_base(options.model)
     model = FirstModel.from_base(base, tokenizer=tokenizer)
     model.eval()
-    files = {
-        name: {
-            split: Path(os.environ[DATA_VARIABLE], name, f"{split}.jsonl.gz")
-            for split in ("train", "test")
-        }
-        for name in options.data
-    }
+    try:
+        files = {name: data_files(name, "--data") for name in options.data}
+        check_sources(*(by_split[split] for by_split in files.values() for split in SPLITS))
+    except FirstError as error:
+        parser.error(str(error))
     hashes = {
         f"{name} {split}": sha256_of(file)
         for name, by_split in files.items()
-        for split, file in by_split.items()
+        for split in SPLITS
+        if (file := by_split[split])
     }
     kept = ("model", "skip_rate", "tokens", "longest", "seed")
     journal = Journal(
@@ -160,13 +164,13 @@ def main() -> None:
     for name, by_split in files.items():
         ranked = hashes[f"{name} train"]  # so that the same call with other sets goes on, too
         if (order := journal.get(ranked)) is None:
-            drawn = draw(load_examples(str(by_split["train"])), SPARE * RANKED, options.seed)
+            drawn = draw(load_examples(by_split["train"]), SPARE * RANKED, options.seed)
             rows, _ = rows_of(model, drawn, options.longest, RANKED, options.tokens)
             print(f"{name}: ranking layers on {len(rows)} rows", flush=True)
             order = removal_order(model, rows, options.skip_rate + 0.05, options.batch_size)
             journal.put(ranked, order)
         orders[name] = order
-        drawn = scored_examples(str(by_split["test"]), limit=SPARE * options.limit)
+        drawn = scored_examples(by_split["test"], limit=SPARE * options.limit)
         tests[name] = rows_of(model, drawn, options.longest, options.limit)
     result = {
         "model": options.model,

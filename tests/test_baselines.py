@@ -202,6 +202,10 @@ def test_lora_learns_under_a_policy_and_the_artifact_keeps_it(
     assert (model.baseline.name, model.baseline.seed, model.baseline.rate) == (name, 3, 0.34)
     assert not (Path(output + "-run") / "checkpoints" / "routers").exists()
     if name == "majority":
+        wrong = config(tmp_path, **shared, output="wrong", policy=name, majority_of=output)
+        with pytest.raises(ConfigError, match=f"majority_of={output} has no routers of its own"):
+            run(wrong)
+        assert not Path("wrong").exists()
         table = FirstModel.from_pretrained(more["majority_of"]).thresholds
         assert model.baseline.orders == ((0.34, tuple(table.majority(0.34, "skip"))),)
     ids = torch.randint(4, 90, (40, 6), generator=torch.Generator().manual_seed(0))

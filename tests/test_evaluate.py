@@ -278,7 +278,8 @@ def test_an_interrupted_policy_goes_on_at_its_next_batch(words, monkeypatch):
     assert cli.main([*words, "0.25"]) == 130
     journal = Path(words[words.index("--output") + 1] + ".partial")
     assert len(journal.read_text().splitlines()) == 1 + 2
-    journal.write_text(journal.read_text() + '{"name": "router@0.25 2", "do')  # cut off
+    damaged = '{"name": "router@0.25 2", "done": {"answers": []}}\n'  # no batch at all
+    journal.write_text(journal.read_text() + damaged + '{"name": "router@0.25 3", "do')  # cut off
     monkeypatch.setattr(evaluate, "_answer", lambda *a: answered.append(a[-1]) or real(*a))
     assert cli.main([*words, "0.25"]) == 0
     assert len(answered) == 12

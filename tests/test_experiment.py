@@ -863,3 +863,29 @@ def test_a_summary_of_one_file_keeps_the_rows_of_others(words, capsys):
 def test_a_folder_without_files_is_refused(tmp_path, capsys):
     assert cli.main(["experiment", "run", str(tmp_path)]) == 2
     assert "no experiment file" in capsys.readouterr().err
+
+
+def test_a_test_set_that_changed_is_noticed_before_it_is_summed_up(words, capsys, tmp_path):
+    assert cli.main(words) == 0
+    before, test = results(words), tmp_path / "set" / "test.jsonl"
+    rows = test.read_text()
+    test.write_text(rows.replace('": "', '":  "'))  # another file, with the same items
+    assert cli.main(words) == 0
+    test.write_text(rows.replace("say", "tell"))
+    capsys.readouterr()
+    assert cli.main([words[0], "list", *words[2:]]) == 0
+    assert capsys.readouterr().out.count("made with other options: data") == len(JOBS)
+    assert cli.main(words) == 1
+    said = capsys.readouterr().out
+    assert "These failed:" in said  # not: the same command tries them again
+    assert said.count("than its file has now (data)") == len(JOBS)
+    assert cli.main([words[0], "summary", *words[2:]]) == 2
+    assert capsys.readouterr().err.count("(data)") == len(JOBS)
+    assert results(words) == before
+
+
+def test_a_seed_that_stands_twice_is_refused(words):
+    file = Path(words[2]) / "tiny.yaml"
+    file.write_text(file.read_text().replace("seeds: [0, 1]", "seeds: [0, 0]"))
+    with pytest.raises(ConfigError, match="each once"):
+        jobs_of(file, "runs", "results")

@@ -14,8 +14,9 @@ from firstlm.config import TrainConfig
 from firstlm.data import items_hash, scored_examples
 from firstlm.errors import DataError
 from firstlm.masks import length_correlation
+from firstlm.metrics import Estimate
 from firstlm.sections import gain_text, labelled, metric_text, recomputed
-from firstlm.summary import Arm, adaptivity, rows, strayed_masks
+from firstlm.summary import Arm, _within, adaptivity, rows, strayed_masks
 
 
 def test_arms_with_one_policy_are_told_apart():
@@ -332,3 +333,10 @@ def test_a_majority_mask_that_its_routers_have_no_more_is_named(tmp_path):
     for item in other.reports[0]["runs"]["majority@0.5"]["items"]:
         item["keep"] = "01"
     assert strayed_masks([first, other]) == ["majority@0.5 of file-majority-0"]
+
+
+def test_an_interval_ends_where_its_metric_does():
+    wide = Estimate(90.0, -10.0, 120.0, 4)
+    assert _within("f1", wide) == [0.0, 100.0]
+    assert _within("perplexity", wide) == [0.0, 120.0]
+    assert _within("f1", Estimate(50.0, 40.0, 60.0, 4)) == [40.0, 60.0]

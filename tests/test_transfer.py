@@ -117,3 +117,11 @@ def test_only_what_is_clear_of_0_stands_out(monkeypatch):
         "| ranked on all others | -0.20 | -0.20 |",
         "| equal distances | **-1.00** | **-1.00** |",
     ]
+
+
+def test_a_set_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FIRSTLM_DATA", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["transfer", "--data", "qa/none", "--output", "x"])
+    with pytest.raises(SystemExit):
+        SCRIPT["main"]()
+    assert "none/train.jsonl.gz" in capsys.readouterr().err

@@ -207,7 +207,7 @@ def _answer_all(
         for first in range(0, len(order), batch_size):
             picked = order[first : first + batch_size]
             done = journal.get(f"{name} {first}")
-            if done is None:
+            if not _whole(done, len(picked)):
                 done = answer([prompts[i] for i in picked])
                 journal.put(f"{name} {first}", done)
             for row, i in enumerate(picked):
@@ -224,6 +224,18 @@ def _answer_all(
     if recomputed:
         totals["kv_recomputed"] = float(np.mean(recomputed))
     return answers, keep, rates, totals
+
+
+# What `_answer` says of a batch.
+BATCH_KEYS = {"answers", "keep", "skip_rates", "kv_recomputed", "rho", "layer_calls"}
+BATCH_KEYS |= {"decode_steps", "seconds"}
+
+
+def _whole(done: Any, count: int) -> bool:
+    """Tell whether what a journal holds is what was said about so many prompts."""
+    if not isinstance(done, dict) or not done.keys() >= BATCH_KEYS:
+        return False
+    return all(len(done[key]) == count for key in ("answers", "keep", "skip_rates"))
 
 
 def _histogram(rho: np.ndarray) -> list[list[int]]:

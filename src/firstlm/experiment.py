@@ -77,10 +77,13 @@ def run(options: ExperimentConfig) -> int:
         print(f"The time is up; {left} of {len(jobs)} are left. The same command goes on.")
     finally:
         if failed:
-            print(
-                "These failed, and the same command tries them again (what was begun goes on; "
-                f"remove {options.runs}/NAME-run to begin anew):\n{_listed(failed)}"
+            again = (
+                ", and the same command tries them again (what was begun goes on; remove "
+                f"{options.runs}/NAME-run to begin anew)"
             )
+            # What was made otherwise is refused until what is there has gone.
+            again = again if failed.keys() - failures.refused else ""
+            print(f"These failed{again}:\n{_listed(failed)}")
     return FAILED if failed else OK
 
 
@@ -123,10 +126,12 @@ class _Failures:
     Attributes:
         reasons: why, by job.
         unmade: names of those that have no artifact now.
+        refused: names of those that the same command cannot make.
     """
 
     reasons: dict[str, str] = field(default_factory=dict)
     unmade: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
 
     def add(self, job: Job, why: str) -> None:
         """Note and say why a job failed."""
@@ -150,6 +155,7 @@ def _work_through(
     for job in jobs:
         if why := _obstacle(job, goes_on=True):
             failures.add(job, why)
+            failures.refused.add(job.name)
     open_ = [job for job in jobs if job.name not in failures.reasons and not job.scored]
     for job in open_:
         check_file(job.score.output)

@@ -11,7 +11,10 @@ from typing import Any
 from firstlm import artifact_files, balance, eval_command, train
 from firstlm.command_config import BalanceConfig, EvalConfig
 from firstlm.config import TrainConfig
+from firstlm.data import items_hash, scored_examples
+from firstlm.examples import needs_tokenizer
 from firstlm.pretrained import ARTIFACT_FILE
+from firstlm.results import sha256_of
 from firstlm.rows import exists
 from firstlm.scoreboard import read
 
@@ -98,10 +101,25 @@ class Job:
             and Path(report["inputs"]["data"]).parent.name != Path(self.score.data).parent.name
         ):
             differing.append("data")
+        if report and not differing and self._other_items(report["inputs"]):
+            differing.append("data")
         for names, dtype in ((found, self.train.dtype), (differing, self.score.dtype)):
             if dtype == "auto" and stays and "dtype" in names:
                 names.remove("dtype")
         return list(dict.fromkeys(found + differing))
+
+    def _other_items(self, inputs: Mapping[str, Any]) -> bool:
+        """Tell whether the test set, a file that is there, has other items now than were scored.
+
+        Of chats, for which a tokenizer is needed, a summary knows.
+        """
+        source, known = self.score.data, inputs.get("items_sha256")
+        if known is None or not Path(source).is_file():
+            return False
+        if inputs["data_sha256"] == sha256_of(source) or needs_tokenizer(source):
+            return False
+        now = scored_examples(source, self.score.template, limit=self.score.limit)
+        return items_hash(now) != known
 
     def _training_differs(self, record: Mapping[str, Any]) -> list[str]:
         """Return the options of training or balancing that differ from those in a record of it."""

@@ -76,7 +76,7 @@ def jobs_of(file: Path, runs: str, results: str) -> list[Job]:
             }
             _refuse(asked, ("artifact", "output"), where)
             scoring = {
-                "data": _data(said["test"], where)["test"],
+                "data": data_files(said["test"], where)["test"],
                 **asked,
                 "artifact": (balancing or training).output,
                 "output": f"{results}/{file.stem}-{arm}-{seed}.json",
@@ -230,8 +230,12 @@ def _arm(said: Any, content: Mapping[str, Any], where: str) -> Mapping[str, Any]
     usual = {"seeds": [0], "data": sets, "test": sets, "train": {}, "balance": None, "eval": {}}
     found = _known(usual | (said or {}), ARM_KEYS, where)
     seeds = found["seeds"]
-    if not (seeds and isinstance(seeds, list) and all(type(s) is int for s in seeds)):
-        raise ConfigError(f"{where}: seeds is {seeds!r}; expected a list such as [0, 1, 2].")
+    if not (seeds and isinstance(seeds, list) and all(type(s) is int for s in seeds)) or (
+        len({*seeds}) < len(seeds)
+    ):
+        raise ConfigError(
+            f"{where}: seeds is {seeds!r}; expected a list such as [0, 1, 2], each once."
+        )
     return found
 
 
@@ -277,7 +281,7 @@ def _making(
     if said["balance"] is not None:
         raise ConfigError(f'{where} balances, but has no train: "arm:NAME" to balance.')
     sets = said["data"] if isinstance(said["data"], list) else [said["data"]]
-    data = [_data(name, where) for name in sets]
+    data = [data_files(name, where) for name in sets]
     asked = {
         **_known(content["train"], None, f"{file}: train"),
         **_known(said["train"], None, f"{where}: train"),
@@ -296,7 +300,7 @@ def _making(
     return config, None, tuple(name for name in needs.values() if name)
 
 
-def _data(name: Any, where: str) -> dict[str, str]:
+def data_files(name: Any, where: str) -> dict[str, str]:
     """Return the files of a data set by split: a folder, or one below the data variable's."""
     if not isinstance(name, str):
         raise ConfigError(

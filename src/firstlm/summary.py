@@ -24,13 +24,14 @@ from firstlm.masks import (
     layer_length_correlations,
     length_correlation,
 )
-from firstlm.metrics import Scores, grouped, means, over_seeds, perplexity
+from firstlm.metrics import Estimate, Scores, grouped, means, over_seeds, perplexity
 from firstlm.pretrained import SMOLLM2, load_tokenizer
 from firstlm.sections import arm_of
 from firstlm.tasks import Task, find_task
 
 # Below this the reference itself has hardly learnt the task: a share of it would mean nothing.
 LOWEST = {"bleu": 5.0, "f1": 20.0}
+UNBOUNDED = ("perplexity",)  # the others are percentages
 
 
 class Arm:
@@ -224,7 +225,7 @@ def rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         "metric": metric,
                         "primary": metric == arm.task.primary,
                         "score": score.value,
-                        "ci95": [score.low, score.high],
+                        "ci95": _within(metric, score),
                         "by_seed": [one.value for one in scores],
                         "retention": kept.value if kept else None,
                         "retention_ci95": [kept.low, kept.high] if kept else None,
@@ -431,6 +432,12 @@ def _spread(runs: Sequence[Mapping[str, Any]]) -> list[float] | None:
     """Return the 5th and 95th percentile over prompts of `_tpot_ratio`."""
     low, high = (_tpot_ratio(runs, name) for name in ("p5", "p95"))
     return None if low is None or high is None else [low, high]
+
+
+def _within(metric: str, score: Estimate) -> list[float]:
+    """Return an interval, no further than a metric reaches: of few items it may be."""
+    low, high = max(score.low, 0.0), score.high
+    return [low, high if metric in UNBOUNDED else min(high, 100.0)]
 
 
 def _mean_over_seeds(correlations: Sequence[float | None]) -> float | None:

@@ -49,6 +49,7 @@ from firstlm.pretrained import (
     resolve_device,
 )
 from firstlm.results import atomic_dir, provenance, sha256_of, write_json, write_text
+from firstlm.thresholds import Thresholds
 from firstlm.trainer import WEIGHTS_FILE, mixed_precision, read_weights, take_weights
 
 VALIDATION_SHARE = 0.1
@@ -267,7 +268,14 @@ def _baseline(model: FirstModel, train: list[Encoded], config: TrainConfig) -> B
     elif config.policy == "skip_decode":
         answers = tuple(np.bincount([len(row.answer_ids) - 1 for row in train]).tolist())
     elif config.majority_of is not None:
-        known = artifact_files.read_thresholds(config.majority_of)
+        folder = artifact_files.find(config.majority_of)
+        _, table, other = artifact_files.parse(artifact_files.read_config(folder), folder)
+        if other is not None or not table:
+            raise ConfigError(
+                f"majority_of={config.majority_of} has no routers of its own, whose masks could be "
+                "counted; expected an artifact that was trained with --policy router."
+            )
+        known = Thresholds(table)
         rates = sorted({config.skip_rate, *(config.skip_rates or ())})
         orders = tuple((rate, tuple(known.majority(rate, config.prefill))) for rate in rates)
     name, rate = config.policy, config.skip_rate
