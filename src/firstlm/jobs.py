@@ -116,7 +116,9 @@ class Job:
         source, known = self.score.data, inputs.get("items_sha256")
         if known is None or not Path(source).is_file():
             return False
-        if inputs["data_sha256"] == sha256_of(source) or needs_tokenizer(source):
+        if inputs.get("data_sha256") == sha256_of(source) or needs_tokenizer(
+            source, self.score.template
+        ):
             return False
         now = scored_examples(source, self.score.template, limit=self.score.limit)
         return items_hash(now) != known
