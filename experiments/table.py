@@ -20,6 +20,7 @@ from adaptivity_tables import (
     domains_table,
     headroom_table,
     together_table,
+    transfer_table,
 )
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -107,6 +108,7 @@ def pages() -> dict[Path, str]:
         adaptivity: _filled(
             adaptivity,
             adaptivity_table(found),
+            transfer_table(reports("transfer_*")),
             domains_table(found),
             together_table(report("together_mix")),
             headroom_table(reports("headroom_*")),

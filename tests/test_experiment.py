@@ -167,7 +167,7 @@ def test_the_summary_has_a_row_per_policy_and_rate_over_all_seeds(words, capsys)
         '{"prompt": "a", "completion": "b"}\n'
     )
     assert cli.main([words[0], "summary", *words[2:]]) == 2
-    assert "over 4 items" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("than its file has now (data)") == 4  # all at once
 
 
 def see_the_report(folder: Path, rows: list[dict], capsys) -> None:
