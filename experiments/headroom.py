@@ -17,7 +17,6 @@ answer.
 from __future__ import annotations
 
 import argparse
-import os
 from itertools import product
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from firstlm.clusters import DEPTH, router_inputs
 from firstlm.data import encode, scored_examples
 from firstlm.inputs import pad_left
 from firstlm.losses import item_losses
+from firstlm.matrix import data_files
 from firstlm.metrics import grouped, means, over_seeds
 from firstlm.model import FirstModel
 from firstlm.policies import FixedMask
@@ -164,7 +164,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("artifact")
-    parser.add_argument("--data", nargs="+", required=True, help=f"sets below ${DATA_VARIABLE}")
+    parser.add_argument(
+        "--data", nargs="+", required=True, help=f"folders, or sets below ${DATA_VARIABLE}"
+    )
     parser.add_argument("--order-of", help="artifact whose majority mask is meant, if another")
     parser.add_argument("--skip-rate", type=float, default=0.25)
     parser.add_argument("--limit", type=int, default=500, help="prompts of each set")
@@ -175,10 +177,10 @@ def main() -> None:
     model = FirstModel.from_pretrained(options.artifact, dtype=options.dtype)
     order = order_of(options.order_of or options.artifact, options.skip_rate)
     keep = masks_near(order, model.layer_count, options.skip_rate)
-    files = [Path(os.environ[DATA_VARIABLE], name, "test.jsonl.gz") for name in options.data]
+    files = [data_files(name, "--data")["test"] for name in options.data]
     rows, sets, names = [], [], []
     for number, file in enumerate(files):
-        found = scored_examples(str(file), limit=options.limit)
+        found = scored_examples(file, limit=options.limit)
         names += [f"{number} {example.group}" for example in found]
         rows += [encode(example, model.tokenizer, model.context_length) for example in found]
         sets += [number] * len(found)

@@ -14,6 +14,7 @@ from firstlm.sections import Row, Section, labelled, metric_text, recomputed, ti
 COMPARED = ("base", "lora", "first", "random", "unified", "majority", "length_only")
 COMPARED += ("static_importance", "early_exit", "random_fixed", "skip_decode")
 RATES = (0.15, 0.25, 0.40)
+NEAR = 0.01  # between the skip rate that is asked for and the one that is measured
 LEGEND = """\
 - **policy**: what decides, and in brackets which arm of the file, where several are alike.
 - **asked, skipped, p5-p95**: the share of layers that was asked for; what was skipped, on average
@@ -34,9 +35,6 @@ def legend(rows: Iterable[Row]) -> str:
     """Say what the columns of full tables hold."""
     same = [row["tpot_ratio"] for row in rows if row["skip_rate"] == 0 and row["tpot_ratio"]]
     return LEGEND.format(low=min(same), high=max(same))
-
-
-NEAR = 0.01  # between the skip rate that is asked for and the one that is measured
 
 
 def comparison_table(found: Sequence[tuple[Section, list[Row]]]) -> list[str]:

@@ -10,10 +10,8 @@ prompts that run ahead; and a mask drawn for each prompt, which is the worst cas
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +19,9 @@ import torch
 from firstlm.batching import generate_many
 from firstlm.bench import spread
 from firstlm.data import encode, scored_examples
+from firstlm.matrix import data_files
 from firstlm.model import FirstModel
-from firstlm.results import DATA_VARIABLE, provenance, sha256_of, write_json
+from firstlm.results import provenance, sha256_of, write_json
 
 
 def ratios(ours: list[float], others: list[float]) -> list[float]:
@@ -46,8 +45,8 @@ def main() -> None:
     options = parser.parse_args()
     model = FirstModel.from_pretrained(options.artifact, dtype=options.dtype)
     model.merge_and_unload()  # as `firstlm generate` and `firstlm serve` do
-    file = Path(os.environ[DATA_VARIABLE]) / options.data / "test.jsonl.gz"
-    examples = scored_examples(str(file), limit=options.prompts)
+    file = data_files(options.data, "--data")["test"]
+    examples = scored_examples(file, limit=options.prompts)
     texts = [
         encode(example, model.tokenizer, model.context_length).prompt_ids for example in examples
     ]
