@@ -22,7 +22,7 @@ from firstlm.experiment import arms_of
 from firstlm.matrix import jobs_of
 from firstlm.metrics import Estimate, Groups, Scores, Side, hierarchical, shares
 from firstlm.results import provenance, write_json
-from firstlm.summary import Arm, base_seeds
+from firstlm.scored import Arm, base_seeds
 
 Seeds = Sequence[Scores]
 

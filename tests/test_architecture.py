@@ -102,6 +102,7 @@ FLOORS = {
     "serve": "edges",
     "export": "edges",
     "sections": "edges",
+    "scored": "edges",
     "summary": "edges",
     "figures": "edges",
     "report": "edges",

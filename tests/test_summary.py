@@ -15,8 +15,9 @@ from firstlm.data import items_hash, scored_examples
 from firstlm.errors import DataError
 from firstlm.masks import length_correlation
 from firstlm.metrics import Estimate
+from firstlm.scored import Arm
 from firstlm.sections import gain_text, labelled, metric_text, recomputed
-from firstlm.summary import Arm, _within, adaptivity, rows, strayed_masks
+from firstlm.summary import _within, adaptivity, rows, strayed_masks
 
 
 def test_arms_with_one_policy_are_told_apart():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from firstlm.metrics import means
-from firstlm.summary import Arm
+from firstlm.scored import Arm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 try:

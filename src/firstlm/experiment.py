@@ -29,8 +29,9 @@ from firstlm.jobs import Job
 from firstlm.matrix import files_of, jobs_of
 from firstlm.results import check_file, write_json
 from firstlm.scoreboard import SUMMARY
+from firstlm.scored import Arm
 from firstlm.sections import read_rows
-from firstlm.summary import Arm, rows, strayed_masks
+from firstlm.summary import rows, strayed_masks
 
 OK, FAILED = 0, 1  # exit codes
 SHOWN = 8  # jobs that are named where many lack something
