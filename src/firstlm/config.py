@@ -227,7 +227,7 @@ class TrainConfig(RouterConfig, ModelOptions, DataOptions):
     clusters: int = count_option(
         1,
         "groups of prompts, found by their content, that each get a ranking of layers of their own "
-        "to start from: as many as there are tasks in the data",
+        "to start from: as many as there are tasks in the data, or more, if texts of one differ",
     )
     router_steps: int = option(20, at_least=0, help="optimizer steps of phase 1")
     router_lr: float = option(
