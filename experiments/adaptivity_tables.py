@@ -8,7 +8,7 @@ from typing import Any
 
 from markdown_table import markdown
 
-from firstlm.sections import Row, Section, from_elsewhere, gain_text, seeds_text
+from firstlm.sections import Row, Section, from_elsewhere, gain_text, model_name, seeds_text
 
 Report = Mapping[str, Any]  # what a script of this folder wrote
 
@@ -100,7 +100,7 @@ def transfer_table(reports: Sequence[Report]) -> list[str]:
             for name, shown in names.items()
         ]
         found += [
-            f"{report['model']}, {report['skipped']:.0%} of layers skipped, no training, "
+            f"{model_name(report)}, {report['skipped']:.0%} of layers skipped, no training, "
             f"{min(row['items'] for row in rows)} test rows of a set:",
             "",
             *markdown(["layers", *(_short(row["set"]) for row in rows)], lines),
